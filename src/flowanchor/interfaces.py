@@ -1,0 +1,293 @@
+"""The contracts between the trunk and its plugins.
+
+Conventions (FACM, arXiv 2507.03738): `t = 0` is noise and `t = 1` is data, `x_t = (1 - t) x0 + t x1` with `x0 ~ N(0, I)`,
+and the velocity of the flow is `v = x1 - x0`. Shapes: `B` batch, `*` the sample's own dimensions (`C, H, W` for an image),
+`N` tokens, `D` channels. Times are float32 tensors of shape [B].
+
+Nothing in this file imports Lightning or Hydra: objectives, backbones, engines and samplers work in a plain PyTorch script.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowanchor.errors import ConfigError
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Batch(NamedTuple):
+    """What a data module yields: samples in the network's own space, and what they are conditioned on."""
+
+    x1: Tensor  # [B, *], pixels in [-1, 1] or normalised latents
+    cond: Tensor | None = None  # labels [B] (int64), text embeddings [B, L, D], or None
+
+
+# ------------------------------------------------------------------------------------------------------------ backbone
+
+
+class StageContext(NamedTuple):
+    """What every stage of a backbone sees besides the tokens.
+
+    `carried` depends on the time (or on x): it has a tangent, and gradient flows through it.
+    `fixed` does not (text, masks, tables): no engine spends a tangent on it; it may still need gradient.
+    """
+
+    carried: tuple[Tensor, ...]
+    fixed: tuple[Any, ...] = ()
+
+
+class Backbone(nn.Module, ABC):
+    """A velocity network as a chain of stages: `embed`, then each of `blocks`, then `head`.
+
+    That is all that tangent engines and sharding strategies need: they walk the stages, and no layer is rewritten.
+    A stage must return a new tensor (never change its input in place).
+    """
+
+    blocks: nn.ModuleList
+    sample_shape: tuple[int, ...]  # shape of one sample, without the batch
+    num_classes: int = 0  # 0: not class-conditional
+    takes_end_time: bool = False  # whether `r` has an embedder of its own
+    condition_dropout: float = 0.0  # share of conditions that `drop_condition` replaces in training
+
+    @abstractmethod
+    def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+        """[B, *], [B], condition, [B] -> tokens [B, N, D] (or the backbone's own layout) and the context."""
+
+    @abstractmethod
+    def head(self, tokens: Tensor, context: StageContext) -> Tensor:
+        """Tokens -> velocity [B, *]."""
+
+    def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
+        """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
+        tokens, context = self.embed(x, t, cond, r)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return self.head(tokens, context)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
+        """`predict`, with condition dropout in training mode."""
+        return self.predict(x, t, self.drop_condition(cond) if self.training else cond, r)
+
+    def null_condition(self, cond: Any) -> Any:
+        """The unconditional counterpart of a batch of conditions (same shape)."""
+        raise ConfigError(
+            f"{type(self).__name__} has no unconditional branch, so guidance cannot be used with it: "
+            "set teacher.guidance_scale=1 (or sampler.guidance_scale=1)."
+        )
+
+    def drop_condition(self, cond: Any) -> Any:
+        """Replace a random share of the conditions by the null condition (for guidance). Default: none."""
+        return cond
+
+
+# -------------------------------------------------------------------------------------------------------- tangents
+
+
+class Dual(NamedTuple):
+    """A prediction and its directional derivative."""
+
+    prediction: Tensor  # [B, *], carries gradient
+    tangent: Tensor  # [B, *], detached
+
+
+class TangentEngine(Protocol):
+    """Computes `F(x, t, r)` and its Jacobian-vector product along `(tangent_x, tangent_t, tangent_r)`.
+
+    The prediction carries gradient to the backbone's parameters, the tangent never does. `r` without `tangent_r` is held.
+    """
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        x: Tensor,
+        t: Tensor,
+        cond: Any,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        r: Tensor | None = None,
+        tangent_r: Tensor | None = None,
+    ) -> Dual: ...
+
+
+# ------------------------------------------------------------------------------------------- intervals and times
+
+
+class Condition(NamedTuple):
+    """The times that a network is told: `t` [B] and, for networks with a second embedder, `r` [B]."""
+
+    t: Tensor
+    r: Tensor | None = None
+
+
+class Interval(ABC):
+    """Which times tell the network that it is asked as a shortcut, and which that it is asked as a flow model."""
+
+    needs_end_time: bool = False  # whether the backbone must embed `r`
+
+    @abstractmethod
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
+        """Condition of the average velocity from `t` to `end` (1 where not given)."""
+
+    @abstractmethod
+    def anchor(self, t: Tensor) -> Condition:
+        """Condition of the instantaneous velocity at `t`."""
+
+    def pretraining(self, t: Tensor) -> Condition:
+        """Condition under which a flow model is pretrained so that a student can start from it (stage 1)."""
+        return self.anchor(t)
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `ConfigError` if the backbone cannot be told the times of this interval."""
+        if self.needs_end_time and not backbone.takes_end_time:
+            raise ConfigError(
+                f"{type(self).__name__} tells the network a second time r, and this {type(backbone).__name__} has no "
+                "embedder for it: add backbone.auxiliary_time_cond=true, or choose objective/interval=expanded."
+            )
+
+
+class TimeDistribution(ABC):
+    """How training times are drawn, as a map from a standard draw `z`, so that a test can supply `z`."""
+
+    def draw(self, size: int, device: torch.device | str | None = None) -> Tensor:
+        """Standard draws [size], float32 (normal unless a subclass says otherwise)."""
+        return torch.randn(size, device=device)
+
+    @abstractmethod
+    def from_draw(self, z: Tensor) -> Tensor:
+        """z [B] -> t [B] in [0, 1]."""
+
+    def sample(self, size: int, device: torch.device | str | None = None) -> Tensor:
+        """Training times [size] in [0, 1], float32."""
+        return self.from_draw(self.draw(size, device))
+
+
+# ------------------------------------------------------------------------------------------------------- objective
+
+
+@dataclass(frozen=True)
+class TermResult:
+    """One loss term before the mean over the batch."""
+
+    loss: Tensor  # [B], carries gradient
+    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], detached: what the loss is made of
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # name -> scalar, detached
+
+
+class Anchor(nn.Module, ABC):
+    """The term that keeps the instantaneous velocity."""
+
+    branch: str = "anchor"  # "anchor" or "pretraining": which condition of the interval it trains
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, velocity: Tensor, t: Tensor) -> TermResult:
+        """[B, *], [B, *], [B] -> per-sample loss."""
+
+
+class Shortcut(nn.Module, ABC):
+    """The term that learns the jump: it sees the prediction, its tangent along the flow, and the velocity."""
+
+    def end(self, t: Tensor) -> Tensor | None:
+        """Where the average velocity from `t` ends, [B]; None means 1 (the data)."""
+        return None
+
+    @abstractmethod
+    def loss(
+        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
+    ) -> TermResult:
+        """[B, *] (with gradient), [B, *], [B, *], [B], [B] -> per-sample loss."""
+
+
+@dataclass(frozen=True)
+class ObjectiveResult:
+    """What an objective returns for one batch."""
+
+    loss: Tensor  # scalar, carries gradient
+    terms: dict[str, Tensor]  # name -> scalar, detached: the summands of the loss
+    diagnostics: dict[str, Tensor]  # name -> scalar, detached: for the log
+    velocity: Tensor  # [B, *], the target velocity
+    prediction: Tensor | None = None  # [B, *], shortcut branch, detached
+    tangent: Tensor | None = None  # [B, *], shortcut branch, detached
+
+
+class VelocityField(nn.Module, ABC):
+    """Where the target velocity comes from: the data, a frozen teacher, or the student itself (the `teacher` group)."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval
+    ) -> Tensor:
+        """x_t [B, *], t [B], condition, `flow = x1 - x0` [B, *] -> target velocity [B, *], without gradient."""
+
+    def check(self, student: Backbone) -> None:  # noqa: B027 - most fields fit every student
+        """Raise a `FlowAnchorError` if this field cannot teach this student."""
+
+
+class Objective(nn.Module, ABC):
+    """A training loss. With `noise` and `t` given it is a pure function of its inputs."""
+
+    interval: Interval
+    time: TimeDistribution
+    kind: str = "shortcut"  # "shortcut" or "flow": which samplers the trained network supports
+
+    @abstractmethod
+    def forward(
+        self,
+        student: Backbone,
+        batch: Batch,
+        velocity: VelocityField,
+        engine: TangentEngine,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> ObjectiveResult: ...
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `ConfigError` if this objective cannot train this backbone."""
+        self.interval.check(backbone)
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+class Sampler(ABC):
+    """Draws samples with a trained network. The state is kept in float64, the network sees float32 (or autocast)."""
+
+    kind: str = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
+
+    @abstractmethod
+    def sample(
+        self,
+        backbone: Backbone,
+        noise: Tensor,
+        cond: Any,
+        interval: Interval,
+        renoise: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """noise [B, *] -> samples [B, *] (float64). `renoise(step)` gives fresh noise [B, *] after a step."""
+
+    @abstractmethod
+    def with_nfe(self, nfe: int) -> Sampler:
+        """The same sampler with a budget of `nfe` velocity evaluations; raises `ConfigError` where impossible."""
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int | None:
+        """Velocity evaluations per sample; None where the solver decides by itself."""
+
+
+class Codec(nn.Module, ABC):
+    """Maps samples of the network's space to pixels in [-1, 1] and back."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, *] -> images [B, C, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] in [-1, 1] -> [B, *]."""
