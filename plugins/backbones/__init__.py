@@ -1,0 +1,1 @@
+"""Velocity networks (`backbone=`), each a chain of stages (`flowanchor.interfaces.Backbone`)."""

@@ -1,0 +1,197 @@
+"""LightningDiT (arXiv 2501.01423): a diffusion transformer with the released options, presets and key names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, StageContext
+
+from .lightningdit_layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedding,
+    PatchEmbedding,
+    RotaryPositions,
+    TimeEmbedding,
+    sincos_positions,
+)
+
+PRESETS: dict[str, dict[str, int]] = {
+    "nano": {"depth": 4, "hidden_size": 64, "patch_size": 2, "num_heads": 4},
+    "B/1": {"depth": 12, "hidden_size": 768, "patch_size": 1, "num_heads": 12},
+    "B/2": {"depth": 12, "hidden_size": 768, "patch_size": 2, "num_heads": 12},
+    "L/2": {"depth": 24, "hidden_size": 1024, "patch_size": 2, "num_heads": 16},
+    "XL/1": {"depth": 28, "hidden_size": 1152, "patch_size": 1, "num_heads": 16},
+    "XL/2": {"depth": 28, "hidden_size": 1152, "patch_size": 2, "num_heads": 16},
+    "1p0B/1": {"depth": 24, "hidden_size": 1536, "patch_size": 1, "num_heads": 24},
+    "1p0B/2": {"depth": 24, "hidden_size": 1536, "patch_size": 2, "num_heads": 24},
+    "1p6B/1": {"depth": 28, "hidden_size": 1792, "patch_size": 1, "num_heads": 28},
+    "1p6B/2": {"depth": 28, "hidden_size": 1792, "patch_size": 2, "num_heads": 28},
+}
+
+
+class LightningDiT(Backbone):
+    """Velocity transformer on square images or latents, conditioned on a time, a class and optionally a second time.
+
+    Args:
+        input_size: height and width of a sample.
+        patch_size: side of a token's patch; must divide `input_size`.
+        in_channels: channels of a sample.
+        hidden_size, depth, num_heads, mlp_ratio: size of the transformer.
+        num_classes: number of classes; 0 for an unconditional network.
+        class_dropout_prob: share of labels replaced by the null class in training; above 0, the null class has a row.
+        use_qknorm, use_swiglu, use_rope, use_rmsnorm: the released switches (off: DiT's layers).
+        wo_shift: adaLN without shifts.
+        learn_sigma: twice the output channels, of which the second half is dropped (released checkpoints of DiT and SiT).
+        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+        disable_label_dropout: keep the null class but drop no label.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 32,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        use_qknorm: bool = False,
+        use_swiglu: bool = False,
+        use_rope: bool = False,
+        use_rmsnorm: bool = False,
+        wo_shift: bool = False,
+        learn_sigma: bool = False,
+        auxiliary_time_cond: bool = False,
+        disable_label_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+        self.side = input_size // patch_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.learn_sigma = learn_sigma
+        self.sample_shape = (in_channels, input_size, input_size)
+        self.num_classes = num_classes
+        self.has_null_class = class_dropout_prob > 0
+        self.condition_dropout = 0.0 if disable_label_dropout else class_dropout_prob
+        self.takes_end_time = auxiliary_time_cond
+
+        self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimeEmbedding(hidden_size)
+        self.r_embedder = TimeEmbedding(hidden_size) if auxiliary_time_cond else None
+        rows = num_classes + int(self.has_null_class)
+        self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
+        self.feat_rope = RotaryPositions(hidden_size // num_heads, self.side) if use_rope else None
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift) for _ in range(depth)
+        )
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm)
+        self.initialise()
+
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> LightningDiT:
+        """A preset by name (`XL/1`, `nano`, ...); any setting that is not None replaces the preset's value."""
+        if preset not in PRESETS:
+            raise ConfigError(f"Unknown LightningDiT preset '{preset}': choose one of {', '.join(PRESETS)}.")
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return cls(**{**PRESETS[preset], **chosen})
+
+    # ----------------------------------------------------------------------------------------------------- stages
+
+    def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+        """x [B, C, H, W], t [B], labels [B], r [B] -> tokens [B, N, D] and the context (c [B, D]; rotary tables)."""
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t)
+        if self.r_embedder is not None:
+            if r is None:
+                raise ConfigError("This LightningDiT embeds a second time: pass r (r = t asks for the instantaneous velocity).")
+            c = c + self.r_embedder(r)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(self._labels(cond, x))
+        fixed = () if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        return tokens, StageContext(carried=(c,), fixed=fixed)
+
+    def head(self, tokens: Tensor, context: StageContext) -> Tensor:
+        """Tokens [B, N, D] -> velocity [B, C, H, W]."""
+        patches = self.final_layer(tokens, context)
+        p = self.patch_size
+        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, w=self.side, p=p, q=p)
+        return out[:, : self.in_channels] if self.learn_sigma else out
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None, r: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], t [B], labels y [B], r [B] -> velocity [B, C, H, W]; drops labels in training mode."""
+        return super().forward(x, t, y, r)
+
+    # --------------------------------------------------------------------------------------------------- condition
+
+    def _labels(self, cond: Tensor | None, x: Tensor) -> Tensor:
+        if cond is not None:
+            return cond
+        if self.num_classes:
+            raise ConfigError(f"This LightningDiT is conditioned on {self.num_classes} classes: pass labels.")
+        return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+
+    def null_condition(self, cond: Tensor | None) -> Tensor:
+        """Labels [B] -> the null class [B]."""
+        if not self.has_null_class or cond is None:
+            raise ConfigError(
+                "This LightningDiT has no null class for guidance: set backbone.class_dropout_prob=0.1, or the guidance scale to 1."
+            )
+        return torch.full_like(cond, self.num_classes)
+
+    def drop_condition(self, cond: Tensor | None) -> Tensor | None:
+        """Each label becomes the null class with probability `condition_dropout`."""
+        if cond is None or self.condition_dropout <= 0:
+            return cond
+        dropped = torch.rand(cond.shape[0], device=cond.device) < self.condition_dropout
+        return torch.where(dropped, self.null_condition(cond), cond)
+
+    # ---------------------------------------------------------------------------------------------- initialisation
+
+    def initialise(self) -> None:
+        """DiT's initialisation: Xavier layers, zero gates and zero output, so that training starts from v = 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[-1], self.side)[None])
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[layer].weight, std=0.02)
+        if self.r_embedder is not None:
+            nn.init.normal_(self.r_embedder.mlp[0].weight, std=0.02)
+            nn.init.zeros_(self.r_embedder.mlp[2].weight)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
+    if input_size % patch_size:
+        divisors = [p for p in range(1, input_size + 1) if input_size % p == 0]
+        raise ConfigError(
+            f"The sample size {input_size} is not divisible by backbone.patch_size={patch_size}: "
+            f"choose a patch size among {', '.join(map(str, divisors))}."
+        )
+    if hidden_size % num_heads:
+        raise ConfigError(f"backbone.hidden_size={hidden_size} is not divisible by backbone.num_heads={num_heads}: change either.")
+    if hidden_size % 4:
+        raise ConfigError(f"backbone.hidden_size={hidden_size} must be a multiple of 4 for the position table.")
+    if use_rope and (hidden_size // num_heads) % 4:
+        raise ConfigError(
+            f"Rotary positions need a head size that is a multiple of 4, and {hidden_size} / {num_heads} heads is "
+            f"{hidden_size // num_heads}: change backbone.num_heads or set backbone.use_rope=false."
+        )

@@ -1,0 +1,1 @@
+"""Terms that keep the instantaneous velocity (`objective/anchor=`)."""

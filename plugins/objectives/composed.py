@@ -1,0 +1,108 @@
+"""Objective = interval + time distribution + optional anchor + optional shortcut + weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import (
+    Anchor,
+    Backbone,
+    Batch,
+    Interval,
+    Objective,
+    ObjectiveResult,
+    Shortcut,
+    TangentEngine,
+    TermResult,
+    TimeDistribution,
+    VelocityField,
+)
+
+
+class ComposedObjective(Objective):
+    """One `t` and one `x_t` per sample, shared by both terms; the loss is their weighted sum (FACM, arXiv 2507.03738).
+
+    `anchor` alone is flow matching; `shortcut` alone is consistency training; both are FACM.
+    """
+
+    def __init__(
+        self,
+        interval: Interval,
+        time: TimeDistribution,
+        anchor: Anchor | None = None,
+        shortcut: Shortcut | None = None,
+        anchor_weight: float = 1.0,
+        shortcut_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not anchor and not shortcut:
+            raise ConfigError("The objective has neither anchor nor shortcut: choose objective/anchor= or objective/shortcut=.")
+        self.interval = interval
+        self.time = time
+        self.anchor = anchor or None  # an empty config group (`none`) arrives as an empty dict
+        self.shortcut = shortcut or None
+        self.anchor_weight = anchor_weight
+        self.shortcut_weight = shortcut_weight
+        self.kind = "shortcut" if self.shortcut is not None else "flow"
+
+    def forward(
+        self,
+        student: Backbone,
+        batch: Batch,
+        velocity: VelocityField,
+        engine: TangentEngine,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> ObjectiveResult:
+        x1, cond = batch
+        noise = torch.randn_like(x1) if noise is None else noise
+        t = self.time.sample(x1.shape[0], x1.device) if t is None else t
+        if student.training:
+            cond = student.drop_condition(cond)  # once: every branch must see the same labels
+        times = t.view(-1, *[1] * (x1.ndim - 1))
+        x_t = (1 - times) * noise + times * x1
+        flow = x1 - noise
+        v = velocity(x_t, t, cond, flow, student, self.interval)
+
+        losses: dict[str, Tensor] = {}
+        diagnostics: dict[str, Tensor] = {}
+        if self.anchor is not None:
+            told = self.interval.pretraining(t) if self.anchor.branch == "pretraining" else self.interval.anchor(t)
+            term = self.anchor.loss(at_least_float32(student.predict(x_t, told.t, cond, told.r)), v, t)
+            losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
+        prediction = tangent = None
+        if self.shortcut is not None:
+            end = self.shortcut.end(t)
+            told = self.interval.shortcut(t, end)
+            dual = engine(student, x_t, told.t, cond, v, torch.ones_like(t), told.r)
+            prediction, tangent = at_least_float32(dual.prediction), at_least_float32(dual.tangent)
+            term = self.shortcut.loss(prediction, tangent, v, t, end)
+            losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", term, diagnostics)
+            diagnostics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean()
+        return ObjectiveResult(
+            loss=torch.stack(list(losses.values())).sum(),
+            terms={name: loss.detach() for name, loss in losses.items()},
+            diagnostics=diagnostics,
+            velocity=v,
+            prediction=None if prediction is None else prediction.detach(),
+            tangent=tangent,
+        )
+
+    @staticmethod
+    def _collect(name: str, term: TermResult, diagnostics: dict[str, Tensor]) -> Tensor:
+        """Batch mean of a term; its parts and diagnostics go to the log under the term's name."""
+        diagnostics.update({f"{name}_{part}": value.mean() for part, value in term.parts.items()})
+        diagnostics.update({f"{name}_{key}": value for key, value in term.diagnostics.items()})
+        return term.loss.mean()
+
+    def check(self, backbone: Backbone) -> None:
+        super().check(backbone)
+        if self.anchor is None and self.anchor_weight != 1.0 or self.shortcut is None and self.shortcut_weight != 1.0:
+            raise ConfigError("A weight is set for a term that the objective does not have: remove the weight or add the term.")
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """Losses are computed in float32 or better, whatever autocast made of the prediction."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,1 @@
+"""Which times tell the network what it is asked (`objective/interval=`)."""

@@ -1,0 +1,20 @@
+"""A second time embedder tells the branches apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowanchor.interfaces import Condition, Interval
+
+
+class AuxiliaryInterval(Interval):
+    """Shortcut on `(t, r = end)`, anchor on `(t, r = t)`; needs a backbone that embeds `r` (FACM's ablation, MeanFlow)."""
+
+    needs_end_time = True
+
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
+        return Condition(t, torch.ones_like(t) if end is None else end)
+
+    def anchor(self, t: Tensor) -> Condition:
+        return Condition(t, t)

@@ -1,0 +1,23 @@
+"""The expanded time interval of FACM: time reflected about the data end, without new parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowanchor.interfaces import Condition, Interval
+
+
+class ExpandedInterval(Interval):
+    """Shortcut on `t` in [0, 1], anchor on `2 - t` in [1, 2] (FACM, arXiv 2507.03738)."""
+
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
+        return Condition(t)
+
+    def anchor(self, t: Tensor) -> Condition:
+        return Condition(2 - t)
+
+    def pretraining(self, t: Tensor) -> Condition:
+        """Stage 1 trains the same velocity on both halves: the first half of the batch on `t`, the second on `2 - t`."""
+        half = t.shape[0] // 2
+        return Condition(torch.cat([t[:half], 2 - t[half:]]))

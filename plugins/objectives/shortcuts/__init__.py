@@ -1,0 +1,1 @@
+"""Terms that learn the jump (`objective/shortcut=`)."""

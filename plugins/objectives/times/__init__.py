@@ -1,0 +1,1 @@
+"""How training times are drawn (`objective/time=`)."""

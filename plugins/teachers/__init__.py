@@ -1,0 +1,1 @@
+"""Where the target velocity comes from (`teacher=`)."""

@@ -1,0 +1,79 @@
+"""A frozen network teaches: distillation, with classifier-free guidance baked into the target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.checkpoints import load_model
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Backbone, Condition, Interval, VelocityField
+from flowanchor.sampling.guidance import Guidance
+
+
+class CheckpointVelocity(VelocityField):
+    """`v_u + scale (v_c - v_u)` of a frozen network for `low <= t <= high`, `v_c` outside (`teacher=checkpoint`).
+
+    Args:
+        checkpoint: file or run folder of the teacher.
+        ema: which average of its weights teaches; null: the one its own evaluation uses.
+        ask: how the teacher is told the time: `plain` (`t`: a flow model, or stage 1 of FACM), `anchor` (the anchor
+            branch of its own interval: a teacher that was itself distilled), or `auto`, which picks by its objective.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        guidance_scale: float = 1.75,
+        guidance_low: float = 0.125,
+        guidance_high: float = 1.0,
+        ema: str | None = None,
+        ask: str = "auto",
+    ) -> None:
+        if not checkpoint:
+            raise ConfigError("The teacher needs a checkpoint: add teacher.checkpoint=PATH (a .ckpt file or a run folder).")
+        model = load_model(checkpoint, ema=ema)
+        if ask not in ("auto", "plain", "anchor"):
+            raise ConfigError(f"teacher.ask={ask} is unknown: choose auto, plain or anchor.")
+        ask = ("anchor" if model.kind == "shortcut" else "plain") if ask == "auto" else ask
+        self._setup(model.backbone, Guidance(guidance_scale, guidance_low, guidance_high), model.interval if ask == "anchor" else None)
+        self.path = model.path
+
+    @classmethod
+    def of_network(cls, network: Backbone, guidance: Guidance, interval: Interval | None = None) -> CheckpointVelocity:
+        """The same field around a network that is already in memory; `interval` if it must be asked at its anchor."""
+        field = cls.__new__(cls)
+        field._setup(network, guidance, interval)
+        field.path = "memory"
+        return field
+
+    def _setup(self, network: Backbone, guidance: Guidance, interval: Interval | None) -> None:
+        torch.nn.Module.__init__(self)
+        self.network = network.eval().requires_grad_(False)
+        self.guidance = guidance
+        self.asked_interval = interval
+        self.path = ""
+
+    def train(self, mode: bool = True) -> CheckpointVelocity:
+        """The teacher never leaves evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
+        if self.asked_interval is not None:
+            told = self.asked_interval.anchor(t)
+        else:
+            told = Condition(t, t if self.network.takes_end_time else None)
+        return self.guidance.velocity(self.network, x, told, cond, t).to(flow.dtype)
+
+    def check(self, student: Backbone) -> None:
+        """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
+        for what, name in (("sample_shape", "samples of shape"), ("num_classes", "a number of classes of")):
+            theirs, ours = getattr(self.network, what), getattr(student, what)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"The teacher {self.path} was trained on {name} {theirs} and this student on {ours}: "
+                    "choose the data and the backbone.in_channels/input_size/num_classes that the teacher was trained with."
+                )

@@ -1,0 +1,45 @@
+"""Guidance without a teacher: the student's own anchor branch gives the unconditional velocity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Interval, VelocityField
+
+
+class SelfVelocity(VelocityField):
+    """`v_u + scale (v_c - v_u)` with `v_c = x1 - x0` and `v_u` from the student's anchor, for `low <= t <= high` (`teacher=self`).
+
+    The null class must be trained: label dropout is on, and a sample whose label was dropped keeps `x1 - x0` as its
+    target, so that the null class learns the unguided velocity.
+    """
+
+    def __init__(self, guidance_scale: float = 1.75, guidance_low: float = 0.125, guidance_high: float = 1.0) -> None:
+        super().__init__()
+        self.guidance_scale = guidance_scale
+        self.guidance_low = guidance_low
+        self.guidance_high = guidance_high
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
+        if self.guidance_scale == 1:
+            return flow
+        null = student.null_condition(cond)
+        told = interval.anchor(t)
+        unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
+        guided = unconditional + self.guidance_scale * (flow - unconditional)
+        dropped = (cond == null).reshape(t.shape[0], -1).all(1)
+        inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
+        return torch.where(inside.view(-1, *[1] * (flow.ndim - 1)), guided, flow)
+
+    def check(self, student: Backbone) -> None:
+        """Raise `ConfigError` where the student's null class is never trained."""
+        if self.guidance_scale != 1 and student.condition_dropout <= 0:
+            raise ConfigError(
+                "teacher=self takes the unconditional velocity from the student's null class, which is never trained here: "
+                "set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 (or teacher.guidance_scale=1)."
+            )

@@ -1,0 +1,5 @@
+"""Reading checkpoints safely, and the models they hold."""
+
+from flowanchor.checkpoints.load import LoadedModel, initialise_student, load_model, read_checkpoint
+
+__all__ = ["LoadedModel", "initialise_student", "load_model", "read_checkpoint"]

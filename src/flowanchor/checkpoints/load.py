@@ -1,0 +1,146 @@
+"""From a checkpoint file or a run folder to a network that can teach, start a student, or be sampled."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.errors import CheckpointError
+from flowanchor.interfaces import Backbone, Interval
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained network and what is known about it."""
+
+    backbone: Backbone  # evaluation mode
+    interval: Interval
+    kind: str  # "shortcut" or "flow": what it was trained for
+    config: dict[str, Any]  # resolved config of the training run
+    ema: str  # which weights: the profile's name, or "none" for the raw ones
+    digest: str  # first 12 hex digits of the file's sha256
+    path: str
+    step: int
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file behind a path: the file itself, or `checkpoints/last.ckpt` of a run folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = path / "checkpoints" / "last.ckpt"
+        if not inside.is_file():
+            raise CheckpointError(f"The folder {path} holds no checkpoints/last.ckpt: give a run folder that was trained, or a .ckpt file.")
+        return inside
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}: give a .ckpt file or the run folder that a training left.")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint of ours, read without unpickling foreign code; raises `CheckpointError` for anything else."""
+    file = find_checkpoint(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file} is not a checkpoint that can be read safely ({reason[:120]}): give a .ckpt file written by flowanchor."
+        ) from error
+    meta = content.get("flowanchor") if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run.")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} has checkpoint format {meta.get('format')} and this version reads {FORMAT}: use the flowanchor that wrote it."
+        )
+    return cast(dict[str, Any], content)
+
+
+def load_model(path: str | Path, ema: str | None = None, device: torch.device | str = "cpu") -> LoadedModel:
+    """Load the network of a run.
+
+    Args:
+        path: a .ckpt file or a run folder (its `checkpoints/last.ckpt`).
+        ema: name of an EMA profile; None for the run's default one (raw weights where it kept none); "none" for the raw
+            weights; "posthoc:0.15" for an average of that relative width, synthesised from the run's snapshots.
+        device: where the network goes.
+    """
+    file = find_checkpoint(path)
+    content = read_checkpoint(file)
+    meta = content["flowanchor"]
+    config = meta["config"]
+    backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
+    name, weights = select_weights(content, ema, file)
+    load_weights(backbone, weights, file)
+    return LoadedModel(
+        backbone=backbone.eval().to(device),
+        interval=cast(Interval, instantiate_trusted(config["objective"]["interval"])),
+        kind=meta["kind"],
+        config=config,
+        ema=name,
+        digest=file_digest(file)[:12],
+        path=str(file),
+        step=int(meta["step"]),
+    )
+
+
+def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, dict[str, Tensor]]:
+    """The student's weights that a name stands for, and that name."""
+    profiles: dict[str, dict[str, Tensor]] = content.get("ema") or {}
+    if ema is not None and ema.startswith("posthoc:"):
+        from flowanchor.ema_posthoc import synthesise
+
+        return ema, synthesise(file.parent.parent / "ema_snapshots", float(ema.partition(":")[2]))
+    if ema is None and profiles:
+        ema = next(iter(profiles))
+    if ema is None or ema == "none":
+        prefix = "student."
+        return "none", {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    if ema not in profiles:
+        known = ", ".join([*profiles, "none"])
+        raise CheckpointError(f"{file} holds no EMA profile '{ema}': choose ema={known.replace(', ', ' or ema=')}.")
+    return ema, profiles[ema]
+
+
+def load_weights(backbone: Backbone, weights: dict[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()) -> None:
+    """Copy weights into a network, strictly except for missing keys that start with one of `optional`."""
+    ours = backbone.state_dict()
+    missing = [key for key in ours if key not in weights and not key.startswith(optional or ("\0",))]
+    unexpected = [key for key in weights if key not in ours]
+    reshaped = [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+    for what, keys in (("lacks", missing), ("has the unknown", unexpected), ("has another shape of", reshaped)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise CheckpointError(
+                f"{source} does not fit this {type(backbone).__name__}: it {what} {shown}; use the backbone settings it was trained with."
+            )
+    backbone.load_state_dict({**ours, **weights})
+
+
+def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = None) -> None:
+    """Start a student from the (EMA) weights of an earlier run; a second time embedder that the run lacks keeps its zeros."""
+    file = find_checkpoint(path)
+    _, weights = select_weights(read_checkpoint(file), ema, file)
+    load_weights(backbone, weights, file, optional=("r_embedder.",) if backbone.takes_end_time else ())
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

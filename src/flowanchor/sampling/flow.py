@@ -1,0 +1,125 @@
+"""Sampling along the flow: integrate the anchor's instantaneous velocity from noise to data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Interval, Sampler
+from flowanchor.sampling.grid import time_grid
+from flowanchor.sampling.guidance import Guidance
+
+# Velocity evaluations per step of torchdiffeq's fixed-grid solvers; every other solver there is adaptive.
+FIXED_SOLVERS = {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+
+
+class FlowSampler(Sampler):
+    """Solves `dx/dt = v(x, t)` from t = 0 to 1, feeding the network the anchor's condition (`2 - t` when expanded).
+
+    Args:
+        steps: steps of the time grid (adaptive solvers choose their own and ignore it).
+        solver: `euler`, `heun` (second order, its last step is Euler's: 2 steps - 1 evaluations), or one of torchdiffeq's
+            `midpoint heun2 heun3 rk4` on the grid and `dopri5 dopri8 bosh3 fehlberg2 adaptive_heun` (adaptive).
+        guidance_scale, guidance_low, guidance_high: classifier-free guidance for low <= t <= high; scale 1 for none.
+        timestep_shift: shift of the grid, `s t / (1 + (s - 1) t)`; 0 for none.
+        rtol, atol: tolerances of adaptive solvers.
+    """
+
+    kind = "flow"
+
+    def __init__(
+        self,
+        steps: int = 50,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
+        timestep_shift: float = 0.0,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+    ) -> None:
+        known = ("euler", "heun", *FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
+        if solver not in known:
+            raise ConfigError(f"Unknown solver sampler.solver={solver}: choose one of {', '.join(known)}.")
+        self.times = time_grid(steps, timestep_shift)
+        self.steps = steps
+        self.solver = solver
+        self.guidance = Guidance(guidance_scale, guidance_low, guidance_high)
+        self.timestep_shift = timestep_shift
+        self.rtol = rtol
+        self.atol = atol
+
+    @property
+    def label(self) -> str:
+        return f"flow-{self.solver}"
+
+    @property
+    def nfe(self) -> int | None:
+        if self.solver in ADAPTIVE_SOLVERS:
+            return None
+        if self.solver == "heun":
+            return 2 * self.steps - 1
+        return self.steps * FIXED_SOLVERS.get(self.solver, 1)
+
+    @property
+    def network_calls(self) -> int | None:
+        """Network calls per sample, guided evaluations counted twice; None where it depends on the sample."""
+        if self.guidance.scale == 1:
+            return self.nfe
+        if self.solver not in ("euler", "heun"):
+            return None
+        asked = self.times[:-1] if self.solver == "euler" else torch.cat([self.times[:-1], self.times[1:-1]])
+        inside = (asked >= self.guidance.low) & (asked <= self.guidance.high)
+        return int((1 + inside.long()).sum())
+
+    def with_nfe(self, nfe: int) -> FlowSampler:
+        if nfe < 1:
+            raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
+        if self.solver in ADAPTIVE_SOLVERS:
+            raise ConfigError(f"The solver {self.solver} chooses its own steps, so nfe={nfe} cannot be set: use sampler.solver=euler.")
+        g = self.guidance
+        steps, spare = ((nfe + 1) // 2, (nfe + 1) % 2) if self.solver == "heun" else divmod(nfe, FIXED_SOLVERS.get(self.solver, 1))
+        if spare or steps < 1:
+            rule = "2 steps - 1" if self.solver == "heun" else f"a multiple of {FIXED_SOLVERS[self.solver]}"
+            raise ConfigError(f"The solver {self.solver} spends {rule} evaluations, which nfe={nfe} is not: choose another nfe.")
+        return FlowSampler(steps, self.solver, g.scale, g.low, g.high, self.timestep_shift, self.rtol, self.atol)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        backbone: Backbone,
+        noise: Tensor,
+        cond: Any,
+        interval: Interval,
+        renoise: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        dtype = next(backbone.parameters()).dtype
+
+        def velocity(time: float, x: Tensor) -> Tensor:
+            t = torch.full((noise.shape[0],), time, device=noise.device, dtype=torch.float64)
+            told = interval.anchor(t)
+            told = told._replace(t=told.t.to(dtype), r=None if told.r is None else told.r.to(dtype))
+            if backbone.takes_end_time and told.r is None:
+                told = told._replace(r=told.t)
+            return self.guidance.velocity(backbone, x.to(dtype), told, cond, t).double()
+
+        x = noise.double()
+        if self.solver not in ("euler", "heun"):
+            times = self.times.to(x.device) if self.solver in FIXED_SOLVERS else self.times[[0, -1]].to(x.device)
+            path = torchdiffeq.odeint(
+                lambda t, x: velocity(float(t), x), x, times, method=self.solver, rtol=self.rtol, atol=self.atol
+            )
+            return path[-1]
+        times = self.times.tolist()
+        for step, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            slope = velocity(now, x)
+            if self.solver == "heun" and step < self.steps - 1:
+                slope = (slope + velocity(after, x + (after - now) * slope)) / 2
+            x = x + (after - now) * slope
+        return x

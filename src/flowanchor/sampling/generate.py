@@ -1,0 +1,72 @@
+"""Streamed generation: uint8 images, chunk by chunk, each image a function of its own seed, index and label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
+from flowanchor.sampling.noise import renoiser, sample_noise
+
+
+def generate(
+    backbone: Backbone,
+    interval: Interval,
+    sampler: Sampler,
+    codec: Codec,
+    labels: Tensor | None,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    num_samples: int | None = None,
+    start: int = 0,
+) -> Iterator[Tensor]:
+    """Yield uint8 images [b, H, W, C] on the CPU, in order; image i depends only on (seed, start + i, labels[i]).
+
+    `labels` [N] may be None for unconditional networks; then `num_samples` gives N.
+    """
+    if labels is None and num_samples is None:
+        raise ConfigError("Nothing says how many images to generate: set num_samples.")
+    total = num_samples if num_samples is not None else len(labels)  # type: ignore[arg-type]
+    if batch_size < 1 or total < 1:
+        raise ConfigError(f"num_samples={total} and batch_size={batch_size} must both be at least 1.")
+    dtype = next(backbone.parameters()).dtype
+    for first in range(0, total, batch_size):
+        indices = range(start + first, start + min(first + batch_size, total))
+        cond = None if labels is None else labels[first : first + batch_size].to(device)
+        noise = sample_noise(seed, indices, backbone.sample_shape).to(device=device, dtype=dtype)
+        fresh = renoiser(seed, indices, backbone.sample_shape, device)
+        latents = sampler.sample(backbone, noise, cond, interval, fresh)
+        with torch.no_grad():
+            images = codec.decode(latents.to(dtype))
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        yield pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def build_sampler(settings: Any, model: Any) -> Sampler:
+    """A sampler from a config group, checked against what the loaded model was trained for.
+
+    A group without `_target_` (`sampler=from_checkpoint`) takes the sampler that the checkpoint was trained with, and
+    lays the settings that are not null over it.
+    """
+    from hydra.utils import instantiate
+
+    chosen = {key: value for key, value in dict(settings).items() if value is not None}
+    if "_target_" not in chosen:
+        chosen = {**model.config["sampler"], **chosen}
+    sampler = instantiate(chosen, _convert_="all")
+    check_sampler(sampler, model.kind)
+    return sampler
+
+
+def check_sampler(sampler: Sampler, kind: str) -> None:
+    """Raise `ConfigError` for a shortcut sampler on a network that never learned a shortcut."""
+    if sampler.kind == "shortcut" and kind == "flow":
+        raise ConfigError(
+            "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, or distil it first "
+            "with objective=facm teacher=checkpoint teacher.checkpoint=PATH."
+        )

@@ -1,0 +1,29 @@
+"""Time grids of samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+
+
+def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | None = None) -> Tensor:
+    """Times [steps + 1] from 0 (noise) to 1 (data), float64.
+
+    Uniform, then shifted by `s t / (1 + (s - 1) t)` where `timestep_shift` s is above 0. An explicit `grid` lists the
+    times at which the network is asked (increasing, in [0, 1)); 1 is added as its end.
+    """
+    if grid is not None:
+        times = [float(t) for t in grid]
+        if not times or times[0] < 0 or times[-1] >= 1 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+            raise ConfigError(f"sampler.grid={times} must be increasing times in [0, 1), for example [0, 0.5] for two steps.")
+        return torch.tensor([*times, 1.0], dtype=torch.float64)
+    if steps < 1:
+        raise ConfigError(f"sampler.steps={steps} is too few: a sampler needs at least one step (sampler.steps=1).")
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if timestep_shift > 0:
+        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
+    return times

@@ -1,0 +1,40 @@
+"""Classifier-free guidance inside an interval of time (arXiv 2207.12598, 2404.07724)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Condition
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """`v_u + scale (v_c - v_u)` where `low <= t <= high`, the conditional velocity elsewhere; scale 1 costs one call."""
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ConfigError(f"The guidance interval [{self.low}, {self.high}] is empty: guidance_low must not exceed guidance_high.")
+
+    @property
+    def calls(self) -> int:
+        """Network calls of one velocity evaluation inside the interval."""
+        return 1 if self.scale == 1 else 2
+
+    def velocity(self, network: Backbone, x: Tensor, told: Condition, cond: Any, t: Tensor) -> Tensor:
+        """x [B, *], the times that the network is told, condition, t [B] -> guided velocity [B, *]."""
+        conditional = network.predict(x, told.t, cond, told.r)
+        inside = (t >= self.low) & (t <= self.high)
+        if self.scale == 1 or not inside.any():
+            return conditional
+        unconditional = network.predict(x, told.t, network.null_condition(cond), told.r)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)

@@ -1,0 +1,179 @@
+"""Every golden file (reference numbers of the authors' code), each by its kind and config; see tests/golden/README.md.
+
+The folder is `FLOWANCHOR_GOLDEN` (default tests/golden); nothing about a file is assumed beyond its own metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from flowanchor.interfaces import Backbone, Batch, Objective, VelocityField
+from flowanchor.jvp import Full
+from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
+from flowanchor.plugins.objectives.composed import ComposedObjective
+from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
+from flowanchor.plugins.objectives.intervals.plain import PlainInterval
+from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
+from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
+from flowanchor.plugins.objectives.times.logit_normal import LogitNormal
+from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.sampling import ConsistencySampler, FlowSampler
+from flowanchor.sampling.guidance import Guidance
+
+FOLDER = Path(os.environ.get("FLOWANCHOR_GOLDEN", Path(__file__).parent / "golden"))
+INTERVALS = {"plain": PlainInterval, "expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval}
+ENGINES = {"full": Full()}
+
+
+class Golden:
+    """One file: metadata and tensors, with the prefixes taken apart."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        self.kind = metadata["kind"]
+        self.schema = metadata.get("schema")
+        self.config: dict[str, Any] = json.loads(metadata["config"])
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def get(self, key: str) -> Tensor | None:
+        return self.tensors.get(key)
+
+    def network(self, prefix: str = "state.") -> Backbone:
+        network = LightningDiT(**self.config.get("backbone", self.config))
+        network.load_state_dict(self.group(prefix), strict=True)
+        return network
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape or ours.numel() == theirs.numel() == 1, (ours.shape, theirs.shape)
+    difference = ours.detach().double().reshape(-1) - theirs.double().reshape(-1)
+    return float(difference.norm() / theirs.double().norm())
+
+
+def check_backbone(golden: Golden) -> None:
+    network = golden.network().eval()
+    x, t, y, r = golden["in.x"], golden["in.t"], golden["in.y"], golden.get("in.r")
+    assert relative(network(x, t, y, r), golden["out.prediction"]) <= 1e-5
+    for name, engine in ENGINES.items():
+        dual = engine(network, x, t, y, golden["in.dx"], golden["in.dt"], r)
+        assert relative(dual.prediction, golden["out.prediction"]) <= 1e-5, name
+        assert relative(dual.tangent, golden["out.tangent"]) <= 1e-5, name
+
+
+def make_objective(config: dict[str, Any]) -> Objective:
+    interval = INTERVALS[config["interval"]]()
+    if config["objective"] == "flow_matching":
+        return ComposedObjective(interval, Uniform(), FlowMatchingAnchor(cosine="channel", branch="pretraining"))
+    shortcut = ConsistencyShortcut(relaxation_exponent=config["relaxation_exponent"])
+    return ComposedObjective(interval, ArctanLogNormal(), FlowMatchingAnchor(cosine="channel"), shortcut)
+
+
+def make_velocity(golden: Golden) -> VelocityField:
+    if not golden.config.get("distill"):
+        assert golden.config.get("cfg_scale", 1.0) == 1.0, "the authors' guided training from scratch is not a reference"
+        return DataVelocity()
+    guidance = Guidance(golden.config["cfg_scale"], golden.config.get("guidance_low", 0.0), golden.config.get("guidance_high", 1.0))
+    return CheckpointVelocity.of_network(golden.network("teacher."), guidance)
+
+
+def check_objective(golden: Golden) -> None:
+    if golden.config["objective"] not in ("facm", "flow_matching"):
+        pytest.skip(f"objective '{golden.config['objective']}' is not built yet")
+    student = golden.network().train()  # the files have label dropout disabled
+    batch = Batch(golden["in.x1"], golden["in.y"])
+    result = make_objective(golden.config)(
+        student, batch, make_velocity(golden), ENGINES["full"], noise=golden["in.noise"], t=golden["in.t"]
+    )
+    result.loss.backward()
+
+    assert relative(result.loss, golden["out.loss"]) <= 1e-5
+    if golden.config["objective"] == "facm":
+        assert result.prediction is not None and result.tangent is not None
+        assert relative(result.velocity, golden["out.velocity"]) <= 1e-5
+        assert relative(result.prediction, golden["out.prediction"]) <= 1e-5
+        assert relative(result.tangent, golden["out.tangent"]) <= 1e-5
+        assert relative(result.terms["shortcut"], golden["out.shortcut_loss"]) <= 1e-5
+        assert relative(result.terms["anchor"], golden["out.anchor_loss"]) <= 1e-5
+    else:
+        interval, t = INTERVALS[golden.config["interval"]](), golden["in.t"]
+        times = t.view(-1, *[1] * (batch.x1.ndim - 1))
+        told = interval.pretraining(t)
+        prediction = student.predict((1 - times) * golden["in.noise"] + times * batch.x1, told.t, batch.cond, told.r)
+        term = FlowMatchingAnchor(cosine="channel").loss(prediction, batch.x1 - golden["in.noise"], t)
+        assert relative(term.parts["mse"], golden["out.mse"]) <= 1e-5
+        assert relative(term.parts["cosine"], golden["out.cosine"]) <= 1e-5
+
+    references = golden.group("grad.")
+    ours = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert references and set(references) <= set(ours)
+    for name, reference in references.items():
+        error = (ours[name].double() - reference.double()).norm()
+        assert error <= max(1e-4 * float(reference.double().norm()), 1e-7), name
+    for name in set(ours) - set(references):
+        assert float(ours[name].norm()) <= 1e-7, name
+
+
+def check_sampler(golden: Golden) -> None:
+    config = golden.config
+    network = golden.network().eval()
+    guidance = {
+        "guidance_scale": config.get("cfg_scale", 1.0),
+        "guidance_low": config.get("guidance_low", 0.0),
+        "guidance_high": config.get("guidance_high", 1.0),
+    }
+    default = "auxiliary" if network.takes_end_time else "expanded"
+    interval = INTERVALS[config.get("interval", default)]()
+    if config["sampler"] == "consistency":
+        sampler: Any = ConsistencySampler(config["steps"], timestep_shift=config.get("timestep_shift", 0.0), **guidance)
+        renoise = golden["in.renoise"].__getitem__
+        sample = sampler.sample(network, golden["in.noise"], golden["in.y"], interval, renoise)
+    else:
+        sampler = FlowSampler(
+            config["steps"], config["sampler"], timestep_shift=config.get("timestep_shift", 0.0), **guidance
+        )
+        sample = sampler.sample(network, golden["in.noise"], golden["in.y"], interval)
+    assert sample.dtype == torch.float64
+    assert relative(sample, golden["out.sample"]) <= 1e-5
+
+
+def check_time(golden: Golden) -> None:
+    distributions = {"arctan_lognormal": ArctanLogNormal, "logit_normal": LogitNormal}
+    config = dict(golden.config)
+    distribution = distributions[config.pop("distribution")](**config)
+    assert relative(distribution.from_draw(golden["in.z"]), golden["out.t"]) <= 1e-6
+
+
+CHECKS = {"backbone": check_backbone, "objective": check_objective, "sampler": check_sampler, "time": check_time}
+FILES = sorted(FOLDER.glob("*.safetensors"))
+
+
+def test_the_folder_holds_golden_files() -> None:
+    assert FILES, f"no golden files in {FOLDER}: set FLOWANCHOR_GOLDEN to a folder that has some"
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_golden(path: Path) -> None:
+    golden = Golden(path)
+    assert golden.schema == "1"
+    if golden.kind not in CHECKS:
+        pytest.skip(f"kind '{golden.kind}' is not built yet")
+    CHECKS[golden.kind](golden)
