@@ -89,9 +89,13 @@ def make_objective(config: dict[str, Any]) -> Objective:
 
 def make_velocity(golden: Golden) -> VelocityField:
     if not golden.config.get("distill"):
-        assert golden.config.get("cfg_scale", 1.0) == 1.0, "the authors' guided training from scratch is not a reference"
+        assert golden.config.get("cfg_scale", 1.0) == 1.0, (
+            "the authors' guided training from scratch is not a reference"
+        )
         return DataVelocity()
-    guidance = Guidance(golden.config["cfg_scale"], golden.config.get("guidance_low", 0.0), golden.config.get("guidance_high", 1.0))
+    guidance = Guidance(
+        golden.config["cfg_scale"], golden.config.get("guidance_low", 0.0), golden.config.get("guidance_high", 1.0)
+    )
     return CheckpointVelocity.of_network(golden.network("teacher."), guidance)
 
 

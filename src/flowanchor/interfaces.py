@@ -220,9 +220,7 @@ class VelocityField(nn.Module, ABC):
     """Where the target velocity comes from: the data, a frozen teacher, or the student itself (the `teacher` group)."""
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         """x_t [B, *], t [B], condition, `flow = x1 - x0` [B, *] -> target velocity [B, *], without gradient."""
 
     def check(self, student: Backbone) -> None:  # noqa: B027 - most fields fit every student

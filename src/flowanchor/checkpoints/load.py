@@ -38,10 +38,14 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         inside = path / "checkpoints" / "last.ckpt"
         if not inside.is_file():
-            raise CheckpointError(f"The folder {path} holds no checkpoints/last.ckpt: give a run folder that was trained, or a .ckpt file.")
+            raise CheckpointError(
+                f"The folder {path} holds no checkpoints/last.ckpt: give a run folder that was trained, or a .ckpt file."
+            )
         return inside
     if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}: give a .ckpt file or the run folder that a training left.")
+        raise CheckpointError(
+            f"There is no checkpoint at {path}: give a .ckpt file or the run folder that a training left."
+        )
     return path
 
 
@@ -57,7 +61,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     meta = content.get("flowanchor") if isinstance(content, dict) else None
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run.")
+        raise CheckpointError(
+            f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run."
+        )
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has checkpoint format {meta.get('format')} and this version reads {FORMAT}: use the flowanchor that wrote it."
@@ -107,11 +113,13 @@ def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tupl
         return "none", {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     if ema not in profiles:
         known = ", ".join([*profiles, "none"])
-        raise CheckpointError(f"{file} holds no EMA profile '{ema}': choose ema={known.replace(', ', ' or ema=')}.")
+        raise CheckpointError(f"{file} holds no EMA profile '{ema}': choose one of {known}.")
     return ema, profiles[ema]
 
 
-def load_weights(backbone: Backbone, weights: dict[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()) -> None:
+def load_weights(
+    backbone: Backbone, weights: dict[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()
+) -> None:
     """Copy weights into a network, strictly except for missing keys that start with one of `optional`."""
     ours = backbone.state_dict()
     missing = [key for key in ours if key not in weights and not key.startswith(optional or ("\0",))]

@@ -57,7 +57,9 @@ class ConsistencySampler(Sampler):
         if nfe < 1:
             raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
         if self.grid is not None and nfe != self.nfe:
-            raise ConfigError(f"sampler.grid has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the grid or that nfe.")
+            raise ConfigError(
+                f"sampler.grid has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the grid or that nfe."
+            )
         g = self.guidance
         return ConsistencySampler(nfe, self.grid, self.timestep_shift, g.scale, g.low, g.high)
 

@@ -82,12 +82,18 @@ class FlowSampler(Sampler):
         if nfe < 1:
             raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
         if self.solver in ADAPTIVE_SOLVERS:
-            raise ConfigError(f"The solver {self.solver} chooses its own steps, so nfe={nfe} cannot be set: use sampler.solver=euler.")
+            raise ConfigError(
+                f"The solver {self.solver} chooses its own steps, so nfe={nfe} cannot be set: use sampler.solver=euler."
+            )
         g = self.guidance
-        steps, spare = ((nfe + 1) // 2, (nfe + 1) % 2) if self.solver == "heun" else divmod(nfe, FIXED_SOLVERS.get(self.solver, 1))
+        steps, spare = (
+            ((nfe + 1) // 2, (nfe + 1) % 2) if self.solver == "heun" else divmod(nfe, FIXED_SOLVERS.get(self.solver, 1))
+        )
         if spare or steps < 1:
             rule = "2 steps - 1" if self.solver == "heun" else f"a multiple of {FIXED_SOLVERS[self.solver]}"
-            raise ConfigError(f"The solver {self.solver} spends {rule} evaluations, which nfe={nfe} is not: choose another nfe.")
+            raise ConfigError(
+                f"The solver {self.solver} spends {rule} evaluations, which nfe={nfe} is not: choose another nfe."
+            )
         return FlowSampler(steps, self.solver, g.scale, g.low, g.high, self.timestep_shift, self.rtol, self.atol)
 
     @torch.no_grad()
@@ -111,11 +117,7 @@ class FlowSampler(Sampler):
 
         x = noise.double()
         if self.solver not in ("euler", "heun"):
-            times = self.times.to(x.device) if self.solver in FIXED_SOLVERS else self.times[[0, -1]].to(x.device)
-            path = torchdiffeq.odeint(
-                lambda t, x: velocity(float(t), x), x, times, method=self.solver, rtol=self.rtol, atol=self.atol
-            )
-            return path[-1]
+            return self._library_solve(velocity, x)
         times = self.times.tolist()
         for step, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
             slope = velocity(now, x)
@@ -123,3 +125,22 @@ class FlowSampler(Sampler):
                 slope = (slope + velocity(after, x + (after - now) * slope)) / 2
             x = x + (after - now) * slope
         return x
+
+    def _library_solve(self, velocity: Callable[[float, Tensor], Tensor], x: Tensor) -> Tensor:
+        times = self.times.to(x.device)
+        options = {}
+        if self.solver in ADAPTIVE_SOLVERS:
+            times = times[[0, -1]]
+            # A last step beyond t = 1 would ask the network on the other side of the data end: stop exactly there.
+            options = {"step_t": times[-1:]}
+        solve = torchdiffeq.odeint
+        path = solve(
+            lambda t, x: velocity(float(t), x),
+            x,
+            times,
+            rtol=self.rtol,
+            atol=self.atol,
+            method=self.solver,
+            options=options,
+        )
+        return path[-1]

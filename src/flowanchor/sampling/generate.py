@@ -55,10 +55,13 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
     """
     from hydra.utils import instantiate
 
+    from flowanchor.checkpoints.trusted import instantiate_trusted
+
     chosen = {key: value for key, value in dict(settings).items() if value is not None}
-    if "_target_" not in chosen:
-        chosen = {**model.config["sampler"], **chosen}
-    sampler = instantiate(chosen, _convert_="all")
+    if "_target_" in chosen:
+        sampler: Sampler = instantiate(chosen, _convert_="all")
+    else:
+        sampler = instantiate_trusted({**model.config["sampler"], **chosen})
     check_sampler(sampler, model.kind)
     return sampler
 

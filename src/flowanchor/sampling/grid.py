@@ -19,7 +19,9 @@ def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | N
     if grid is not None:
         times = [float(t) for t in grid]
         if not times or times[0] < 0 or times[-1] >= 1 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
-            raise ConfigError(f"sampler.grid={times} must be increasing times in [0, 1), for example [0, 0.5] for two steps.")
+            raise ConfigError(
+                f"sampler.grid={times} must be increasing times in [0, 1), for example [0, 0.5] for two steps."
+            )
         return torch.tensor([*times, 1.0], dtype=torch.float64)
     if steps < 1:
         raise ConfigError(f"sampler.steps={steps} is too few: a sampler needs at least one step (sampler.steps=1).")

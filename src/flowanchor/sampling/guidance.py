@@ -22,7 +22,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
-            raise ConfigError(f"The guidance interval [{self.low}, {self.high}] is empty: guidance_low must not exceed guidance_high.")
+            raise ConfigError(
+                f"The guidance interval [{self.low}, {self.high}] is empty: guidance_low must not exceed guidance_high."
+            )
 
     @property
     def calls(self) -> int:

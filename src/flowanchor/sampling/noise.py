@@ -18,6 +18,8 @@ def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], draw: 
     return torch.from_numpy(np.stack(rows))
 
 
-def renoiser(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Callable[[int], Tensor]:
+def renoiser(
+    seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str
+) -> Callable[[int], Tensor]:
     """Fresh noise after sampling step k (draw k + 1; draw 0 is the initial noise)."""
     return lambda step: sample_noise(seed, indices, shape, draw=step + 1).to(device)

@@ -1,0 +1,72 @@
+# Every target works in a fresh clone: .venv is made when it is first needed. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.flowanchor-installed
+
+# For train, sample, eval-fid, demo and the tests: more arguments for the program, for example make train ARGS="seed=1"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv and install everything (PYTHON=python3.12 chooses the interpreter)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "flowanchor needs Python >= 3.10, and $(PYTHON) is not: name another one with PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+lint: $(STAMP) ## check style (ruff)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP) ## repair style (ruff)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck: $(STAMP) ## check types (mypy)
+	$(BIN)/python -m mypy
+
+test: $(STAMP) ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+demo: $(STAMP) ## teacher, one-step student, evaluation and report in outputs/demo (QUICK=1 for a short one)
+	$(BIN)/python src/demo.py $(if $(filter-out 0 false no,$(QUICK)),quick=true) $(ARGS)
+
+train: $(STAMP) ## train: make train ARGS="backbone=lightningdit objective=facm"
+	$(BIN)/python src/train.py $(ARGS)
+
+sample: $(STAMP) ## draw images: make sample CHECKPOINT=outputs/train/NAME [ARGS="sampler.steps=2"]
+	$(need_checkpoint)
+	$(BIN)/python src/sample.py "checkpoint='$(CHECKPOINT)'" $(ARGS)
+
+eval-fid: $(STAMP) ## measure quality: make eval-fid CHECKPOINT=outputs/train/NAME [NFE=1,2,4]
+	$(need_checkpoint)
+	$(BIN)/python src/eval.py "checkpoint='$(CHECKPOINT)'" $(if $(NFE),'nfe=[$(NFE)]') $(ARGS)
+
+bench: $(STAMP) ## run every benchmark in benchmarks/
+	@set -e; found=; for file in benchmarks/*.py; do \
+		test -e "$$file" || continue; found=yes; echo "== $$file"; $(BIN)/python "$$file"; \
+	done; test -n "$$found" || echo "There are no benchmarks yet: each will be one file in benchmarks/."
+
+docs: $(STAMP) ## check the documentation: links resolve, every command runs
+	$(BIN)/python -m pytest tests/test_docs.py -m "slow or not slow" $(ARGS)
+
+clean: ## remove caches and build artefacts; outputs/, data/ and .venv stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info *.egg-info
+	find src plugins conf tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+define need_checkpoint
+@test -n '$(CHECKPOINT)' || { echo "Which checkpoint? make $@ CHECKPOINT=outputs/train/NAME (a run folder or a .ckpt file)" >&2; exit 1; }
+endef

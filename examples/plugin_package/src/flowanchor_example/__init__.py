@@ -1,0 +1,1 @@
+"""A backbone and a shortcut that `flowanchor` finds without knowing them."""

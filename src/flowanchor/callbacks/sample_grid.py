@@ -1,0 +1,137 @@
+"""Pictures of what the student draws while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flowanchor.ema import EMA
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Codec, Sampler
+from flowanchor.reporting.grids import join, labelled_grid
+
+
+class SampleGrid(pl.Callback):
+    """Every `every_n_steps`, and at the end, writes `samples/step_00001000.png` into the run folder.
+
+    One grid per number of network evaluations, side by side; a row per class. Noise and labels are the same every time,
+    so that two pictures differ by training alone. Drawn with the averaged weights, where there are any.
+
+    Args:
+        sampler:       what draws the samples, with its budget replaced by each of `nfe`.
+        codec:         maps samples to pixels.
+        every_n_steps: optimizer steps between two pictures.
+        nfe:           budgets; one that the sampler cannot have is left out.
+        per_class:     images per row.
+        max_classes:   rows at most (spread over the classes); an unlabelled network gets as many rows of any content.
+        seed, batch_size: of the generation.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        codec: Codec,
+        every_n_steps: int = 500,
+        nfe: Sequence[int] = (1, 2, 4),
+        per_class: int = 4,
+        max_classes: int = 10,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        if every_n_steps < 1 or per_class < 1 or max_classes < 1 or batch_size < 1:
+            raise ConfigError(
+                "callbacks.sample_grid needs positive every_n_steps, per_class, max_classes and batch_size."
+            )
+        self.sampler, self.codec, self.every_n_steps = sampler, codec, every_n_steps
+        self.per_class, self.max_classes, self.seed, self.batch_size = per_class, max_classes, seed, batch_size
+        self.samplers: dict[int, Sampler] = {}
+        for budget in nfe:
+            try:
+                self.samplers[int(budget)] = sampler.with_nfe(int(budget))
+            except ConfigError as error:
+                rank_zero_warn(f"No sample grid at nfe={budget}: {error}")
+        self._latest = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    # ---------------------------------------------------------------------------------------------------- drawing
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        if step in (0, self._latest) or not self.samplers:
+            return
+        self._latest = step
+        # A sharded network needs all of its ranks to run; any other draws on the first one alone.
+        sharded = any(isinstance(p, DTensor) for p in pl_module.student.parameters())  # type: ignore[union-attr]
+        if not (sharded or trainer.is_global_zero):
+            return
+        labels = self._labels(pl_module)
+        names = None if labels is None else self._names(trainer, labels)
+        images = self.images(trainer, pl_module, labels)
+        if not trainer.is_global_zero:
+            return
+        titles = [f"{nfe} step{'s' if nfe > 1 else ''}" for nfe in images]
+        picture = join([labelled_grid(x, columns=self.per_class, row_names=names) for x in images.values()], titles)
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("samples", [picture], step=step)
+
+    def images(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, labels: Tensor | None
+    ) -> dict[int, np.ndarray[Any, Any]]:
+        """NFE -> uint8 [N, H, W, C]. Leaves weights, mode and random state as it found them."""
+        from flowanchor.sampling import generate
+
+        student: Any = pl_module.student
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        device = pl_module.device
+        training = student.training
+        count = None if labels is not None else self.max_classes * self.per_class
+        self.codec.to(device)
+        drawn = {}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            student.eval()
+            try:
+                with ema.swapped(pl_module) if ema is not None else nullcontext():
+                    for nfe, sampler in self.samplers.items():
+                        chunks = generate(
+                            student, pl_module.objective.interval, sampler, self.codec, labels, seed=self.seed,  # type: ignore[union-attr,arg-type]
+                            batch_size=self.batch_size, device=device, num_samples=count,
+                        )  # fmt: skip
+                        drawn[nfe] = torch.cat(list(chunks)).numpy()
+            finally:
+                student.train(training)
+        return drawn
+
+    def _labels(self, pl_module: pl.LightningModule) -> Tensor | None:
+        classes = int(pl_module.student.num_classes)  # type: ignore[union-attr,arg-type]
+        if classes == 0:
+            return None
+        rows = min(classes, self.max_classes)
+        return (torch.arange(rows) * classes // rows).repeat_interleave(self.per_class)
+
+    def _names(self, trainer: pl.Trainer, labels: Tensor) -> list[str]:
+        known = getattr(trainer.datamodule, "class_names", None) or ()  # type: ignore[attr-defined]
+        return [str(known[i]) if i < len(known) else str(i) for i in labels[:: self.per_class].tolist()]

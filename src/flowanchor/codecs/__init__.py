@@ -1,0 +1,1 @@
+"""Codecs: samples of the network's space <-> pixels in [-1, 1]."""

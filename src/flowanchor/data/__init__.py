@@ -1,0 +1,1 @@
+"""Data modules: `Batch`es for training, `ImageSet`s for evaluation."""

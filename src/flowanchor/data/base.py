@@ -1,0 +1,126 @@
+"""What every data module shares: loaders of `Batch`es whose order can be resumed, and `ImageSet`s for evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from flowanchor.data.epoch_sampler import BatchLoader, EpochBatchSampler, ResumableLoader
+from flowanchor.data.images import ImageBatches, ImageSet
+from flowanchor.errors import ConfigError
+
+SPLITS = ("train", "heldout")
+
+
+class FlowDataModule(LightningDataModule, ABC):
+    """Images [C, H, W] in [-1, 1], with or without labels, from a train and a held-out split.
+
+    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`. The trainer must
+    be built with `use_distributed_sampler=False`: the loaders shard by rank themselves.
+
+    Args:
+        batch_size: samples per process.
+        num_workers: loader processes (0: load in the training process).
+        pin_memory: page-locked batches, for training on a GPU.
+        drop_last: leave out the incomplete last batch of an epoch (training only).
+        repeat: passes over the data per epoch, see `EpochBatchSampler`.
+        seed: of the order of the training samples.
+
+    Attributes:
+        name: short name of the data set, as in `FD-<name>`.
+        channels, size: of a sample in the network's space (height = width = size).
+        num_classes: 0 where the network gets no labels.
+        class_names: one per class.
+        mirror: whether mirrored copies are trained on, too.
+    """
+
+    name: str = "data"
+    channels: int
+    size: int
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    mirror: bool = False
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        drop_last: bool = True,
+        repeat: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
+        self.drop_last, self.repeat, self.seed = drop_last, repeat, seed
+        self._images: dict[str, ImageSet] = {}
+
+    @abstractmethod
+    def load(self) -> dict[str, ImageSet]:
+        """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had."""
+
+    def images(self, split: str) -> ImageSet:
+        """The images of `train` or `heldout`; held-out images are interleaved by class."""
+        if split not in SPLITS:
+            raise ConfigError(f"There is no split '{split}': use one of {', '.join(SPLITS)}.")
+        if not self._images:
+            self._images = self.load()
+        return self._images[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data and check that there is a batch to train on."""
+        self.images("train")
+        if stage in (None, "fit"):
+            self._train_order()
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches; after a resume, those that an uninterrupted run would have seen next."""
+        return self._loader("train", self._train_order(), self.mirror, position=self._batches_trained)
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out images in order, all of them."""
+        rank, world_size = self._process()
+        length = len(self.images("heldout"))
+        order = EpochBatchSampler(
+            length, self.batch_size, rank=rank, world_size=world_size, drop_last=False, shuffle=False
+        )
+        return self._loader("heldout", order, mirror=False)
+
+    def _train_order(self) -> EpochBatchSampler:
+        rank, world_size = self._process()
+        return EpochBatchSampler(
+            len(self.images("train")) * (2 if self.mirror else 1),
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            repeat=self.repeat,
+            drop_last=self.drop_last,
+        )
+
+    def _loader(self, split: str, order: EpochBatchSampler, mirror: bool, position: Any = None) -> DataLoader:
+        loader = BatchLoader if position is None else ResumableLoader
+        return loader(
+            ImageBatches(self.images(split), labelled=self.num_classes > 0, mirror=mirror),
+            batch_sampler=order,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            **({} if position is None else {"position": position}),
+        )
+
+    def _process(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _batches_trained(self) -> int:
+        if self.trainer is None:
+            return 0
+        # `processed` is what a checkpoint is consistent with: a batch counts once its optimizer step is done. The epoch
+        # counter is no substitute: a run that is stopped by max_steps in the middle of an epoch counts that epoch.
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return batches % int(self.trainer.num_training_batches)  # the same few batches in every epoch
+        return batches

@@ -1,0 +1,187 @@
+"""The order of the samples: a pure function of the seed and of how many batches were trained on.
+
+That makes a run resumable in the middle of an epoch, and makes two processes see, together, what one would see alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flowanchor.errors import ConfigError, DataError, FlowAnchorError
+
+
+class EpochBatchSampler(Sampler[list[int]]):
+    """Batches of indices; an epoch is `repeat` passes over the data, each with a permutation of its own.
+
+    Global batch `b` (of `batch_size * world_size` indices) depends on `(seed, b)` alone. Rank `r` takes the `r`-th of
+    `world_size` equal slices of it, so that the ranks' batches, put together, are one process's batch of that size.
+
+    Args:
+        length: number of samples.
+        batch_size: samples per process.
+        seed: of the permutations.
+        rank, world_size: this process, and how many there are.
+        repeat: passes per epoch (a tiny set does not pay the cost of starting an epoch so often).
+        drop_last: leave out the incomplete batch at the end of an epoch; otherwise it is filled up, to a multiple of
+            `world_size`, with indices from the start of the epoch, so that no rank runs out of batches before another.
+        shuffle: False keeps the data's own order.
+
+    Raises:
+        DataError: no data, or a global batch larger than the data with `drop_last`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1 or repeat < 1:
+            raise ConfigError(
+                f"data.batch_size={batch_size} and data.repeat={repeat} must both be at least 1: "
+                "for example data.batch_size=128 data.repeat=1."
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        if length < 1:
+            raise DataError("The data set has no samples: choose another folder, or another data option.")
+        if drop_last and batch_size * world_size > length:
+            processes = f" ({batch_size} on each of {world_size} processes)" if world_size > 1 else ""
+            raise DataError(
+                f"A batch of {batch_size * world_size}{processes} is larger than the data, {length} samples, and "
+                f"data.drop_last=true would leave no batch: use data.batch_size={max(1, length // world_size)} or "
+                "less, or data.drop_last=false."
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.repeat, self.drop_last, self.shuffle = repeat, drop_last, shuffle
+        self._position = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step over all processes."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        samples = self.length * self.repeat
+        return samples // self.global_batch_size if self.drop_last else -(-samples // self.global_batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next iteration at the beginning of this epoch."""
+        self.seek(epoch * len(self))
+
+    def seek(self, batches: int) -> None:
+        """Start the next iteration after this many batches since the beginning of the training."""
+        self._position = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """`len(self)` batches from the current position on, across the end of an epoch if need be."""
+        order: np.ndarray | None = None
+        for position in range(self._position, self._position + len(self)):
+            epoch, index = divmod(position, len(self))
+            if order is None or index == 0:
+                order = self._epoch_order(epoch)
+            yield self._share(order, index)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:  # [length * repeat]
+        if not self.shuffle:
+            return np.tile(np.arange(self.length), self.repeat)
+        passes = range(epoch * self.repeat, (epoch + 1) * self.repeat)
+        return np.concatenate([np.random.default_rng((self.seed, p)).permutation(self.length) for p in passes])
+
+    def _share(self, order: np.ndarray, index: int) -> list[int]:
+        batch = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
+        share = -(-len(batch) // self.world_size)
+        missing = share * self.world_size - len(batch)
+        if missing:
+            batch = np.concatenate([batch, np.resize(order, missing)])
+        return batch[self.rank * share : (self.rank + 1) * share].tolist()
+
+
+class _Failed:
+    """A user's error on its way out of a worker process: raised there, it would arrive as a traceback."""
+
+    def __init__(self, error: FlowAnchorError) -> None:
+        self.error = error
+
+
+class _Reader(Dataset):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            return self.dataset.__getitems__(indices)
+        except FlowAnchorError as error:
+            return _Failed(error)
+
+
+class BatchLoader(DataLoader):
+    """A `DataLoader` of a dataset whose `__getitems__(indices)` gives a whole batch, in a batch sampler's order."""
+
+    def __init__(self, dataset: Any, **kwargs: Any) -> None:
+        super().__init__(_Reader(dataset), collate_fn=_as_is, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, _Failed):
+                raise batch.error
+            yield batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class ResumableLoader(BatchLoader):
+    """A `BatchLoader` over an `EpochBatchSampler` that starts where the training stands.
+
+    Lightning restores its counters on resume but leaves it to the loader to leave out the batches that were trained on
+    already. It may also create the iterator before it has restored them. So the position is asked for when the first
+    batch is fetched: `position()` is the number of batches that training has used so far, over all epochs.
+    """
+
+    def __init__(self, dataset: Any, *, position: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._order.seek(self.position())
+        yield from super().__iter__()
+
+    @property
+    def _order(self) -> EpochBatchSampler:
+        assert isinstance(self.batch_sampler, EpochBatchSampler)
+        return self.batch_sampler
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """What the order depends on; its presence also tells Lightning that the loader can resume."""
+        order = self._order
+        return {
+            "samples": order.length,
+            "global_batch_size": order.global_batch_size,
+            "seed": order.seed,
+            "repeat": order.repeat,
+            "drop_last": order.drop_last,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Warn where a resumed run cannot see the batches that an uninterrupted one would have seen."""
+        changed = {k: (state[k], v) for k, v in self.state_dict().items() if k in state and state[k] != v}
+        if changed:
+            listed = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+            rank_zero_warn(f"The resumed run will not see the batches of an uninterrupted one ({listed}).")

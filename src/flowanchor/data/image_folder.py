@@ -1,0 +1,145 @@
+"""Images in a folder, one subfolder per class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor
+
+from flowanchor.data.base import FlowDataModule
+from flowanchor.data.images import ImageSet, split_heldout
+from flowanchor.errors import ConfigError, DataError
+
+
+class ImageFolderDataModule(FlowDataModule):
+    """Image files, cropped to a centred square and resized; a fixed share of them is held out.
+
+    Args:
+        root: with `labelled`, a folder with one subfolder per class (in the order of names); otherwise any folder.
+        size: height and width after the resize.
+        channels: 3 (RGB) or 1 (gray).
+        num_classes: number of class subfolders, 0 for unlabelled images.
+        labelled: whether the subfolders are classes.
+        mirror: train on mirrored copies as well: the set counts twice, no random flips.
+        heldout: share of the images (of each class) that is held out.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        DataError: an empty folder, no class folders, another number of classes, or a file that is no image.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        size: int,
+        channels: int = 3,
+        num_classes: int = 0,
+        labelled: bool = True,
+        mirror: bool = False,
+        heldout: float = 0.1,
+        **loader: int | bool,
+    ) -> None:
+        super().__init__(**loader)  # type: ignore[arg-type]
+        if not root:
+            raise ConfigError("data=image_folder needs to know the folder: add data.root=FOLDER.")
+        if channels not in (1, 3):
+            raise ConfigError(f"data.channels={channels} is neither gray nor RGB: use data.channels=1 or 3.")
+        if not labelled and num_classes:
+            raise ConfigError(
+                f"data.labelled=false has no classes, but data.num_classes={num_classes}: add data.num_classes=0."
+            )
+        if not 0 < heldout < 1:
+            raise ConfigError(f"data.heldout={heldout} is no share between 0 and 1: for example data.heldout=0.1.")
+        self.root = Path(root).expanduser()
+        self.name = self.root.resolve().name
+        self.channels, self.size, self.num_classes = channels, size, num_classes
+        self.labelled, self.mirror, self.heldout = labelled, mirror, heldout
+
+    def load(self) -> dict[str, ImageSet]:
+        files, labels = self._labelled_files() if self.labelled else (self._unlabelled_files(), None)
+        everything = FolderImages(files, labels, self.root, self.channels, self.size)
+        counts = [len(files)] if labels is None else np.bincount(labels).tolist()
+        held = [min(count - 1, max(1, round(count * self.heldout))) for count in counts]
+        if sum(held) == 0:
+            raise DataError(
+                f"{self.root} has one image per class, so none can be held out: add images, or set data.root=FOLDER."
+            )
+        train, heldout = split_heldout(labels, len(files), held)
+        return {"train": everything.subset(train), "heldout": everything.subset(heldout)}
+
+    def _labelled_files(self) -> tuple[list[Path], np.ndarray]:
+        try:
+            found = ImageFolder(str(self.root))
+        except FileNotFoundError as error:
+            raise DataError(self._why_unlabelled(error)) from error
+        if len(found.classes) != self.num_classes:
+            raise DataError(
+                f"{self.root} has {len(found.classes)} class folders, but data.num_classes={self.num_classes}: "
+                f"add data.num_classes={len(found.classes)}."
+            )
+        self.class_names = tuple(found.classes)
+        return [Path(path) for path, _ in found.samples], np.asarray(found.targets, dtype=np.int64)
+
+    def _why_unlabelled(self, error: Exception) -> str:
+        if not self.root.is_dir():
+            return f"There is no folder {self.root}: set data.root=FOLDER to a folder with one subfolder per class."
+        if not any(entry.is_dir() for entry in self.root.iterdir()):
+            loose = "images but no" if any(_is_image(path) for path in self.root.iterdir()) else "neither images nor"
+            return (
+                f"{self.root} has {loose} class subfolders: sort the images into one subfolder per class, or train "
+                "without labels by data.labelled=false data.num_classes=0."
+            )
+        return (
+            f"{self.root} has a class folder without images ({error}): remove the folder, or add images ("
+            f"{', '.join(IMG_EXTENSIONS)})."
+        )
+
+    def _unlabelled_files(self) -> list[Path]:
+        files = sorted(path for path in self.root.rglob("*") if _is_image(path)) if self.root.is_dir() else []
+        if not files:
+            what = "no images in" if self.root.is_dir() else "no folder"
+            raise DataError(
+                f"There is {what} {self.root}: set data.root=FOLDER to a folder with images "
+                f"({', '.join(IMG_EXTENSIONS)})."
+            )
+        return files
+
+
+class FolderImages(ImageSet):
+    """Image files, read when asked for: centre crop to a square, bicubic resize."""
+
+    def __init__(self, files: Sequence[Path], labels: np.ndarray | None, root: Path, channels: int, size: int) -> None:
+        self.files, self.labels, self.root = list(files), labels, root
+        self.channels, self.size = channels, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                pixels = image.convert("L" if self.channels == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+            raise DataError(
+                f"{path} cannot be read as an image ({error}): repair the file or remove it from data.root={self.root}."
+            ) from error
+        return pil_to_tensor(ImageOps.fit(pixels, (self.size, self.size), method=Image.Resampling.BICUBIC))
+
+    def digest(self) -> str:
+        content = hashlib.sha256(repr((self.channels, self.size)).encode())
+        for path in self.files:
+            content.update(path.relative_to(self.root).as_posix().encode())
+            content.update(hashlib.sha256(path.read_bytes()).digest())
+        return content.hexdigest()
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()

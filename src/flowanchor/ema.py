@@ -1,0 +1,279 @@
+"""Moving averages of the student's weights, several at once, as a Lightning callback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
+from flowanchor.errors import CheckpointError, ConfigError
+
+
+class Profile:
+    """One averaging rule: `beta(t)`, the weight that the average keeps at update t = 1, 2, ..."""
+
+    def __init__(self, sigma_rel: float | None = None, decay: float | None = None) -> None:
+        self.sigma_rel, self.decay = sigma_rel, decay
+        if sigma_rel is not None:
+            self.gamma = gamma_from_sigma_rel(sigma_rel)
+            self.name = f"power_{sigma_rel:g}"
+        elif decay is not None and 0.0 <= decay < 1.0:
+            self.name = f"constant_{decay:g}"
+        else:
+            raise ConfigError(f"ema.decay={decay} must lie in [0, 1), for instance ema.decay=0.999.")
+
+    def beta(self, t: int) -> float:
+        """Power function: (1 - 1/t)^(gamma + 1), EDM2 eq. 4 in steps (it forgets the initial weights at t = 1)."""
+        if self.decay is not None:
+            return self.decay
+        return (1.0 - 1.0 / t) ** (self.gamma + 1.0)
+
+
+def _as_list(value: float | Sequence[float] | None) -> list[float]:
+    if value is None:
+        return []
+    return [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing its storage (call under `no_grad`)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(local: Tensor, like: Tensor) -> Tensor:
+    """The full tensor of a rank's part laid out as `like` (a collective when `like` is sharded)."""
+    if isinstance(like, DTensor):
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+    return local
+
+
+class EMA(pl.Callback):
+    """Averages of `pl_module.student`, updated after each optimizer step; the first profile is the default.
+
+    Args:
+        sigma_rel:      widths of power-function averages (EDM2); each must lie between 0 and 0.2887.
+        decay:          factors of constant-decay averages, in [0, 1).
+        snapshot_every: write `ema_snapshots/<step>_<profile>.safetensors` every so many steps, and at the end, for
+                        post-hoc synthesis of other widths (power-function profiles only); null: never.
+        snapshot_dtype: "float32" or "float16".
+
+    It keeps the manners of Lightning's `WeightAveraging` (averages during validation, resume) but not its code: that
+    one deep-copies the whole module (a frozen teacher included), holds one average and does not support sharding.
+    Weights in `state_dict` stay raw; the averages are saved as `checkpoint["ema"] = {profile: {name: tensor}}`.
+    """
+
+    def __init__(
+        self,
+        sigma_rel: float | Sequence[float] | None = None,
+        decay: float | Sequence[float] | None = None,
+        snapshot_every: int | None = None,
+        snapshot_dtype: str = "float32",
+    ) -> None:
+        profiles = [Profile(sigma_rel=s) for s in _as_list(sigma_rel)] + [Profile(decay=d) for d in _as_list(decay)]
+        self.profiles = {profile.name: profile for profile in profiles}
+        if not profiles:
+            raise ConfigError("ema averages nothing: set ema.sigma_rel=[0.2] or ema.decay=0.999, or choose ema=none.")
+        if len(self.profiles) != len(profiles):
+            raise ConfigError(f"ema names a profile twice ({', '.join(p.name for p in profiles)}): name each once.")
+        if snapshot_every is not None and snapshot_every < 1:
+            raise ConfigError(f"ema.snapshot_every={snapshot_every} must be a positive number of steps, or null.")
+        if snapshot_dtype not in ("float32", "float16"):
+            raise ConfigError(f"ema.snapshot_dtype={snapshot_dtype} is unknown: choose float32 or float16.")
+        self.snapshot_every, self.snapshot_dtype = snapshot_every, getattr(torch, snapshot_dtype)
+        self.updates = 0
+        self._latest_step = 0
+        self._shadows: dict[str, dict[str, Tensor]] = {}  # profile -> parameter name -> this rank's float32 part
+        self._loaded: dict[str, dict[str, Tensor]] | None = None  # from a checkpoint, until the student is set up
+        self._raw: list[Tensor] | None = None  # the raw weights while averages are swapped in
+        self._active: str | None = None  # the profile that is swapped in
+
+    @property
+    def default(self) -> str:
+        """Name of the profile that validation, grids and evaluation use."""
+        return next(iter(self.profiles))
+
+    # -------------------------------------------------------------------------------------------------- averaging
+
+    @staticmethod
+    def _averaged(student: nn.Module) -> dict[str, Tensor]:
+        return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def _ensure(self, pl_module: pl.LightningModule) -> None:
+        """Create the averages, on first need: by then the student is on its device, sharded and restored."""
+        if self._shadows:
+            return
+        for profile in self.profiles:
+            self._shadows[profile] = {}
+            for name, p in self._averaged(pl_module.student).items():  # type: ignore[arg-type]
+                source: Tensor = p
+                if self._loaded is not None:
+                    source = self._stored(profile, name, p)
+                self._shadows[profile][name] = _local(source).detach().to(_local(p).device, torch.float32, copy=True)
+        self._loaded = None
+
+    def _stored(self, profile: str, name: str, p: Tensor) -> Tensor:
+        assert self._loaded is not None
+        if profile not in self._loaded:
+            raise CheckpointError(
+                f"The checkpoint holds the averages {', '.join(self._loaded)} but not {profile}: "
+                "resume with the ema settings of the run, or train into a new folder."
+            )
+        full = self._loaded[profile].get(name)
+        if full is None or full.shape != p.shape:
+            raise CheckpointError(
+                f"The average {profile} in the checkpoint has no fitting entry for the parameter {name}: "
+                "resume with the backbone of the run, or train into a new folder."
+            )
+        if isinstance(p, DTensor):  # every rank has read the checkpoint, so nothing is sent
+            return distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        return full
+
+    @torch.no_grad()
+    def update(self, pl_module: pl.LightningModule) -> None:
+        """One step of every average: shadow <- beta shadow + (1 - beta) weights."""
+        self._ensure(pl_module)
+        self.updates += 1
+        weights = [_local(p).float() for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        for name, profile in self.profiles.items():
+            torch._foreach_lerp_(list(self._shadows[name].values()), weights, 1.0 - profile.beta(self.updates))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step <= self._latest_step:  # gradients are still being accumulated
+            return
+        self._latest_step = trainer.global_step
+        self.update(pl_module)
+        if self.snapshot_every is not None and trainer.global_step % self.snapshot_every == 0:
+            self._snapshot(trainer, pl_module)
+
+    # --------------------------------------------------------------------------------------------------- swapping
+
+    @contextmanager
+    def swapped(self, pl_module: pl.LightningModule, profile: str | None = None) -> Iterator[None]:
+        """Within it the student holds the averaged weights (default: the first profile). May be nested."""
+        before = self._active
+        self._swap_in(pl_module, profile or self.default)
+        try:
+            yield
+        finally:
+            if before is None:
+                self._swap_out(pl_module)
+            else:
+                self._swap_in(pl_module, before)
+
+    @torch.no_grad()
+    def _swap_in(self, pl_module: pl.LightningModule, profile: str) -> None:
+        if profile not in self.profiles:
+            raise ConfigError(f"There is no average named {profile}: choose one of {', '.join(self.profiles)}.")
+        self._ensure(pl_module)
+        weights = [_local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        if self._raw is None:
+            self._raw = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, list(self._shadows[profile].values()))
+        self._active = profile
+
+    @torch.no_grad()
+    def _swap_out(self, pl_module: pl.LightningModule) -> None:
+        if self._raw is not None:
+            weights = [_local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+            torch._foreach_copy_(weights, self._raw)
+        self._raw = self._active = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap_in(pl_module, self.default)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @torch.no_grad()
+    def averages(self, pl_module: pl.LightningModule, profile: str, keep: bool = True) -> dict[str, Tensor]:
+        """Full state dict of the student under a profile, on the CPU; frozen parameters and buffers are copied.
+
+        Every rank must call it when the student is sharded; with `keep=False` this rank drops what it gathers.
+        """
+        self._ensure(pl_module)
+        student: nn.Module = pl_module.student  # type: ignore[assignment]
+        shadow_of = {id(p): self._shadows[profile][name] for name, p in self._averaged(student).items()}
+        state = {}
+        for name, tensor in student.state_dict(keep_vars=True).items():
+            whole = _whole(shadow_of.get(id(tensor), _local(tensor)).detach(), tensor)
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "latest_step": self._latest_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates, self._latest_step = int(state_dict["updates"]), int(state_dict["latest_step"])
+
+    @torch.no_grad()
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        keep = trainer.is_global_zero
+        averages = {profile: self.averages(pl_module, profile, keep) for profile in self.profiles}
+        if keep:
+            checkpoint["ema"] = averages
+        if self._raw is not None:  # saved in the middle of a validation: the file must still hold the raw weights
+            names = self._averaged(pl_module.student)  # type: ignore[arg-type]
+            for (name, p), raw in zip(names.items(), self._raw, strict=True):
+                key, whole = f"student.{name}", _whole(raw, p)
+                if key in checkpoint["state_dict"]:
+                    checkpoint["state_dict"][key] = whole.clone()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._shadows, self._loaded = {}, checkpoint.get("ema")
+        if self._loaded is None:
+            rank_zero_warn("The checkpoint holds no averaged weights: averaging starts from its raw weights.")
+
+    # -------------------------------------------------------------------------------------------------- snapshots
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "ema_snapshots"
+
+    def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        student: nn.Module = pl_module.student  # type: ignore[assignment]
+        averaged = {id(p) for p in self._averaged(student).values()}
+        copied = [name for name, v in student.state_dict(keep_vars=True).items() if id(v) not in averaged]
+        for name, profile in self.profiles.items():
+            if profile.sigma_rel is None:
+                continue
+            state = self.averages(pl_module, name, keep=trainer.is_global_zero)
+            if trainer.is_global_zero:
+                path = self._folder(trainer) / f"{trainer.global_step:08d}_{name}.safetensors"
+                save_snapshot(path, state, profile.sigma_rel, self.updates, copied, self.snapshot_dtype)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ensure(pl_module)
+        if self.snapshot_every is None or not trainer.is_global_zero:
+            return
+        for path, step in snapshot_files(self._folder(trainer)):
+            if step > trainer.global_step:  # of a run that was cut off after its last checkpoint, or started afresh
+                rank_zero_info(
+                    f"Removing {path.name}: it lies ahead of step {trainer.global_step}, where this run starts."
+                )
+                path.unlink()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.snapshot_every is not None and self.updates and trainer.global_step % self.snapshot_every:
+            self._snapshot(trainer, pl_module)

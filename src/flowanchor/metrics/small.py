@@ -1,0 +1,94 @@
+"""The metric of small data sets: features of a classifier trained on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from flowanchor.data.base import FlowDataModule
+from flowanchor.errors import DataError
+from flowanchor.metrics.base import Metric
+from flowanchor.metrics.classifier import (
+    FEATURES,
+    ClassifierSpec,
+    SmallClassifier,
+    TrainedClassifier,
+    cached_classifier,
+)
+
+EXTRACTOR = "flowanchor-small-classifier"
+LAYERS = (str(FEATURES), "logits")
+
+
+class SmallClassifierExtractor(FeatureExtractorBase):
+    """A `SmallClassifier` in torch-fidelity's clothes: layers `64` (penultimate) and `logits`."""
+
+    def __init__(self, name: str, features_list: list[str], classifier: SmallClassifier, **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.classifier = classifier
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else str(FEATURES)
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(LAYERS, self.classifier(images), strict=True))
+        return tuple(features[layer] for layer in self.features_list)
+
+
+if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor(EXTRACTOR, SmallClassifierExtractor)
+
+
+class SmallMetric(Metric):
+    """Frechet distance and the others on a small classifier's features, called `FD-<data>`.
+
+    The classifier is trained once on the train split (seconds for digits) and cached.
+
+    Args:
+        cache_dir: folder of the trained classifiers.
+        seed, steps: of the classifier's training.
+        statistics: see `Metric`.
+    """
+
+    feature_layer, logits_layer = LAYERS
+
+    def __init__(self, cache_dir: str, seed: int = 0, steps: int = 400, **statistics: int) -> None:
+        super().__init__(**statistics)
+        self.cache_dir, self.seed, self.steps = cache_dir, seed, steps
+
+    def label(self, data: FlowDataModule) -> str:
+        return f"FD-{data.name}"
+
+    def classifier(self, data: FlowDataModule) -> TrainedClassifier:
+        """The classifier of this data; raises `DataError` without labels."""
+        train, heldout = data.images("train"), data.images("heldout")
+        if train.labels is None or heldout.labels is None:
+            raise DataError(
+                f"metric=small trains a classifier, but the images of {data.name} have no labels: use "
+                "metric=inception, or sort the images into one subfolder per class."
+            )
+        spec = ClassifierSpec(
+            channels=data.channels,
+            size=data.size,
+            num_classes=int(train.labels.max()) + 1,
+            seed=self.seed,
+            steps=self.steps,
+        )
+        return cached_classifier(train, heldout, spec, self.cache_dir, data.name)
+
+    def extractor(self, data: FlowDataModule) -> FeatureExtractorBase:
+        trained = self.classifier(data)
+        return create_feature_extractor(EXTRACTOR, list(LAYERS), cuda=False, verbose=False, classifier=trained.model)

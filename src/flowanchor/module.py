@@ -1,0 +1,167 @@
+"""The LightningModule: batch -> objective -> loss. Nothing in it knows a method, a backbone or a strategy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from flowanchor.checkpoints.load import FORMAT
+from flowanchor.errors import NonFiniteLossError
+from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, VelocityField
+
+# Streams of random numbers, so that no two uses of one seed share their draws.
+TRAIN_STREAM, VALIDATION_STREAM = 1, 2
+
+
+class FlowModule(pl.LightningModule):
+    """Trains `student` on an objective.
+
+    Args:
+        student: the velocity network.
+        objective: the loss.
+        velocity: where the target velocity comes from; a frozen teacher in it is not saved with the run.
+        engine: computes predictions with their tangents.
+        optimizer: parameters -> optimizer.
+        config: resolved config of the run, plain values only; stored in checkpoints so that they can be opened alone.
+        seed: all randomness of a step is a function of (seed, step), so that a resumed run repeats an uninterrupted one,
+            and so that N processes draw what one process with the joint batch draws.
+        max_nonfinite_steps: steps in a row with a non-finite loss or gradient after which the run stops.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        objective: Objective,
+        velocity: VelocityField,
+        engine: TangentEngine,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        config: dict[str, Any] | None = None,
+        seed: int = 0,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.velocity = velocity
+        self.engine = engine
+        self.make_optimizer = optimizer
+        self.config = config or {}
+        self.seed = seed
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.nonfinite_steps = 0
+        self._nonfinite_in_a_row = 0
+        self._seen_terms: list[dict[str, Tensor]] = []
+        objective.check(student)
+        velocity.check(student)
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        noise, t = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        result = self.objective(self.student, batch, self.velocity, self.engine, noise, t)
+        self._seen_terms.append(result.terms)
+        self._log_result("train", result, batch)
+        return result.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        noise, t = self._draw(batch, VALIDATION_STREAM, batch_idx)
+        self._log_result("val", self.objective(self.student, batch, self.velocity, self.engine, noise, t), batch)
+
+    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows."""
+        x1 = batch.x1
+        seeds = np.random.SeedSequence((self.seed, stream, step)).generate_state(2)
+        size, rank = x1.shape[0], self.global_rank
+        mine = slice(rank * size, (rank + 1) * size)
+        torch.manual_seed(int(seeds[0]))
+        noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:], device=x1.device)[mine].to(x1.dtype)
+        t = self.objective.time.sample(self.trainer.world_size * size, x1.device)[mine]
+        torch.manual_seed(int(seeds[1]) + rank)
+        return noise, t
+
+    def _log_result(self, stage: str, result: ObjectiveResult, batch: Batch) -> None:
+        validating = stage == "val"
+        values = {f"{stage}/{name}": value for name, value in {**result.terms, **result.diagnostics}.items()}
+        options: dict[str, Any] = {"batch_size": batch.x1.shape[0], "on_step": not validating, "on_epoch": validating}
+        self.log(f"{stage}/loss", result.loss.detach(), prog_bar=True, sync_dist=validating, **options)
+        terms = {f"{stage}/{name}" for name in result.terms}
+        for name, value in values.items():
+            shown = name in terms and not validating and len(terms) > 1
+            self.log(name, value, prog_bar=shown, sync_dist=validating, **options)
+
+    # ------------------------------------------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [*self.student.parameters(), *self.objective.parameters()]
+        return self.make_optimizer([parameter for parameter in trained if parameter.requires_grad])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm, log the norm, and skip the step where it is not finite.
+
+        The gradients are those reduced over all processes, so every process comes to the same verdict without asking.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if bool(torch.isfinite(norm)):
+            self._nonfinite_in_a_row = 0
+        else:
+            self._skip_step(optimizer)
+        self._seen_terms.clear()
+        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+        self.log("train/nonfinite_steps", float(self.nonfinite_steps), on_step=True, on_epoch=False)
+
+    def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the gradients, so that the optimizer leaves weights and moments alone; count, name, and stop if it goes on."""
+        optimizer.zero_grad(set_to_none=True)
+        self.nonfinite_steps += 1
+        self._nonfinite_in_a_row += 1
+        broken = sorted(
+            {name for terms in self._seen_terms for name, value in terms.items() if not torch.isfinite(value)}
+        )
+        where = (
+            f"the {' and '.join(broken)} loss"
+            if broken
+            else "the gradient (every loss term was finite on this process)"
+        )
+        row = self._nonfinite_in_a_row
+        rank_zero_warn(
+            f"Step {self.trainer.global_step} was skipped: {where} was not finite ({row} in a row, {self.nonfinite_steps} in all)."
+        )
+        if row >= self.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"Training stopped at step {self.trainer.global_step}: {where} was not finite {row} times in a row "
+                "(max_nonfinite_steps); the last checkpoint is untouched: lower optimizer.lr, use trainer.precision=32-true, or check the data."
+            )
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher belongs to another file; what is needed to open this one alone goes in."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("velocity.")}
+        checkpoint["flowanchor"] = {
+            "format": FORMAT,
+            "kind": self.objective.kind,
+            "config": self.config,
+            "step": int(self.trainer.global_step),
+            "nonfinite_steps": self.nonfinite_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        checkpoint["state_dict"].update({key: value for key, value in own.items() if key.startswith("velocity.")})
+        self.nonfinite_steps = int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0))

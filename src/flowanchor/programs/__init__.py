@@ -1,0 +1,1 @@
+"""Entry points: each module composes a configuration, builds from it, and runs."""

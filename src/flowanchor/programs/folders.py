@@ -1,0 +1,76 @@
+"""Where a run lands: the command line alone names its folder, so that the same command finds it again and resumes.
+
+conf/hydra/default.yaml uses these resolvers:
+
+- `${flowanchor.run_name:NAME,OVERRIDES}` is NAME where the user gave one (`name=...`), else a readable slug of the
+  overrides plus eight digits of their hash;
+- `${flowanchor.digest:OVERRIDES}` is the hash alone, for the folder of a sweep.
+
+Neither depends on the order of the overrides or needs quoting in a shell or in Hydra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, read_write
+
+UNNAMED = "default"  # the folder of a run without overrides
+MAX_SLUG = 60  # characters; the hash keeps longer ones apart
+
+# Settings that do not change what is computed: they keep the folder.
+_NEUTRAL = {"debug", "name"}
+
+
+def digest(overrides: Iterable[str]) -> str:
+    """Eight hexadecimal digits of the overrides, whatever their order."""
+    relevant = sorted(str(line) for line in overrides if _key(str(line)) not in _NEUTRAL)
+    return hashlib.sha256("\n".join(relevant).encode()).hexdigest()[:8]
+
+
+def run_name(name: str | None, overrides: Iterable[str]) -> str:
+    """Folder name of one run: the user's name, or for example `objective-facm_seed-1_0fb1c2d3`."""
+    if name is not None:
+        parts = [re.sub(r"[^\w.-]+", "-", part) for part in str(name).split("/")]
+        return "/".join(part for part in parts if part.strip("."))
+    lines = sorted(str(line) for line in overrides if _key(str(line)) not in _NEUTRAL)
+    if not lines:
+        return UNNAMED
+    return f"{_slug(lines)}_{digest(lines)}"
+
+
+def register_resolvers() -> None:
+    """Make both names known to OmegaConf; calling it again changes nothing."""
+    OmegaConf.register_new_resolver("flowanchor.digest", digest, replace=True)
+    OmegaConf.register_new_resolver("flowanchor.run_name", run_name, replace=True)
+
+
+class OneSweepFolder(Callback):
+    """Settles the folder of a sweep before its jobs start.
+
+    Each job is composed anew, from its own overrides, wherever its launcher runs it: left to itself, it would find a
+    folder of its own for the whole sweep.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        overrides = config.hydra.overrides.hydra
+        if not any(_key(line) == "hydra.sweep.dir" for line in overrides):
+            with read_write(overrides):
+                overrides.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _slug(lines: list[str]) -> str:
+    parts = []
+    for line in lines:
+        key, _, value = line.lstrip("+~").partition("=")
+        short = re.split(r"[./@]", key)[-1]  # backbone.depth=4 reads "depth-4"
+        parts.append(re.sub(r"[^\w.]+", "-", f"{short}-{value}").strip("-."))
+    return "_".join(parts)[:MAX_SLUG].rstrip("-._")

@@ -1,0 +1,129 @@
+"""How every program starts: Hydra composes the configuration, and what a user did wrong is told in one sentence.
+
+    @program("train")
+    def main(cfg: DictConfig) -> float | None: ...
+
+`main()` then reads the command line. `HYDRA_FULL_ERROR=1` or `debug=true` shows the traceback instead of the sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict, read_write
+
+from flowanchor.programs.folders import register_resolvers
+from flowanchor.programs.messages import explain
+from flowanchor.programs.plugin_path import register_plugin_path
+
+T = TypeVar("T")
+Task = Callable[[DictConfig], T]
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+CONFIG_PATH = "pkg://flowanchor.conf"
+
+# Warnings that libraries raise about their own code on every start: no user can do anything about them.
+LIBRARY_WARNINGS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"`torch\.jit\.\w+` is deprecated")
+
+
+def prepare() -> None:
+    """Register the resolvers and the search path of plugin packages: for programs, and for `hydra.compose` anywhere."""
+    register_resolvers()
+    register_plugin_path()
+
+
+def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[T]], Callable[[], None]]:
+    """Turn `main(cfg)` into a command-line program that composes `config_name`.yaml of `config_path`.
+
+    The program returns None: what `main` returns is for sweepers (`-m`), and a console script would take it for an
+    exit code. Exit codes: 0, 1 for an error, 130 for Ctrl-C.
+    """
+
+    def decorate(main: Task[T]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def run() -> None:
+            prepare()
+            for message in LIBRARY_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            own = os.environ.get(FULL_ERROR)
+            show_traceback = own == "1" or _debug_requested(sys.argv[1:])
+
+            @functools.wraps(main)
+            def task(cfg: DictConfig) -> T:
+                with _environment(FULL_ERROR, own):  # child processes see what the user had set, not what we set below
+                    _fix_run_folder()
+                    try:
+                        return main(cfg)
+                    except Exception as error:
+                        # A sweeper must see the error; a single run ends here, before Hydra adds its own lines.
+                        if HydraConfig.get().mode == RunMode.MULTIRUN or show_traceback or cfg.get("debug", False):
+                            raise
+                        _exit_with(error, config_name, config_path)
+                        raise
+
+            start = hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)
+            try:
+                with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
+                    start()
+            except KeyboardInterrupt:
+                sys.exit(130)
+            except Exception as error:
+                if not show_traceback:
+                    _exit_with(error, config_name, config_path)
+                raise
+
+        return run
+
+    return decorate
+
+
+def _exit_with(error: Exception, config_name: str, config_path: str) -> None:
+    """Print the sentence for an error that a user can act on and exit; return for any other error."""
+    GlobalHydra.instance().clear()
+    sentence = explain(error, config_name, config_path, sys.argv[1:])
+    if sentence is not None:
+        sys.stdout.flush()
+        print(f"Error: {sentence}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _debug_requested(arguments: list[str]) -> bool:
+    return any(argument.lower() in ("debug=true", "+debug=true", "++debug=true") for argument in arguments)
+
+
+def _fix_run_folder() -> None:
+    """Write the run folder into Hydra's own record as a plain path.
+
+    Lightning starts its other processes with `hydra.run.dir` of that record, where `name` can no longer be looked up.
+    """
+    record: Any = HydraConfig.get()
+    if record.mode == RunMode.RUN:
+        with read_write(record), open_dict(record):
+            record.run.dir = record.runtime.output_dir
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

@@ -1,0 +1,93 @@
+"""`flowanchor-train`: compose, build, fit. Re-running the same command resumes the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+
+from flowanchor.checkpoints import initialise_student, read_checkpoint
+from flowanchor.errors import ConfigError
+from flowanchor.module import FlowModule
+from flowanchor.programs.launch import program
+from flowanchor.provenance import check_same_run, write_run_record
+from flowanchor.sampling.generate import check_sampler
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train one run in Hydra's output folder; returns the validation loss, for sweeps."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    last = folder / "checkpoints" / "last.ckpt"
+    resumed = last if last.is_file() and not cfg.trainer.fast_dev_run else None
+    if resumed is not None:
+        check_same_run(folder, cfg)
+    write_run_record(folder, cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+
+    data = instantiate(cfg.data)
+    module = build_module(cfg, initialise=resumed is None)
+    trainer = build_trainer(cfg, folder, module)
+    if resumed is not None:
+        done = read_checkpoint(resumed)["flowanchor"]["step"]
+        if 0 < trainer.max_steps <= done:
+            rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
+            return None
+        rank_zero_info(f"Resuming {folder} from step {done}.")
+    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    loss = trainer.callback_metrics.get("val/loss")
+    return None if loss is None else float(loss)
+
+
+def build_module(cfg: DictConfig, initialise: bool = True) -> FlowModule:
+    """The student with its objective, velocity field, engine and optimizer; optionally started from other weights."""
+    student = instantiate(cfg.backbone)
+    module = FlowModule(
+        student=student,
+        objective=instantiate(cfg.objective, _convert_="all"),
+        velocity=instantiate(cfg.teacher),
+        engine=instantiate(cfg.jvp),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
+        seed=cfg.seed,
+        max_nonfinite_steps=cfg.max_nonfinite_steps,
+    )
+    if initialise and cfg.initialise_from:
+        initialise_student(student, cfg.initialise_from)
+    return module
+
+
+def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule) -> pl.Trainer:
+    """Lightning's trainer with the callbacks and the logger of the config."""
+    sampler = instantiate(cfg.sampler, _convert_="all")
+    check_sampler(sampler, module.objective.kind)
+    callbacks = [instantiate(item) for item in (cfg.callbacks or {}).values() if item]
+    if cfg.ema and "_target_" in cfg.ema:
+        callbacks.insert(0, instantiate(cfg.ema))
+    strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
+    batches = cfg.data.get("batch_size")
+    if batches is not None and batches < 1:
+        raise ConfigError(f"data.batch_size={batches} is too small: a batch needs at least one sample.")
+    loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
+    return cast(
+        pl.Trainer,
+        instantiate(
+            cfg.trainer,
+            strategy=strategy,
+            callbacks=callbacks,
+            logger=loggers or False,
+            default_root_dir=str(folder),
+            use_distributed_sampler=False,  # the data module shares each global batch among the processes
+            inference_mode=False,  # validation computes tangents, which inference tensors refuse
+            _convert_="all",
+        ),
+    )
+
+
+main = program("train")(train)

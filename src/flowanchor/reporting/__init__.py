@@ -1,0 +1,1 @@
+"""Pictures, plots and pages that show what a run has done."""

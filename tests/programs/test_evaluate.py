@@ -1,0 +1,211 @@
+"""The evaluation program, on a checkpoint with random weights: its numbers are those of the images it generates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from flowanchor.checkpoints import load_model
+from flowanchor.codecs.identity import Identity
+from flowanchor.data.images import ArrayImages
+from flowanchor.errors import ConfigError
+from flowanchor.metrics.evaluator import Evaluator
+from flowanchor.programs.evaluate import evaluate
+from flowanchor.programs.launch import prepare
+from flowanchor.sampling import build_sampler, generate
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKBONE = {
+    "_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT",
+    "input_size": 8,
+    "patch_size": 4,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+
+
+def save_checkpoint(path, kind="shortcut"):
+    torch.manual_seed(0)
+    network = instantiate(BACKBONE)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    sampler = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2}
+    config = {
+        "backbone": BACKBONE,
+        "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
+        "sampler": {"_target_": "flowanchor.sampling.FlowSampler", "steps": 2} if kind == "flow" else sampler,
+        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
+        "data": {
+            "_target_": "flowanchor.data.digits.DigitsDataModule",
+            "channels": 1,
+            "size": 8,
+            "num_classes": 10,
+            "batch_size": 64,
+        },
+    }
+    content = {
+        "state_dict": {f"student.{name}": value for name, value in network.state_dict().items()},
+        "ema": {"short": network.state_dict()},
+        "flowanchor": {"format": 1, "kind": kind, "step": 7, "config": config},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    save_checkpoint(place / "run" / "checkpoints" / "last.ckpt")
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def config(place, run):
+    def make(*overrides, checkpoint=run):
+        prepare()
+        settings = [f"checkpoint={checkpoint}", f"metric.cache_dir={place / 'cache'}", "metric.steps=20", "device=cpu"]
+        with initialize_config_module("flowanchor.conf", version_base="1.3"):
+            return compose("eval", [*settings, "num_samples=600", "batch_size=64", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def report(place, config):
+    return evaluate(config("nfe=[1,3]", "save_samples=true"), place / "out")
+
+
+def test_files(report, place):
+    assert json.loads((place / "out" / "metrics.json").read_text()) == report
+    assert (place / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (place / "out" / "samples").iterdir()) == ["nfe1.npz", "nfe3.npz"]
+
+
+def test_every_line_says_what_it_is(report, run):
+    model = load_model(run)
+    assert [line["nfe"] for line in report["results"]] == [1, 3]
+    for line in report["results"]:
+        assert line["sampler"] == "consistency" and line["network_calls"] == line["nfe"]
+        assert (line["n"], line["protocol"], line["seed"], line["ema"]) == (600, "balanced", 0, "short")
+        assert line["checkpoint_hash"] == model.digest and line["seconds"] > 0
+        assert line["floor"] == report["floor"]["fd"] and line["floor_n"] == report["floor"]["n"] == 500
+        assert line["fd"] > 10 * line["floor"]  # random weights
+        assert line["fd"] != line["fd_at_floor_n"]
+    settings = report["settings"]
+    assert settings["metric"] == "FD-digits" and settings["step"] == 7 and settings["reference"]["n"] == 1297
+
+
+@pytest.mark.parametrize("nfe", [1, 3])
+def test_scores_are_those_of_the_images(report, place, config, run, nfe):
+    """Generated here in one piece, with another batch size, and scored from memory."""
+    cfg, model = config(), load_model(run)
+    sampler = build_sampler(cfg.sampler, model).with_nfe(nfe)
+    labels = torch.arange(600) % 10
+    images = torch.cat(list(generate(model.backbone, model.interval, sampler, Identity(), labels, 0, 200)))
+    with np.load(place / "out" / "samples" / f"nfe{nfe}.npz") as saved:
+        assert np.abs(saved["images"].astype(int) - images.numpy().astype(int)).max() <= 1
+        assert saved["labels"].tolist() == labels.tolist()
+        pixels = torch.from_numpy(saved["images"]).permute(0, 3, 1, 2).contiguous()
+    evaluator = Evaluator(cfg.metric, instantiate(model.config["data"]))
+    scores = evaluator.score(ArrayImages(pixels, None))
+    line = next(line for line in report["results"] if line["nfe"] == nfe)
+    for name, value in scores.as_dict().items():
+        assert line[name] == pytest.approx(value, rel=1e-4), name
+    assert line["fd_at_floor_n"] == pytest.approx(evaluator.score(ArrayImages(pixels[:500], None)).fd, rel=1e-4)
+
+
+def test_small_samples_have_a_floor_of_their_size(place, config):
+    report = evaluate(config("nfe=1", "num_samples=100", "ema_profile=none", "protocol=random"), place / "few")
+    line = report["results"][0]
+    assert line["floor_n"] == 100 and line["fd"] == line["fd_at_floor_n"]
+    assert line["ema"] == "none" and line["protocol"] == "random"
+    assert not (place / "few" / "samples").exists()
+
+
+def test_another_sampler(place, config):
+    report = evaluate(config("sampler=flow", "sampler.solver=heun", "nfe=5", "num_samples=50"), place / "flow")
+    assert [(line["sampler"], line["nfe"]) for line in report["results"]] == [("flow-heun", 5)]
+
+
+def test_the_samplers_own_steps(place, config):
+    report = evaluate(config("nfe=null", "num_samples=50"), place / "own")
+    assert [line["nfe"] for line in report["results"]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["nfe=0"], r"nfe=\[1,2,4\]"),
+        (["nfe=[1,-2]"], r"nfe=\[1,2,4\]"),
+        (["protocol=even"], "protocol=balanced"),
+        (["num_samples=0"], "num_samples=1000"),
+        (["checkpoint=null"], "checkpoint=PATH"),
+        (["+data_overrides.root=x"], "data_overrides has root.*batch_size"),
+    ],
+)
+def test_wrong_settings_are_told_before_any_work(place, config, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(config(*overrides), place / "wrong")
+    assert not (place / "wrong").exists()
+
+
+def test_data_of_another_shape(place, config):
+    with pytest.raises(ConfigError, match="1 x 8 x 8 .*1 x 28 x 28"):
+        evaluate(config("data=fashion_mnist"), place / "wrong")
+
+
+def test_a_flow_model_has_no_shortcut(place, config):
+    path = save_checkpoint(place / "flow.ckpt", kind="flow")
+    with pytest.raises(ConfigError, match="sampler=flow"):
+        evaluate(config("sampler=consistency", checkpoint=path), place / "wrong")
+    report = evaluate(config("nfe=2", "num_samples=50", checkpoint=path), place / "flow2")
+    assert report["results"][0]["sampler"] == "flow-euler"
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "src" / "eval.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_command_line(place, run):
+    done = command(
+        f"checkpoint={run}", "nfe='1,2'", "num_samples=60", "metric.steps=20", f"metric.cache_dir={place / 'cache'}",
+        "name=mine", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("FD-digits", "consistency", "floor", load_model(run).digest, "balanced"):
+        assert word in done.stdout
+    report = json.loads((place / "outputs" / "eval" / "mine" / "metrics.json").read_text())
+    assert [line["nfe"] for line in report["results"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [((), "checkpoint=PATH"), (("checkpoint=RUN", "+data_overrides.size=16"), "data.size=8")]
+)
+def test_command_line_errors_are_one_sentence(place, run, arguments, word):
+    done = command(*(argument.replace("RUN", str(run)) for argument in arguments), cwd=place)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and word in lines[0], done.stderr

@@ -1,0 +1,192 @@
+"""The documentation is true: links resolve, files that it shows are valid, and every command in it runs.
+
+A page is read from top to bottom in a clone of its own (a copy of what the programs need) and may use what it made:
+
+- a ```python or ```yaml block whose first line is a comment with a path (`# plugins/backbones/mine.py`) is written
+  there, any other ```python block is run as a script;
+- each line of a ```bash block is run as written, with the shortest possible training added to it; `make` is expanded
+  and the programs it would start are run; `pip install` of a local folder goes to a folder beside the clone;
+- a block after `<!-- not run: reason -->` is skipped, with the reason in the test report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "data/README.md", "examples/*/README.md")
+    for path in ROOT.glob(pattern)
+)
+
+# The least that each program can do: added after the words of a command, where they win.
+SHORT = {
+    "train.py": ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1"],
+    "eval.py": ["num_samples=40"],
+    "sample.py": ["num_samples=10"],
+    "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=2", "student.quick_steps=2"],
+}
+SCRIPTS = {"flowanchor-train": "train.py", "flowanchor-sample": "sample.py", "flowanchor-eval": "eval.py"}
+SCRIPTS["flowanchor-demo"] = "demo.py"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    line: int
+    not_run: str | None  # the reason, where a page gives one
+
+    @property
+    def file(self) -> str | None:
+        first = self.text.splitlines()[0] if self.text else ""
+        match = re.fullmatch(r"# ((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|toml))", first.strip())
+        return match.group(1) if match else None
+
+    @property
+    def commands(self) -> list[str]:
+        joined = self.text.replace("\\\n", " ")
+        lines = [shlex.join(shlex.split(line, comments=True)) for line in joined.splitlines()]
+        return [line for line in lines if line]
+
+
+@dataclass
+class Step:
+    """One thing to check of a page: a command, a script, or a file to write first."""
+
+    page: Path
+    block: Block
+    command: str | None = None
+    first: list[Block] = field(default_factory=list)  # files that the page shows before this step
+
+    def __str__(self) -> str:
+        what = self.command or f"{self.block.language} block"
+        return f"{self.page.relative_to(ROOT).as_posix()}:{self.block.line} {what}"
+
+
+def blocks(page: Path) -> list[Block]:
+    found = []
+    fence = re.compile(r"(<!-- not run: (?P<why>.+?) -->\s*\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+    text = page.read_text()
+    for match in fence.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        found.append(Block(match["language"], match["text"], line, match["why"]))
+    return found
+
+
+def steps() -> list[Step]:
+    found: list[Step] = []
+    for page in PAGES:
+        files: list[Block] = []
+        for block in blocks(page):
+            if block.language in ("bash", "sh", "shell", "console"):
+                found.extend(Step(page, block, command, list(files)) for command in block.commands)
+            elif block.file is not None:
+                files.append(block)
+            elif block.language == "python":
+                found.append(Step(page, block, None, list(files)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def clones(tmp_path_factory: pytest.TempPathFactory):
+    """Page -> its own copy of the repository, made when its first step runs."""
+    made: dict[Path, Path] = {}
+
+    def clone_of(page: Path) -> Path:
+        if page not in made:
+            clone = tmp_path_factory.mktemp("page") / "flowanchor"
+            hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+            for name in ("src", "plugins", "conf", "examples"):
+                shutil.copytree(ROOT / name, clone / name, ignore=hidden)
+            for name in ("pyproject.toml", "setup.py", "constraints.txt", "Makefile", "README.md", "LICENSE"):
+                shutil.copy(ROOT / name, clone / name)
+            made[page] = clone
+        return made[page]
+
+    return clone_of
+
+
+@pytest.mark.parametrize("step", steps(), ids=str)
+def test_commands_run(step: Step, clones):
+    if step.block.not_run:
+        pytest.skip(step.block.not_run)
+    clone = clones(step.page)
+    for block in step.first:
+        assert block.file is not None
+        (clone / block.file).parent.mkdir(parents=True, exist_ok=True)
+        (clone / block.file).write_text(block.text)
+    for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, clone):
+        paths = [clone.parent / "installed", clone / "src", os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+        done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def runnable(command: str, clone: Path) -> list[list[str]]:
+    """What to run for a documented command: nothing that reaches for the network or lasts for minutes."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        # An up-to-date stamp, as after `make setup`; then the programs that make would start.
+        (clone / ".venv").mkdir(exist_ok=True)
+        (clone / ".venv" / ".flowanchor-installed").touch()
+        dry = subprocess.run([*words, "--dry-run"], cwd=clone, capture_output=True, text=True)
+        assert dry.returncode == 0, dry.stderr
+        lines = [shlex.split(line) for line in dry.stdout.splitlines() if re.match(r"\S*python src/\w+\.py", line)]
+        return [short(line) for line in lines]
+    if words[0] in SCRIPTS:
+        return [short(["python", f"src/{SCRIPTS[words[0]]}", *words[1:]])]
+    program = Path(words[0]).name
+    if program in ("pip", "python", "python3") and "install" in words and "pip" in " ".join(words[:3]):
+        local = [word for word in words if (clone / word).is_dir()]
+        assert len(local) == 1, f"only a folder of the repository is installed in a test: {command}"
+        offline = ["--no-deps", "--no-build-isolation", "--no-index", "--upgrade"]
+        target = clone.parent / "installed"
+        return [[sys.executable, "-m", "pip", "install", *offline, "--target", str(target), local[0]]]
+    assert program in ("python", "python3") and len(words) > 1, f"tests/test_docs.py cannot run this: {command}"
+    return [short(words)]
+
+
+def short(words: list[str]) -> list[str]:
+    """`python src/train.py ...` with this interpreter and the shortest training."""
+    script = words[1]
+    only_shows = {"--cfg", "--help", "--info", "--hydra-help"} & set(words)
+    return [sys.executable, *words[1:], *([] if only_shows else SHORT.get(Path(script).name, []))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_resolve(page: Path):
+    prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in headings(file), f"{page.name} links to {target}, and {file.name} has no such heading"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors as code hosts make them: lower case, punctuation dropped, spaces to hyphens."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+?)\s*#*$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_pages_are_found():
+    names = {page.relative_to(ROOT).as_posix() for page in PAGES}
+    assert {"README.md", "CONTRIBUTING.md", "docs/plugins.md", "examples/plugin_package/README.md"} <= names
