@@ -143,8 +143,8 @@ def test_the_teacher_is_not_saved_with_the_run(tmp_path):
     assert content["flowanchor"]["step"] == 2 and content["flowanchor"]["kind"] == "shortcut"
 
     again = make(CheckpointVelocity.of_network(teacher, Guidance()))
-    more = pl.Trainer(max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    more = pl.Trainer(max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     more.fit(again, loader(), ckpt_path=path, weights_only=True)
     assert more.global_step == 3
     for ours, theirs in zip(again.velocity.network.parameters(), teacher.parameters(), strict=True):

@@ -47,7 +47,7 @@ class LightningDiT(Backbone):
         class_dropout_prob: share of labels replaced by the null class in training; above 0, the null class has a row.
         use_qknorm, use_swiglu, use_rope, use_rmsnorm: the released switches (off: DiT's layers).
         wo_shift: adaLN without shifts.
-        learn_sigma: twice the output channels, of which the second half is dropped (released checkpoints of DiT and SiT).
+        learn_sigma: twice the output channels, the second half of which is dropped (released checkpoints of DiT, SiT).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
         disable_label_dropout: keep the null class but drop no label.
     """
@@ -92,7 +92,8 @@ class LightningDiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
         self.feat_rope = RotaryPositions(hidden_size // num_heads, self.side) if use_rope else None
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift) for _ in range(depth)
+            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift)
+            for _ in range(depth)
         )
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm)
@@ -114,7 +115,9 @@ class LightningDiT(Backbone):
         c = self.t_embedder(t)
         if self.r_embedder is not None:
             if r is None:
-                raise ConfigError("This LightningDiT embeds a second time: pass r (r = t asks for the instantaneous velocity).")
+                raise ConfigError(
+                    "This LightningDiT embeds a second time: pass r (r = t asks for the instantaneous velocity)."
+                )
             c = c + self.r_embedder(r)
         if self.y_embedder is not None:
             c = c + self.y_embedder(self._labels(cond, x))
@@ -145,7 +148,8 @@ class LightningDiT(Backbone):
         """Labels [B] -> the null class [B]."""
         if not self.has_null_class or cond is None:
             raise ConfigError(
-                "This LightningDiT has no null class for guidance: set backbone.class_dropout_prob=0.1, or the guidance scale to 1."
+                "This LightningDiT has no null class for guidance: set backbone.class_dropout_prob=0.1, "
+                "or the guidance scale to 1."
             )
         return torch.full_like(cond, self.num_classes)
 
@@ -165,15 +169,17 @@ class LightningDiT(Backbone):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[-1], self.side)[None])
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[layer].weight, std=0.02)
+        for layer in self.t_embedder.layers:
+            nn.init.normal_(layer.weight, std=0.02)
         if self.r_embedder is not None:
-            nn.init.normal_(self.r_embedder.mlp[0].weight, std=0.02)
-            nn.init.zeros_(self.r_embedder.mlp[2].weight)
+            first, last = self.r_embedder.layers
+            nn.init.normal_(first.weight, std=0.02)
+            nn.init.zeros_(last.weight)
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -187,7 +193,9 @@ def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: 
             f"choose a patch size among {', '.join(map(str, divisors))}."
         )
     if hidden_size % num_heads:
-        raise ConfigError(f"backbone.hidden_size={hidden_size} is not divisible by backbone.num_heads={num_heads}: change either.")
+        raise ConfigError(
+            f"backbone.hidden_size={hidden_size} is not divisible by backbone.num_heads={num_heads}: change either."
+        )
     if hidden_size % 4:
         raise ConfigError(f"backbone.hidden_size={hidden_size} must be a multiple of 4 for the position table.")
     if use_rope and (hidden_size // num_heads) % 4:

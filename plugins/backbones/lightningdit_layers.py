@@ -6,6 +6,7 @@ Attribute names are those of the released checkpoints, so that they load with `s
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -16,7 +17,7 @@ from flowanchor.interfaces import StageContext
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467), computed in float32 or better; written out so that forward AD passes through."""
+    """Root-mean-square norm (arXiv 1910.07467) in float32 or better; written out so that forward AD passes through."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -30,9 +31,10 @@ class RMSNorm(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Axial rotary embedding on a `side x side` grid: the first half of a head turns with the row, the second with the column.
+    """Axial rotary embedding on a `side x side` grid: first half of a head turns with the row, second with the column.
 
-    Tables `freqs_cos`, `freqs_sin`: [N, head_dim] with neighbouring pairs of channels sharing an angle (EVA-02, arXiv 2303.11331).
+    Tables `freqs_cos`, `freqs_sin`: [N, head_dim] with neighbouring pairs of channels sharing an angle (EVA-02,
+    arXiv 2303.11331).
     """
 
     def __init__(self, head_dim: int, side: int, theta: float = 10000.0) -> None:
@@ -113,7 +115,8 @@ class PatchEmbedding(nn.Module):
 class TimeEmbedding(nn.Module):
     """A time [B] -> [B, D]: cosines and sines of 128 rates, then two layers. Time is fed unscaled.
 
-    The waves are computed outside autocast, in float32 or better: bf16 keeps 8 bits of a time, too few to tell steps apart.
+    The waves are computed outside autocast, in float32 or better: bf16 keeps 8 bits of a time, too few to tell steps
+    apart.
     """
 
     num_waves = 128
@@ -125,13 +128,18 @@ class TimeEmbedding(nn.Module):
             nn.Linear(2 * self.num_waves, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers of `mlp`."""
+        return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(device_type=t.device.type, enabled=False):
             wide = t if t.dtype == torch.float64 else t.float()
             steps = torch.arange(self.num_waves, device=t.device, dtype=wide.dtype) / self.num_waves
             phase = wide[:, None] * torch.exp(-math.log(self.slowest_period) * steps)
             waves = torch.cat([phase.cos(), phase.sin()], dim=-1)
-            return self.mlp(waves.to(self.mlp[0].weight.dtype))
+            return self.mlp(waves.to(self.layers[0].weight.dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -206,7 +214,7 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(dim: int, side: int) -> Tensor:
-    """Fixed sine-cosine table [side * side, dim]: first half of the channels from the column, second from the row (DiT)."""
+    """Fixed sine-cosine table [side * side, dim] (DiT): first half of the channels from column, second from row."""
     rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     line = torch.arange(side, dtype=torch.float64)[:, None] * rates  # [side, dim / 4]
     waves = torch.cat([line.sin(), line.cos()], dim=1)  # [side, dim / 2]

@@ -37,12 +37,17 @@ class ComposedObjective(Objective):
         shortcut_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not anchor and not shortcut:
-            raise ConfigError("The objective has neither anchor nor shortcut: choose objective/anchor= or objective/shortcut=.")
+        # A config group `none` arrives as a dict: empty, or with the settings that others laid over it.
+        anchor = None if isinstance(anchor, dict) else anchor
+        shortcut = None if isinstance(shortcut, dict) else shortcut
+        if anchor is None and shortcut is None:
+            raise ConfigError(
+                "The objective has neither anchor nor shortcut: choose objective/anchor= or objective/shortcut=."
+            )
         self.interval = interval
         self.time = time
-        self.anchor = anchor or None  # an empty config group (`none`) arrives as an empty dict
-        self.shortcut = shortcut or None
+        self.anchor = anchor
+        self.shortcut = shortcut
         self.anchor_weight = anchor_weight
         self.shortcut_weight = shortcut_weight
         self.kind = "shortcut" if self.shortcut is not None else "flow"
@@ -100,7 +105,9 @@ class ComposedObjective(Objective):
     def check(self, backbone: Backbone) -> None:
         super().check(backbone)
         if self.anchor is None and self.anchor_weight != 1.0 or self.shortcut is None and self.shortcut_weight != 1.0:
-            raise ConfigError("A weight is set for a term that the objective does not have: remove the weight or add the term.")
+            raise ConfigError(
+                "A weight is set for a term that the objective does not have: remove the weight or add the term."
+            )
 
 
 def at_least_float32(value: Tensor) -> Tensor:

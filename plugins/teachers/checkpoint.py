@@ -33,12 +33,18 @@ class CheckpointVelocity(VelocityField):
         ask: str = "auto",
     ) -> None:
         if not checkpoint:
-            raise ConfigError("The teacher needs a checkpoint: add teacher.checkpoint=PATH (a .ckpt file or a run folder).")
+            raise ConfigError(
+                "The teacher needs a checkpoint: add teacher.checkpoint=PATH (a .ckpt file or a run folder)."
+            )
         model = load_model(checkpoint, ema=ema)
         if ask not in ("auto", "plain", "anchor"):
             raise ConfigError(f"teacher.ask={ask} is unknown: choose auto, plain or anchor.")
         ask = ("anchor" if model.kind == "shortcut" else "plain") if ask == "auto" else ask
-        self._setup(model.backbone, Guidance(guidance_scale, guidance_low, guidance_high), model.interval if ask == "anchor" else None)
+        self._setup(
+            model.backbone,
+            Guidance(guidance_scale, guidance_low, guidance_high),
+            model.interval if ask == "anchor" else None,
+        )
         self.path = model.path
 
     @classmethod
@@ -70,10 +76,11 @@ class CheckpointVelocity(VelocityField):
 
     def check(self, student: Backbone) -> None:
         """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
-        for what, name in (("sample_shape", "samples of shape"), ("num_classes", "a number of classes of")):
+        for what, name in (("sample_shape", "samples of shape {}"), ("num_classes", "{} classes")):
             theirs, ours = getattr(self.network, what), getattr(student, what)
             if theirs != ours:
                 raise CheckpointError(
-                    f"The teacher {self.path} was trained on {name} {theirs} and this student on {ours}: "
-                    "choose the data and the backbone.in_channels/input_size/num_classes that the teacher was trained with."
+                    f"The teacher {self.path} was trained on {name.format(theirs)}, "
+                    f"this student has {name.format(ours)}: choose the data and the "
+                    "backbone.in_channels/input_size/num_classes that the teacher was trained with."
                 )

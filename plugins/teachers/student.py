@@ -9,10 +9,13 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
+from flowanchor.sampling.guidance import Guidance
 
 
 class SelfVelocity(VelocityField):
-    """`v_u + scale (v_c - v_u)` with `v_c = x1 - x0` and `v_u` from the student's anchor, for `low <= t <= high` (`teacher=self`).
+    """`teacher=self`: `v_u + scale (v_c - v_u)`, `v_c = x1 - x0`, `v_u` from the student's anchor.
+
+    Guided for `low <= t <= high` only, `x1 - x0` elsewhere.
 
     The null class must be trained: label dropout is on, and a sample whose label was dropped keeps `x1 - x0` as its
     target, so that the null class learns the unguided velocity.
@@ -20,6 +23,7 @@ class SelfVelocity(VelocityField):
 
     def __init__(self, guidance_scale: float = 1.75, guidance_low: float = 0.125, guidance_high: float = 1.0) -> None:
         super().__init__()
+        Guidance(guidance_scale, guidance_low, guidance_high)  # refuses an empty interval
         self.guidance_scale = guidance_scale
         self.guidance_low = guidance_low
         self.guidance_high = guidance_high
@@ -28,6 +32,8 @@ class SelfVelocity(VelocityField):
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         if self.guidance_scale == 1:
             return flow
+        if cond is None:
+            raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
         null = student.null_condition(cond)
         told = interval.anchor(t)
         unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
@@ -40,6 +46,7 @@ class SelfVelocity(VelocityField):
         """Raise `ConfigError` where the student's null class is never trained."""
         if self.guidance_scale != 1 and student.condition_dropout <= 0:
             raise ConfigError(
-                "teacher=self takes the unconditional velocity from the student's null class, which is never trained here: "
-                "set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 (or teacher.guidance_scale=1)."
+                "teacher=self takes the unconditional velocity from the student's null class, which is never trained "
+                "here: set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 "
+                "(or teacher.guidance_scale=1)."
             )

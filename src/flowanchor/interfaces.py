@@ -1,10 +1,11 @@
 """The contracts between the trunk and its plugins.
 
-Conventions (FACM, arXiv 2507.03738): `t = 0` is noise and `t = 1` is data, `x_t = (1 - t) x0 + t x1` with `x0 ~ N(0, I)`,
-and the velocity of the flow is `v = x1 - x0`. Shapes: `B` batch, `*` the sample's own dimensions (`C, H, W` for an image),
-`N` tokens, `D` channels. Times are float32 tensors of shape [B].
+Conventions (FACM, arXiv 2507.03738): `t = 0` is noise and `t = 1` is data, `x_t = (1 - t) x0 + t x1` with
+`x0 ~ N(0, I)`, and the velocity of the flow is `v = x1 - x0`. Shapes: `B` batch, `*` the sample's own dimensions
+(`C, H, W` for an image), `N` tokens, `D` channels. Times are float32 tensors of shape [B].
 
-Nothing in this file imports Lightning or Hydra: objectives, backbones, engines and samplers work in a plain PyTorch script.
+Nothing in this file imports Lightning or Hydra: objectives, backbones, engines and samplers work in a plain PyTorch
+script.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Dual(NamedTuple):
 class TangentEngine(Protocol):
     """Computes `F(x, t, r)` and its Jacobian-vector product along `(tangent_x, tangent_t, tangent_r)`.
 
-    The prediction carries gradient to the backbone's parameters, the tangent never does. `r` without `tangent_r` is held.
+    The prediction carries gradient to the backbone's parameters, the tangent never does. `r` without `tangent_r` is
+    held.
     """
 
     def __call__(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from flowanchor.checkpoints.load import FORMAT
-from flowanchor.errors import NonFiniteLossError
+from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, VelocityField
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
@@ -30,8 +30,8 @@ class FlowModule(pl.LightningModule):
         engine: computes predictions with their tangents.
         optimizer: parameters -> optimizer.
         config: resolved config of the run, plain values only; stored in checkpoints so that they can be opened alone.
-        seed: all randomness of a step is a function of (seed, step), so that a resumed run repeats an uninterrupted one,
-            and so that N processes draw what one process with the joint batch draws.
+        seed: all randomness of a step is a function of (seed, step), so that a resumed run repeats an uninterrupted
+            one, and so that N processes draw what one process with the joint batch draws.
         max_nonfinite_steps: steps in a row with a non-finite loss or gradient after which the run stops.
     """
 
@@ -100,7 +100,10 @@ class FlowModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [*self.student.parameters(), *self.objective.parameters()]
-        return self.make_optimizer([parameter for parameter in trained if parameter.requires_grad])
+        try:
+            return self.make_optimizer([parameter for parameter in trained if parameter.requires_grad])
+        except ValueError as error:  # PyTorch's own check of rates, decays and betas
+            raise ConfigError(f"The optimizer refuses its settings ({error}): correct them under optimizer.") from error
 
     def configure_gradient_clipping(
         self,
@@ -125,7 +128,7 @@ class FlowModule(pl.LightningModule):
         self.log("train/nonfinite_steps", float(self.nonfinite_steps), on_step=True, on_epoch=False)
 
     def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients, so that the optimizer leaves weights and moments alone; count, name, and stop if it goes on."""
+        """Drop the gradients, so that the optimizer leaves weights and moments alone; count, name, stop if it lasts."""
         optimizer.zero_grad(set_to_none=True)
         self.nonfinite_steps += 1
         self._nonfinite_in_a_row += 1
@@ -139,12 +142,14 @@ class FlowModule(pl.LightningModule):
         )
         row = self._nonfinite_in_a_row
         rank_zero_warn(
-            f"Step {self.trainer.global_step} was skipped: {where} was not finite ({row} in a row, {self.nonfinite_steps} in all)."
+            f"Step {self.trainer.global_step} was skipped: {where} was not finite "
+            f"({row} in a row, {self.nonfinite_steps} in all)."
         )
         if row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
                 f"Training stopped at step {self.trainer.global_step}: {where} was not finite {row} times in a row "
-                "(max_nonfinite_steps); the last checkpoint is untouched: lower optimizer.lr, use trainer.precision=32-true, or check the data."
+                "(max_nonfinite_steps); the last checkpoint is untouched: lower optimizer.lr, "
+                "use trainer.precision=32-true, or check the data."
             )
 
     # ------------------------------------------------------------------------------------------------- checkpoints

@@ -8,8 +8,9 @@ import torch
 from flowanchor.errors import FlowAnchorError
 
 RUN = [
-    "callbacks=default", "~callbacks.sample_grid", "~callbacks.best", "optimizer.lr=1e-3", "trainer.val_check_interval=4",
-    "trainer.limit_val_batches=1", "log_every_n_steps=1", "data.repeat=1", "backbone.disable_label_dropout=false",
+    "callbacks=default", "~callbacks.sample_grid", "~callbacks.best", "optimizer.lr=1e-3",
+    "trainer.val_check_interval=4", "trainer.limit_val_batches=1", "log_every_n_steps=1",
+    "data.repeat=1", "backbone.disable_label_dropout=false",
 ]  # fmt: skip
 
 

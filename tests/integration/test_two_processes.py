@@ -32,9 +32,11 @@ def train(folder: Path, name: str, *overrides: str) -> Path:
     dump.mkdir()
     (folder / "spy.py").write_text(SPY)
     command = [
-        sys.executable, str(ROOT / "src" / "train.py"), "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2",
-        "callbacks=none", "+callbacks.dump._target_=spy.Dump", "logger=none", "ema=none", "optimizer.lr=1e-3", f"name={name}",
-        "backbone.disable_label_dropout=true", "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.limit_val_batches=0",
+        sys.executable, str(ROOT / "src" / "train.py"),
+        "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2",
+        "callbacks=none", "+callbacks.dump._target_=spy.Dump", "logger=none", "ema=none",
+        "optimizer.lr=1e-3", f"name={name}", "backbone.disable_label_dropout=true",
+        "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.limit_val_batches=0",
         *overrides,
     ]  # fmt: skip
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]

@@ -19,8 +19,8 @@ NULL = 3
 
 def network(seed=0, **settings):
     torch.manual_seed(seed)
-    made = LightningDiT(**{"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2,
-                           "num_classes": NULL, **settings})  # fmt: skip
+    made = LightningDiT(**{"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 1,
+                           "num_heads": 2, "num_classes": NULL, **settings})  # fmt: skip
     for parameter in made.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -76,9 +76,9 @@ def test_teacher_with_second_embedder_is_asked_at_r_equal_t():
 def test_teacher_that_does_not_fit_is_refused():
     field = CheckpointVelocity.of_network(network(0), Guidance())
     field.check(network(1))
-    with pytest.raises(CheckpointError, match=r"\(2, 4, 4\) and this student on \(2, 8, 8\)"):
+    with pytest.raises(CheckpointError, match=r"shape \(2, 4, 4\), this student has samples of shape \(2, 8, 8\)"):
         field.check(network(1, input_size=8))
-    with pytest.raises(CheckpointError, match="number of classes of 3 and this student on 5"):
+    with pytest.raises(CheckpointError, match="3 classes, this student has 5 classes"):
         field.check(network(1, num_classes=5))
     with pytest.raises(ConfigError, match="teacher.checkpoint=PATH"):
         CheckpointVelocity(checkpoint="")
@@ -88,7 +88,7 @@ def test_teacher_that_does_not_fit_is_refused():
     ("interval", "settings"), [(ExpandedInterval(), {}), (AuxiliaryInterval(), {"auxiliary_time_cond": True})]
 )
 def test_self_guidance_asks_the_anchor_branch(interval, settings):
-    """METHOD: the unconditional velocity comes from the anchor, never from the shortcut; dropped labels stay unguided."""
+    """METHOD: the unconditional velocity comes from the anchor, never the shortcut; dropped labels stay unguided."""
     student = network(1, **settings)
     x, t, y, flow = inputs()
     y = torch.tensor([0, 1, NULL, 2])  # the third label was dropped

@@ -119,8 +119,8 @@ class Counter(nn.Module):
 
 def transformer(**settings):
     torch.manual_seed(0)
-    network = LightningDiT(**{"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2,
-                              "num_classes": 3, **settings})  # fmt: skip
+    network = LightningDiT(**{"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 2,
+                              "num_heads": 2, "num_classes": 3, **settings})  # fmt: skip
     for parameter in network.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)

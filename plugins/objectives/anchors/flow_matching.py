@@ -18,9 +18,11 @@ class FlowMatchingAnchor(Anchor):
 
     Args:
         cosine_weight: weight of the direction term.
-        cosine: over which values the cosine is taken: `channel` (the paper), `sample` (all values of a sample), `off`, or
-            `auto`: `channel`, and `sample` where there is one channel, since the cosine of two numbers is only a sign.
-        branch: `anchor` (stage 2), or `pretraining` to train the interval's stage-1 condition (both halves when expanded).
+        cosine: over which values the cosine is taken: `channel` (the paper), `sample` (all values of a sample), `off`,
+            or `auto`: `channel`, and `sample` where there is one channel, since the cosine of two numbers is only
+            a sign.
+        branch: `anchor` (stage 2), or `pretraining` to train the interval's stage-1 condition (both halves when
+            expanded).
     """
 
     def __init__(self, cosine_weight: float = 1.0, cosine: CosineDims = "auto", branch: str = "anchor") -> None:

@@ -9,7 +9,7 @@ from flowanchor.interfaces import Condition, Interval
 
 
 class AuxiliaryInterval(Interval):
-    """Shortcut on `(t, r = end)`, anchor on `(t, r = t)`; needs a backbone that embeds `r` (FACM's ablation, MeanFlow)."""
+    """Shortcut on `(t, r = end)`, anchor on `(t, r = t)`; the backbone must embed `r` (FACM's ablation, MeanFlow)."""
 
     needs_end_time = True
 

@@ -18,6 +18,6 @@ class ExpandedInterval(Interval):
         return Condition(2 - t)
 
     def pretraining(self, t: Tensor) -> Condition:
-        """Stage 1 trains the same velocity on both halves: the first half of the batch on `t`, the second on `2 - t`."""
+        """Stage 1 trains the same velocity on both halves: the first half of the batch on `t`, the rest on `2 - t`."""
         half = t.shape[0] // 2
         return Condition(torch.cat([t[:half], 2 - t[half:]]))

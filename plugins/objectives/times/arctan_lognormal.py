@@ -11,7 +11,7 @@ from flowanchor.interfaces import TimeDistribution
 
 
 class ArctanLogNormal(TimeDistribution):
-    """`t = 1 - (2 / pi) atan(exp(std z - mean))`, `z ~ N(0, 1)` (FACM, arXiv 2507.03738; sCM's proposal in other time)."""
+    """`t = 1 - (2 / pi) atan(exp(std z - mean))`, `z ~ N(0, 1)` (FACM, arXiv 2507.03738; sCM's law, other time)."""
 
     def __init__(self, mean: float = 0.8, std: float = 1.6) -> None:
         self.mean = mean

@@ -56,6 +56,8 @@ class SampleGrid(pl.Callback):
         self.per_class, self.max_classes, self.seed, self.batch_size = per_class, max_classes, seed, batch_size
         self.samplers: dict[int, Sampler] = {}
         for budget in nfe:
+            if int(budget) < 1:
+                raise ConfigError(f"callbacks.sample_grid.nfe has {budget}: use whole numbers from 1, such as [1,2,4].")
             try:
                 self.samplers[int(budget)] = sampler.with_nfe(int(budget))
             except ConfigError as error:

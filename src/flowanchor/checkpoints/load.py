@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,8 @@ def find_checkpoint(path: str | Path) -> Path:
         inside = path / "checkpoints" / "last.ckpt"
         if not inside.is_file():
             raise CheckpointError(
-                f"The folder {path} holds no checkpoints/last.ckpt: give a run folder that was trained, or a .ckpt file."
+                f"The folder {path} holds no checkpoints/last.ckpt: "
+                "give a run folder that was trained, or a .ckpt file."
             )
         return inside
     if not path.is_file():
@@ -50,14 +52,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of ours, read without unpickling foreign code; raises `CheckpointError` for anything else."""
+    """The content of a checkpoint of ours, read without unpickling foreign code; raises `CheckpointError` else."""
     file = find_checkpoint(path)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        pickled = zipfile.is_zipfile(file) and isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if pickled else "it is no complete file of torch.save"
         raise CheckpointError(
-            f"{file} is not a checkpoint that can be read safely ({reason[:120]}): give a .ckpt file written by flowanchor."
+            f"{file} is not a checkpoint that can be read safely ({reason}): give a .ckpt file written by flowanchor."
         ) from error
     meta = content.get("flowanchor") if isinstance(content, dict) else None
     if not isinstance(meta, dict):
@@ -66,7 +69,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if meta.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} has checkpoint format {meta.get('format')} and this version reads {FORMAT}: use the flowanchor that wrote it."
+            f"{file} has checkpoint format {meta.get('format')} and this version reads {FORMAT}: "
+            "use the flowanchor that wrote it."
+        )
+    lacking = [f"flowanchor.{key}" for key in ("config", "kind", "step") if key not in meta]
+    lacking += [] if isinstance(content.get("state_dict"), dict) else ["state_dict"]
+    if lacking:
+        raise CheckpointError(
+            f"{file} lacks {', '.join(lacking)}: give a .ckpt file that flowanchor-train has written."
         )
     return cast(dict[str, Any], content)
 
@@ -84,6 +94,10 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
     content = read_checkpoint(file)
     meta = content["flowanchor"]
     config = meta["config"]
+    if not config.get("backbone") or not config.get("objective", {}).get("interval"):
+        raise CheckpointError(
+            f"{file} holds no configuration of its network: give a .ckpt file that flowanchor-train has written."
+        )
     backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
     name, weights = select_weights(content, ema, file)
     load_weights(backbone, weights, file)
@@ -102,10 +116,15 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
 def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, dict[str, Tensor]]:
     """The student's weights that a name stands for, and that name."""
     profiles: dict[str, dict[str, Tensor]] = content.get("ema") or {}
+    ema = None if ema is None else str(ema)  # a command line may bring a number
     if ema is not None and ema.startswith("posthoc:"):
         from flowanchor.ema_posthoc import synthesise
 
-        return ema, synthesise(file.parent.parent / "ema_snapshots", float(ema.partition(":")[2]))
+        try:
+            width = float(ema.partition(":")[2])
+        except ValueError as error:
+            raise CheckpointError(f"There is no EMA profile '{ema}': write for example posthoc:0.15.") from error
+        return ema, synthesise(file.parent.parent / "ema_snapshots", width)
     if ema is None and profiles:
         ema = next(iter(profiles))
     if ema is None or ema == "none":
@@ -129,13 +148,14 @@ def load_weights(
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise CheckpointError(
-                f"{source} does not fit this {type(backbone).__name__}: it {what} {shown}; use the backbone settings it was trained with."
+                f"{source} does not fit this {type(backbone).__name__}: it {what} {shown}; "
+                "use the backbone settings it was trained with."
             )
     backbone.load_state_dict({**ours, **weights})
 
 
 def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = None) -> None:
-    """Start a student from the (EMA) weights of an earlier run; a second time embedder that the run lacks keeps its zeros."""
+    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero."""
     file = find_checkpoint(path)
     _, weights = select_weights(read_checkpoint(file), ema, file)
     load_weights(backbone, weights, file, optional=("r_embedder.",) if backbone.takes_end_time else ())

@@ -55,6 +55,8 @@ class ImageFolderDataModule(FlowDataModule):
             raise ConfigError(
                 f"data.labelled=false has no classes, but data.num_classes={num_classes}: add data.num_classes=0."
             )
+        if size < 1 or num_classes < 0:
+            raise ConfigError(f"data.size={size} must be at least 1 and data.num_classes={num_classes} at least 0.")
         if not 0 < heldout < 1:
             raise ConfigError(f"data.heldout={heldout} is no share between 0 and 1: for example data.heldout=0.1.")
         self.root = Path(root).expanduser()
@@ -77,7 +79,7 @@ class ImageFolderDataModule(FlowDataModule):
     def _labelled_files(self) -> tuple[list[Path], np.ndarray]:
         try:
             found = ImageFolder(str(self.root))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(self._why_unlabelled(error)) from error
         if len(found.classes) != self.num_classes:
             raise DataError(
@@ -97,17 +99,16 @@ class ImageFolderDataModule(FlowDataModule):
                 "without labels by data.labelled=false data.num_classes=0."
             )
         return (
-            f"{self.root} has a class folder without images ({error}): remove the folder, or add images ("
+            f"{self.root} has a class folder without images ({str(error).split('.')[0]}): remove it, or add images ("
             f"{', '.join(IMG_EXTENSIONS)})."
         )
 
     def _unlabelled_files(self) -> list[Path]:
         files = sorted(path for path in self.root.rglob("*") if _is_image(path)) if self.root.is_dir() else []
         if not files:
-            what = "no images in" if self.root.is_dir() else "no folder"
+            what = "are no images in" if self.root.is_dir() else "is no folder"
             raise DataError(
-                f"There is {what} {self.root}: set data.root=FOLDER to a folder with images "
-                f"({', '.join(IMG_EXTENSIONS)})."
+                f"There {what} {self.root}: set data.root=FOLDER to a folder with images ({', '.join(IMG_EXTENSIONS)})."
             )
         return files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from flowanchor.interfaces import Backbone, Dual
 class Full:
     """`torch.func.jvp` over the model, gradient carried through the primal (what FACM's authors do).
 
-    Exact and simple, and dear in memory: every activation is kept twice, and checkpointing is impossible. Fused attention
-    has no forward-mode rule, so attention runs on the math backend inside the pass.
+    Exact and simple, and dear in memory: every activation is kept twice, and checkpointing is impossible. Fused
+    attention has no forward-mode rule, so attention runs on the math backend inside the pass.
     """
 
     def __call__(
@@ -39,12 +39,14 @@ class Full:
         for primal, tangent in zip(primals, tangents, strict=True):
             if primal.shape != tangent.shape:
                 raise ConfigError(
-                    f"A tangent of shape {tuple(tangent.shape)} was given for an input of shape {tuple(primal.shape)}: they must match."
+                    f"A tangent of shape {tuple(tangent.shape)} was given for an input of shape "
+                    f"{tuple(primal.shape)}: they must match."
                 )
 
         def predict(x: Tensor, t: Tensor, *moving_r: Tensor) -> Tensor:
             return backbone.predict(x, t, cond, moving_r[0] if moving_r else r)
 
         with sdpa_kernel(SDPBackend.MATH):
-            prediction, tangent = torch.func.jvp(predict, tuple(primals), tuple(tangents))
+            out = torch.func.jvp(predict, tuple(primals), tuple(tangents))
+        prediction, tangent = cast(tuple[Tensor, Tensor], out)  # typed as two or three values: three with has_aux
         return Dual(prediction, tangent.detach())

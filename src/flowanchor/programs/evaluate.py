@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +25,7 @@ from flowanchor.metrics.presentation import finite_or_none, quality_plot, result
 from flowanchor.metrics.protocol import make_labels, parse_nfe
 from flowanchor.metrics.sample_file import SampleFile
 from flowanchor.metrics.stream import StreamedImages
+from flowanchor.programs.checks import check_whole_numbers, choose_device
 from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
 
@@ -44,6 +44,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "(for example checkpoint=outputs/train/NAME)."
         )
     budgets = parse_nfe(OmegaConf.to_container(cfg.nfe) if OmegaConf.is_config(cfg.nfe) else cfg.nfe)
+    check_whole_numbers(cfg, num_samples=(1, 1000), batch_size=(1, 250), seed=0, metric__seed=0)
+    check_whole_numbers(cfg, metric__steps=(1, 400), metric__neighborhood=(1, 3))
+    check_whole_numbers(cfg, metric__kid_subsets=(1, 100), metric__kid_subset_size=(2, 250))
     make_labels(cfg.protocol, cfg.num_samples, 0, cfg.seed)  # told before anything is read
     device = choose_device(cfg.device)
     model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
@@ -67,15 +70,6 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     console.print(results_table(report))
     console.print(f"metrics.json and quality.png are in {folder}", soft_wrap=True)
     return report
-
-
-def choose_device(name: str) -> str:
-    """`auto` is the GPU where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}: this machine has no CUDA device that PyTorch can use; use device=cpu.")
-    return name
 
 
 def load_data(cfg: DictConfig, model: LoadedModel) -> FlowDataModule:

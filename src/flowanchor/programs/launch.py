@@ -14,9 +14,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -32,8 +33,13 @@ Task = Callable[[DictConfig], T]
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIG_PATH = "pkg://flowanchor.conf"
 
-# Warnings that libraries raise about their own code on every start: no user can do anything about them.
-LIBRARY_WARNINGS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"`torch\.jit\.\w+` is deprecated")
+# Warnings of libraries that no user can do anything about: about their own code, or about what is meant to be so.
+LIBRARY_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"`torch\.jit\.\w+` is deprecated",
+    r"Found \d+ module\(s\) in eval mode",  # the frozen teacher
+    r"Checkpoint directory .* exists and is not empty",  # that is how a run resumes
+)
 
 
 def prepare() -> None:
@@ -53,6 +59,7 @@ def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[
         @functools.wraps(main)
         def run() -> None:
             prepare()
+            _check_command_line(sys.argv[1:])
             for message in LIBRARY_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             own = os.environ.get(FULL_ERROR)
@@ -95,6 +102,22 @@ def _exit_with(error: Exception, config_name: str, config_path: str) -> None:
         sys.stdout.flush()
         print(f"Error: {sentence}", file=sys.stderr)
         sys.exit(1)
+
+
+def _check_command_line(arguments: list[str]) -> None:
+    """Exit with a sentence where Hydra's own parser would print its usage and exit with code 2."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        print(
+            f"Error: Cannot read the command line ({message}): write Hydra's options, such as -m, first, and every "
+            "setting as key=value without dashes.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 def _debug_requested(arguments: list[str]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from flowanchor.errors import FlowAnchorError
+from flowanchor.programs.suspects import blame
 
 _FOLDER_TROUBLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -39,7 +41,9 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
             "and text with spaces or commas as 'key=\"some text\"'."
         )
     if isinstance(error, InstantiationException):
-        return _instantiation(error)
+        sentence = _instantiation(error, arguments)
+        if sentence is not None:
+            return sentence
     for link in _chain(error):
         if isinstance(link, MissingMandatoryValue):
             return f"A value for {link.full_key} is required: add {link.full_key}=... to the command."
@@ -47,20 +51,29 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
             return _interpolation(link)
     if isinstance(error, ConfigCompositionException):
         return _composition(error, config_name, config_path, arguments)
-    if isinstance(error, HydraException):
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return _sentence(str(error))
     if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
         return (
             f"Cannot use {error.filename or 'the output folder'} ({(error.strerror or 'refused').lower()}): check the "
             "path and its permissions, or write elsewhere with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER with -m)."
         )
-    return None
+    emptied = [text for text in arguments if re.fullmatch(r"[^=]+=(null)?", text)]
+    if emptied and "Config group override must be a string or a list" in str(error):
+        return f"{emptied[0]} chooses no option: write {emptied[0].split('=')[0]}=OPTION (--help lists them)."
+    removed = re.search(r"Key '([^']+)' is not in struct", str(error))
+    if removed is not None and f"~{removed.group(1)}" in arguments:
+        return f"The program cannot do without {removed.group(1)}: leave out ~{removed.group(1)}."
+    return blame(error, arguments, lambda overrides: _try_compose(config_name, config_path, overrides))
 
 
 def nearest(wanted: str, known: Iterable[str]) -> list[str]:
     """Up to three of `known` that `wanted` may have meant, best first; the last part of a dotted key counts too."""
     names = list(dict.fromkeys(known))
-    close = get_close_matches(wanted, names, n=3, cutoff=0.75)
+    close = get_close_matches(wanted, names, n=3, cutoff=0.75 if len(wanted) > 4 else 0.6)
+    if close:  # the best, and those as good: an alternative that is clearly worse only confuses
+        scores = [SequenceMatcher(None, name, wanted).ratio() for name in close]
+        close = [name for name, score in zip(close, scores, strict=True) if score > scores[0] - 0.03]
     if not close:
         last = wanted.rsplit(".", 1)[-1]
         ends = {name: name.rsplit(".", 1)[-1] for name in names}
@@ -91,7 +104,7 @@ def _composition(error: Exception, config_name: str, config_path: str, arguments
     if match is not None and match.group(1) in typed:  # else a config file of ours, or of a plugin, is at fault
         key = match.group(1)
         keys = _known_keys(config_name, config_path, arguments, key)
-        close = nearest(key, keys)
+        close = [name for name in nearest(key, keys) if name != key]
         if close:
             return f"Unknown key '{key}': did you mean {' or '.join(close)}?"
         parent = key.rpartition(".")[0]
@@ -120,7 +133,7 @@ def _interpolation(error: InterpolationResolutionError) -> str:
     return f"{place} cannot be resolved ({_one_line(str(error).splitlines()[0]).rstrip('.')}): give it a value instead."
 
 
-def _instantiation(error: InstantiationException) -> str | None:
+def _instantiation(error: InstantiationException, arguments: list[str]) -> str | None:
     """Only what the configuration did wrong: unknown or missing settings and targets that cannot be imported."""
     where = re.search(r"full_key: (\S+)", str(error))
     key = where.group(1) if where else None
@@ -134,16 +147,19 @@ def _instantiation(error: InstantiationException) -> str | None:
         place = f"{key}._target_" if key else "A _target_"
         reason = _one_line(str(root))
         return f"{place} names {name}, which cannot be imported ({reason}): correct the name or install its package."
-    if isinstance(cause, TypeError) and cause.__traceback__ is not None and cause.__traceback__.tb_next is None:
+    if isinstance(cause, TypeError):
         # Raised by the call itself, not inside the constructor: the keywords do not fit.
-        short = name.rsplit(".", 1)[-1]
+        direct = cause.__traceback__ is not None and cause.__traceback__.tb_next is None
+        short = ".".join(itertools.dropwhile(str.islower, name.split("."))) or name.rsplit(".", 1)[-1]
         unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
         if unexpected is not None:
             wrong = unexpected.group(1)
             setting = f"{key}.{wrong}" if key else wrong
+            if not direct and not any(text.split("=")[0].lstrip("+") == setting for text in arguments):
+                return None
             return f"Unknown setting {setting}: {short} has no argument {wrong}; remove it, or see {name}."
         absent = re.search(r"missing \d+ required .*arguments?: (.*)$", str(cause))
-        if absent is not None:
+        if absent is not None and direct:
             return f"{key or short} lacks {absent.group(1)}, which {short} requires: set it on the command line."
     return None
 
@@ -153,13 +169,19 @@ def _known_keys(config_name: str, config_path: str, arguments: list[str], wrong:
     overrides = [text for text in arguments if "=" in text and not text.startswith(("-", "hydra"))]
     others = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") != wrong and "," not in text]
     for attempt in (others, []):
-        try:
-            cfg = _compose(config_name, config_path, attempt)
-        except (HydraException, OmegaConfBaseException):
+        cfg = _try_compose(config_name, config_path, attempt)
+        if cfg is None:
             continue
         choices = [group.split("@")[0] for group in cfg.hydra.runtime.choices if not group.startswith("hydra")]
         return [*choices, *(key for key in _flatten(cfg) if key.split(".")[0] != "hydra")]
     return []
+
+
+def _try_compose(config_name: str, config_path: str, overrides: list[str]) -> DictConfig | None:
+    try:
+        return _compose(config_name, config_path, overrides)
+    except (HydraException, OmegaConfBaseException):
+        return None
 
 
 def _compose(config_name: str, config_path: str, overrides: list[str]) -> DictConfig:

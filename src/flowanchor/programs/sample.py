@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
@@ -16,6 +16,7 @@ from flowanchor.checkpoints import LoadedModel, load_model
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
+from flowanchor.programs.checks import check_whole_numbers, choose_device
 from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
 from flowanchor.reporting.grids import save_grid
@@ -26,11 +27,10 @@ def sample(cfg: DictConfig) -> None:
     """Write `samples.npz` (`images` uint8 [N, H, W, C], `labels` [N]) and `grid.png` into the run folder."""
     if not cfg.checkpoint:
         raise ConfigError("No checkpoint was given: add checkpoint=PATH (a .ckpt file or a run folder).")
-    if cfg.num_samples < 1 or cfg.batch_size < 1:
-        raise ConfigError(f"num_samples={cfg.num_samples} and batch_size={cfg.batch_size} must both be at least 1.")
+    check_whole_numbers(cfg, num_samples=(1, 64), batch_size=(1, 256), seed=0, grid_images=(1, 100))
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_run_record(folder, cfg)
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(cfg.device)
     model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
     sampler = build_sampler(cfg.sampler, model)
     codec = instantiate(cfg.codec) if cfg.get("codec") else instantiate_trusted(model.config["codec"])
@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> None:
     stored = np.full(len(images), -1) if labels is None else labels.numpy()
     np.savez_compressed(folder / "samples.npz", images=images, labels=stored)
     shown = min(len(images), cfg.grid_images)
-    save_grid(folder / "grid.png", images[:shown], None if labels is None else stored[:shown])
+    save_grid(folder / "grid.png", images[:shown], labels=None if labels is None else stored[:shown])
     nfe = "adaptive" if sampler.nfe is None else sampler.nfe
     console.print(
         f"{len(images)} images by {getattr(sampler, 'label', type(sampler).__name__)}, nfe {nfe}, seed {cfg.seed}, "
@@ -69,9 +69,11 @@ def choose_labels(cfg: DictConfig, model: LoadedModel) -> torch.Tensor | None:
         return None
     if cfg.classes is None:
         return make_labels("balanced", cfg.num_samples, classes, cfg.seed)
-    wanted = [int(c) for c in cfg.classes]
-    if not wanted or min(wanted) < 0 or max(wanted) >= classes:
-        raise ConfigError(f"classes={wanted} must lie between 0 and {classes - 1}, for example classes=[0,1].")
+    wanted = list(cfg.classes) if OmegaConf.is_list(cfg.classes) else [cfg.classes]
+    if not wanted or not all(isinstance(c, int) and 0 <= c < classes for c in wanted):
+        raise ConfigError(
+            f"classes={cfg.classes} must be whole numbers between 0 and {classes - 1}, for example classes=[0,1]."
+        )
     return torch.tensor(wanted).repeat(-(-cfg.num_samples // len(wanted)))[: cfg.num_samples]
 
 

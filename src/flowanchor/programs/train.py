@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.checkpoints import initialise_student, read_checkpoint
 from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone
 from flowanchor.module import FlowModule
+from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
 from flowanchor.provenance import check_same_run, write_run_record
 from flowanchor.sampling.generate import check_sampler
@@ -22,6 +25,9 @@ from flowanchor.sampling.generate import check_sampler
 
 def train(cfg: DictConfig) -> float | None:
     """Train one run in Hydra's output folder; returns the validation loss, for sweeps."""
+    check_whole_numbers(cfg, seed=0, threads=1, max_nonfinite_steps=(1, 10), log_every_n_steps=(0, 50))
+    check_whole_numbers(cfg, trainer__max_steps=(-1, 3000))  # -1: no limit
+    check_whole_numbers(cfg, data__batch_size=(1, 128), data__num_workers=0, data__repeat=1)
     folder = Path(HydraConfig.get().runtime.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
     resumed = last if last.is_file() and not cfg.trainer.fast_dev_run else None
@@ -30,9 +36,12 @@ def train(cfg: DictConfig) -> float | None:
     write_run_record(folder, cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
 
     data = instantiate(cfg.data)
     module = build_module(cfg, initialise=resumed is None)
+    check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module)
     if resumed is not None:
         done = read_checkpoint(resumed)["flowanchor"]["step"]
@@ -63,6 +72,24 @@ def build_module(cfg: DictConfig, initialise: bool = True) -> FlowModule:
     return module
 
 
+def check_samples(cfg: DictConfig, student: Backbone, data: Any) -> None:
+    """Raise `ConfigError` where the network was built for other samples, or other classes, than the data has."""
+    ours = tuple(student.sample_shape)
+    theirs = (data.channels, data.size, data.size)
+    if len(ours) == 3 and ours != theirs:  # a video has its own dimensions
+        taken, given = (" x ".join(map(str, shape)) for shape in (ours, theirs))
+        raise ConfigError(
+            f"The backbone takes samples of {taken} and the data has {given}: leave out backbone.in_channels and "
+            "backbone.input_size, which then follow data.channels and data.size."
+        )
+    classes = cfg.backbone.get("num_classes", student.num_classes or data.num_classes)  # 0: may ignore labels
+    if classes != data.num_classes:
+        raise ConfigError(
+            f"The backbone has {classes} classes and the data {data.num_classes}: leave out "
+            "backbone.num_classes, which then follows data.num_classes."
+        )
+
+
 def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule) -> pl.Trainer:
     """Lightning's trainer with the callbacks and the logger of the config."""
     sampler = instantiate(cfg.sampler, _convert_="all")
@@ -71,9 +98,6 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule) -> pl.Train
     if cfg.ema and "_target_" in cfg.ema:
         callbacks.insert(0, instantiate(cfg.ema))
     strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
-    batches = cfg.data.get("batch_size")
-    if batches is not None and batches < 1:
-        raise ConfigError(f"data.batch_size={batches} is too small: a batch needs at least one sample.")
     loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
     return cast(
         pl.Trainer,
@@ -89,5 +113,11 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule) -> pl.Train
         ),
     )
 
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
 main = program("train")(train)

@@ -24,8 +24,9 @@ class FlowSampler(Sampler):
 
     Args:
         steps: steps of the time grid (adaptive solvers choose their own and ignore it).
-        solver: `euler`, `heun` (second order, its last step is Euler's: 2 steps - 1 evaluations), or one of torchdiffeq's
-            `midpoint heun2 heun3 rk4` on the grid and `dopri5 dopri8 bosh3 fehlberg2 adaptive_heun` (adaptive).
+        solver: `euler`, `heun` (second order, its last step is Euler's: 2 steps - 1 evaluations), or one of
+            torchdiffeq's `midpoint heun2 heun3 rk4` on the grid and `dopri5 dopri8 bosh3 fehlberg2
+            adaptive_heun` (adaptive).
         guidance_scale, guidance_low, guidance_high: classifier-free guidance for low <= t <= high; scale 1 for none.
         timestep_shift: shift of the grid, `s t / (1 + (s - 1) t)`; 0 for none.
         rtol, atol: tolerances of adaptive solvers.

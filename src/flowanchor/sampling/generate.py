@@ -70,6 +70,6 @@ def check_sampler(sampler: Sampler, kind: str) -> None:
     """Raise `ConfigError` for a shortcut sampler on a network that never learned a shortcut."""
     if sampler.kind == "shortcut" and kind == "flow":
         raise ConfigError(
-            "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, or distil it first "
-            "with objective=facm teacher=checkpoint teacher.checkpoint=PATH."
+            "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, "
+            "or distil it first with objective=facm teacher=checkpoint teacher.checkpoint=PATH."
         )

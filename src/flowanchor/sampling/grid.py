@@ -17,14 +17,23 @@ def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | N
     times at which the network is asked (increasing, in [0, 1)); 1 is added as its end.
     """
     if grid is not None:
-        times = [float(t) for t in grid]
-        if not times or times[0] < 0 or times[-1] >= 1 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+        try:
+            asked = [float(t) for t in grid]
+        except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"sampler.grid={times} must be increasing times in [0, 1), for example [0, 0.5] for two steps."
+                f"sampler.grid={grid} is no list of times: write for example sampler.grid=[0,0.5]."
+            ) from error
+        if not asked or asked[0] < 0 or asked[-1] >= 1 or any(b <= a for a, b in zip(asked, asked[1:], strict=False)):
+            raise ConfigError(
+                f"sampler.grid={asked} must be increasing times in [0, 1), for example [0, 0.5] for two steps."
             )
-        return torch.tensor([*times, 1.0], dtype=torch.float64)
+        return torch.tensor([*asked, 1.0], dtype=torch.float64)
+    if not isinstance(steps, int):
+        raise ConfigError(f"sampler.steps={steps} is not a whole number: use for example sampler.steps=2.")
     if steps < 1:
         raise ConfigError(f"sampler.steps={steps} is too few: a sampler needs at least one step (sampler.steps=1).")
+    if timestep_shift < 0:
+        raise ConfigError(f"sampler.timestep_shift={timestep_shift} is negative: use 0 for none, or for example 3.")
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if timestep_shift > 0:
         times = timestep_shift * times / (1 + (timestep_shift - 1) * times)

@@ -14,7 +14,7 @@ from flowanchor.interfaces import Backbone, Condition
 
 @dataclass(frozen=True)
 class Guidance:
-    """`v_u + scale (v_c - v_u)` where `low <= t <= high`, the conditional velocity elsewhere; scale 1 costs one call."""
+    """`v_u + scale (v_c - v_u)` where `low <= t <= high`, conditional velocity elsewhere; scale 1 costs one call."""
 
     scale: float = 1.0
     low: float = 0.0
@@ -37,6 +37,11 @@ class Guidance:
         inside = (t >= self.low) & (t <= self.high)
         if self.scale == 1 or not inside.any():
             return conditional
+        if cond is None:
+            raise ConfigError(
+                f"A guidance scale of {self.scale} needs labels, and there are none: set teacher.guidance_scale=1 in "
+                "training, or sampler.guidance_scale=1 in sampling."
+            )
         unconditional = network.predict(x, told.t, network.null_condition(cond), told.r)
         guided = unconditional + self.scale * (conditional - unconditional)
         return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)

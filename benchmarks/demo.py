@@ -1,0 +1,85 @@
+"""The README's table: what `make demo` measured last, on this machine.
+
+Run `make demo` first, then `make bench`. Reads outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with
+the machine's description, and refreshes the table and the picture of the README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "outputs" / "demo"
+NAMES = {"teacher": "teacher, flow matching", "facm": "FACM student"}
+BEGIN, END = "<!-- demo table: benchmarks/demo.py -->", "<!-- end of demo table -->"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)
+        cpu = found.group(1) if found else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+    }
+
+
+def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[str, float]) -> str:
+    """The results as Markdown, with what has to stand beside a score."""
+    metric = results[0]["metric"]
+    lines = [
+        f"| model | sampler | NFE | {metric} | at the floor's N | precision | recall |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        lines.append(
+            f"| {NAMES.get(row['model'], row['model'])} | {row['sampler']} | {row['nfe']} | {row['fd']:.2f} | "
+            f"{row['fd_at_floor_n']:.2f} | {row['precision']:.2f} | {row['recall']:.2f} |"
+        )
+    first = results[0]
+    times = ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items())
+    lines += [
+        "",
+        f"{first['n']:,} images, {first['protocol']} labels, seed {first['seed']}, weights {first['ema']}. "
+        f"Floor (held-out real images, N = {first['floor_n']}): {first['floor']:.2f}; a score below it means that "
+        "samples lie closer to the training images than unseen real ones do. "
+        f"Measured by `make demo` on {about['cores']} cores of {about['cpu']}, torch {about['torch']} ({times}). "
+        f"{metric} is a Frechet distance on the features of a small classifier of this data "
+        "set and says nothing about other data.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    results_file = DEMO / "results.json"
+    if not results_file.is_file():
+        sys.exit(f"There is no {results_file.relative_to(ROOT)}: run `make demo` first.")
+    results = json.loads(results_file.read_text())
+    seconds = json.loads((DEMO / "runs" / "seconds.json").read_text())
+    about = machine()
+    record = {"machine": about, "seconds": seconds, "results": results}
+    (ROOT / "benchmarks" / "results" / "demo_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    text = table(results, about, seconds)
+    print(text)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.S)
+    readme.write_text(new)
+    shutil.copyfile(DEMO / "overview.png", ROOT / "docs" / "images" / "demo.png")
+
+
+if __name__ == "__main__":
+    main()
