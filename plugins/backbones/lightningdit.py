@@ -74,6 +74,10 @@ class LightningDiT(Backbone):
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+        if depth < 1:
+            raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ConfigError(f"backbone.class_dropout_prob={class_dropout_prob} must be a share between 0 and 1.")
         self.side = input_size // patch_size
         self.patch_size = patch_size
         self.in_channels = in_channels

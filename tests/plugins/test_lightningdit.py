@@ -144,6 +144,8 @@ def test_time_is_embedded_in_float32_under_autocast():
         ({"input_size": 5}, "patch size among 1, 5"),
         ({"num_heads": 3}, "not divisible by backbone.num_heads=3"),
         ({"hidden_size": 12, "num_heads": 2, "use_rope": True}, "multiple of 4"),
+        ({"depth": 0}, "at least one block"),
+        ({"class_dropout_prob": 2.0}, "between 0 and 1"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, sentence):

@@ -91,12 +91,15 @@ class Demo:
 
     @staticmethod
     def _quality(results: Sequence[Mapping[str, Any]], size: tuple[float, float]) -> Figure:
+        """Scores at the floor's N, where there are any: only those compare with it."""
         curves = []
+        same_n = all(row.get("fd_at_floor_n") is not None for row in results)
+        score, count = ("fd_at_floor_n", "floor_n") if same_n else ("fd", "n")
         for model in dict.fromkeys(row["model"] for row in results):
             rows = [row for row in results if row["model"] == model]
-            curves.append(QualityCurve(TITLES.get(model, model), [r["nfe"] for r in rows], [r["fd"] for r in rows]))
+            curves.append(QualityCurve(TITLES.get(model, model), [r["nfe"] for r in rows], [r[score] for r in rows]))
         first = results[0]
-        title = f"{first.get('metric', 'FD')} of {first['n']:,} images on {first.get('data', 'digits')}"
+        title = f"{first.get('metric', 'FD')} of {first[count]:,} images on {first.get('data', 'digits')}"
         return quality_figure(curves, first.get("metric", "FD"), first.get("floor"), title, size)
 
     def _overview(self, results: Sequence[Mapping[str, Any]], samples: Mapping[tuple[str, int], Path]) -> Image.Image:
