@@ -97,3 +97,27 @@ def test_a_checkout_uses_its_own_options_whatever_is_installed(installed, checko
     program = [sys.executable, own / "src" / "train.py", "backbone=mine"]
     done = run(*program, folder=tmp_path, PYTHONPATH=str(installed))
     assert f"imported from {own / 'plugins' / 'mine.py'}" in done.stderr, done.stderr
+
+
+def test_every_import_is_a_declared_dependency():
+    """A package that happens to lie in a developer's environment is missing on a fresh machine."""
+    import ast
+    import re
+    import sys
+    from importlib.metadata import packages_distributions, requires
+
+    declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in requires("flowanchor") or []}
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
+    imported = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            imported.update({name.split(".")[0]: file for name in names})
+    foreign = {name: file for name, file in imported.items() if name not in {*sys.stdlib_module_names, "flowanchor"}}
+    assert "torch" in foreign
+    providers = packages_distributions()
+    for name, file in foreign.items():
+        found = {provider.lower().replace("_", "-") for provider in providers.get(name, [name])}
+        assert found & declared, f"{file.relative_to(ROOT)} imports {name}, which pyproject.toml does not declare"
