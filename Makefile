@@ -8,6 +8,9 @@ STAMP := $(VENV)/.flowanchor-installed
 # For train, sample, eval-fid, demo and the tests: more arguments for the program, for example make train ARGS="seed=1"
 ARGS ?=
 
+# One thread: the networks of the tests are tiny, and threads that wait for each other on shared cores are slow.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench docs clean
 
@@ -36,10 +39,10 @@ typecheck: $(STAMP) ## check types (mypy)
 	$(BIN)/python -m mypy
 
 test: $(STAMP) ## run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 demo: $(STAMP) ## teacher, one-step student, evaluation and report in outputs/demo (QUICK=1 for a short one)
 	$(BIN)/python src/demo.py $(if $(filter-out 0 false no,$(QUICK)),quick=true) $(ARGS)
@@ -61,7 +64,7 @@ bench: $(STAMP) ## run every benchmark in benchmarks/
 	done; test -n "$$found" || echo "There are no benchmarks yet: each will be one file in benchmarks/."
 
 docs: $(STAMP) ## check the documentation: links resolve, every command runs
-	$(BIN)/python -m pytest tests/test_docs.py -m "slow or not slow" $(ARGS)
+	$(PYTEST) tests/test_docs.py -m "slow or not slow" $(ARGS)
 
 clean: ## remove caches and build artefacts; outputs/, data/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info *.egg-info

@@ -16,6 +16,7 @@ from flowanchor.checkpoints import LoadedModel, load_model
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
+from flowanchor.metrics.sample_file import SampleFile
 from flowanchor.programs.checks import check_whole_numbers, choose_device
 from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
@@ -48,14 +49,16 @@ def sample(cfg: DictConfig) -> None:
     )
     console = Console()
     batches = -(-cfg.num_samples // cfg.batch_size)
-    images = np.concatenate([chunk.numpy() for chunk in track(chunks, "Sampling", batches, console=console)])
-    stored = np.full(len(images), -1) if labels is None else labels.numpy()
-    np.savez_compressed(folder / "samples.npz", images=images, labels=stored)
-    shown = min(len(images), cfg.grid_images)
-    save_grid(folder / "grid.png", images[:shown], labels=None if labels is None else stored[:shown])
+    stored = None if labels is None else labels.numpy()
+    shown: list[np.ndarray] = []  # only what the grid needs is kept; the rest goes to disk as it comes
+    with SampleFile(folder / "samples.npz", cfg.num_samples, stored) as file:
+        for chunk in track(chunks, "Sampling", batches, console=console):
+            file.add(chunk)
+            shown.extend(chunk.numpy()[: max(0, cfg.grid_images - len(shown))])
+    save_grid(folder / "grid.png", np.stack(shown), labels=None if stored is None else stored[: len(shown)])
     nfe = "adaptive" if sampler.nfe is None else sampler.nfe
     console.print(
-        f"{len(images)} images by {getattr(sampler, 'label', type(sampler).__name__)}, nfe {nfe}, seed {cfg.seed}, "
+        f"{cfg.num_samples} images by {getattr(sampler, 'label', type(sampler).__name__)}, nfe {nfe}, seed {cfg.seed}, "
         f"weights {model.ema}, checkpoint {model.digest}: {folder}/samples.npz, grid.png"
     )
 

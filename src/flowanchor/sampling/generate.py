@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.codecs.pixels import to_uint8
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
 from flowanchor.sampling.noise import renoiser, sample_noise
@@ -43,8 +44,7 @@ def generate(
         latents = sampler.sample(backbone, noise, cond, interval, fresh)
         with torch.no_grad():
             images = codec.decode(latents.to(dtype))
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        yield pixels.permute(0, 2, 3, 1).contiguous().cpu()
+        yield to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def build_sampler(settings: Any, model: Any) -> Sampler:
