@@ -12,11 +12,7 @@ from typing import Any
 
 import yaml
 from hydra.errors import InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-
-REFUSALS = (ValueError, MisconfigurationException)  # what libraries raise on purpose, with a text for the user
-ACCIDENTS = (*REFUSALS, TypeError, ZeroDivisionError)  # what a value of the wrong kind or sign leads to
 
 Compose = Callable[[list[str]], DictConfig | None]
 
@@ -29,9 +25,13 @@ def blame(error: BaseException, arguments: list[str], compose: Compose) -> str |
         arguments: the command line.
         compose: overrides -> configuration with the `hydra` node, or None where they do not compose.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # seconds to import: only when asked
+
+    refusals = (ValueError, MisconfigurationException)  # what libraries raise on purpose, with a text for the user
+    accidents = (*refusals, TypeError, ZeroDivisionError)  # what a value of the wrong kind or sign leads to
     cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
     building = cause is not error  # a constructor that fails on a negative size raises a RuntimeError
-    if not isinstance(cause, (*ACCIDENTS, RuntimeError) if building else ACCIDENTS):
+    if not isinstance(cause, (*accidents, RuntimeError) if building else accidents):
         return None
     typed = dict(_settings(arguments))
     plain = compose([])
@@ -47,7 +47,7 @@ def blame(error: BaseException, arguments: list[str], compose: Compose) -> str |
     suspects = suspects or [key for key, default in odd.items() if _below(values[key], default)]
     if not suspects and isinstance(cause, TypeError):  # text where the default is null tells nothing by itself
         suspects = [key for key, default in odd.items() if default is None and isinstance(values[key], str)]
-    if not suspects and isinstance(cause, REFUSALS):
+    if not suspects and isinstance(cause, refusals):
         suspects = [key for key in values if _is_named(key, values[key], message)]
     if not suspects:
         return None
