@@ -120,7 +120,7 @@ CASES = [
     ([*TRAIN, "initialise_from={folder}/malicious.pkl"], "malicious.pkl is not .* safely .*: give"),
     (["sample", "checkpoint={folder}/hollow.ckpt"], "hollow.ckpt lacks flowanchor.config, .*: give a .ckpt file"),
     (["sample", "checkpoint={folder}/disguised.ckpt"], "asks for '.*.Path.touch', which is no class of"),
-    ([*SAMPLE, "ema_profile=zebra"], "no EMA profile 'zebra': choose one of power_0.2, power_0.05, none"),
+    ([*SAMPLE, "ema_profile=zebra"], "no EMA profile 'zebra': choose one of power_0.1, power_0.05, none"),
     ([*EVAL, "ema_profile=posthoc:wide"], "no EMA profile 'posthoc:wide': write for example posthoc:0.15"),
     # what does not fit
     ([*TRAIN, *TEACHER, "backbone.input_size=16"], r"trained on samples of shape \(1, 8, 8\).* \(1, 16, 16\): choose"),
