@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Batch, Objective, VelocityField
-from flowanchor.jvp import Full
+from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -34,7 +34,14 @@ from flowanchor.sampling.guidance import Guidance
 
 FOLDER = Path(os.environ.get("FLOWANCHOR_GOLDEN", Path(__file__).parent / "golden"))
 INTERVALS = {"plain": PlainInterval, "expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval}
-ENGINES = {"full": Full()}
+ENGINES = {
+    "full": Full(),
+    "chain": Chain(),
+    "chain_selective": Chain("selective"),
+    "chain_graph": Chain(False),
+    "two_pass": TwoPass(),
+    "two_pass_checkpoint": TwoPass(checkpoint=True),
+}
 
 
 class Golden:

@@ -15,7 +15,9 @@ from .lightningdit_layers import (
     Block,
     FinalLayer,
     LabelEmbedding,
+    Modulation,
     PatchEmbedding,
+    RMSNorm,
     RotaryPositions,
     TimeEmbedding,
     sincos_positions,
@@ -135,6 +137,11 @@ class LightningDiT(Backbone):
         out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, w=self.side, p=p, q=p)
         return out[:, : self.in_channels] if self.learn_sigma else out
 
+    def float32_modules(self) -> list[nn.Module]:
+        """Embedders of times, and every modulation."""
+        times = [embedder for embedder in (self.t_embedder, self.r_embedder) if embedder is not None]
+        return [*times, *(module for module in self.modules() if isinstance(module, Modulation))]
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None, r: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], t [B], labels y [B], r [B] -> velocity [B, C, H, W]; drops labels in training mode."""
         return super().forward(x, t, y, r)
@@ -166,12 +173,24 @@ class LightningDiT(Backbone):
 
     # ---------------------------------------------------------------------------------------------- initialisation
 
-    def initialise(self) -> None:
+    def initialise_stage(self, index: int) -> None:
         """DiT's initialisation: Xavier layers, zero gates and zero output, so that training starts from v = 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for module in self.stage_modules()[index]:
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+                elif isinstance(layer, (nn.LayerNorm, RMSNorm)) and layer.weight is not None:
+                    layer.reset_parameters()
+        if index == 0:
+            self._initialise_embedders()
+        elif index <= len(self.blocks):
+            nn.init.zeros_(self.blocks[index - 1].adaLN_modulation[-1].weight)
+        else:
+            nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+            nn.init.zeros_(self.final_layer.linear.weight)
+
+    def _initialise_embedders(self) -> None:
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
@@ -184,9 +203,6 @@ class LightningDiT(Backbone):
             first, last = self.r_embedder.layers
             nn.init.normal_(first.weight, std=0.02)
             nn.init.zeros_(last.weight)
-        for module in (*self.blocks, self.final_layer):
-            nn.init.zeros_(module.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
 
 def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:

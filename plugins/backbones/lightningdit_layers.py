@@ -24,6 +24,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         wide = x.double() if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -163,6 +166,20 @@ def make_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
     return RMSNorm(dim) if use_rmsnorm else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
+class Modulation(nn.Sequential):
+    """adaLN's shifts, scales and gates from the condition, c [B, D] -> [B, k D]; outside autocast.
+
+    It is a product per sample, not per token, so float32 costs nothing, and a gate of 8 bits would round every token.
+    """
+
+    def __init__(self, hidden_size: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+
+    def forward(self, c: Tensor) -> Tensor:
+        with torch.autocast(device_type=c.device.type, enabled=False):
+            return cast(Tensor, super().forward(c.to(cast(nn.Linear, self[1]).weight.dtype)))
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN, arXiv 2212.09748)."""
 
@@ -183,7 +200,7 @@ class Block(nn.Module):
         self.attn = Attention(hidden_size, num_heads, use_qknorm, use_rmsnorm)
         self.norm2 = make_norm(hidden_size, use_rmsnorm)
         self.mlp = SwiGLU(hidden_size, int(2 / 3 * hidden)) if use_swiglu else FeedForward(hidden_size, hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (4 if wo_shift else 6) * hidden_size))
+        self.adaLN_modulation = Modulation(hidden_size, 4 if wo_shift else 6)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
         (c,) = context.carried  # [B, D]
@@ -206,7 +223,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = make_norm(hidden_size, use_rmsnorm)
         self.linear = nn.Linear(hidden_size, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = Modulation(hidden_size, 2)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
         shift, scale = self.adaLN_modulation(context.carried[0]).chunk(2, dim=1)

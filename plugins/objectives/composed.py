@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from flowanchor.interfaces import (
     Anchor,
     Backbone,
     Batch,
+    Dual,
     Interval,
+    JointEngine,
     Objective,
     ObjectiveResult,
     Shortcut,
@@ -71,17 +75,14 @@ class ComposedObjective(Objective):
         flow = x1 - noise
         v = velocity(x_t, t, cond, flow, student, self.interval)
 
+        dual, anchored, end = self._ask(student, engine, x_t, t, cond, v)
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
-        if self.anchor is not None:
-            told = self.interval.pretraining(t) if self.anchor.branch == "pretraining" else self.interval.anchor(t)
-            term = self.anchor.loss(at_least_float32(student.predict(x_t, told.t, cond, told.r)), v, t)
+        if self.anchor is not None and anchored is not None:
+            term = self.anchor.loss(at_least_float32(anchored), v, t)
             losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
         prediction = tangent = None
-        if self.shortcut is not None:
-            end = self.shortcut.end(t)
-            told = self.interval.shortcut(t, end)
-            dual = engine(student, x_t, told.t, cond, v, torch.ones_like(t), told.r)
+        if self.shortcut is not None and dual is not None:
             prediction, tangent = at_least_float32(dual.prediction), at_least_float32(dual.tangent)
             term = self.shortcut.loss(prediction, tangent, v, t, end)
             losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", term, diagnostics)
@@ -94,6 +95,30 @@ class ComposedObjective(Objective):
             prediction=None if prediction is None else prediction.detach(),
             tangent=tangent,
         )
+
+    def _ask(
+        self, student: Backbone, engine: TangentEngine, x_t: Tensor, t: Tensor, cond: Any, v: Tensor
+    ) -> tuple[Dual | None, Tensor | None, Tensor | None]:
+        """The shortcut's prediction and tangent, the anchor's prediction, and where the shortcut ends.
+
+        Both terms ask the network about the same `x_t`, so an engine that can asks in one walk: a sharded network is
+        then gathered, and its gradient reduced, once for both.
+        """
+        plain = None
+        if self.anchor is not None:
+            pretraining = self.anchor.branch == "pretraining"
+            plain = self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
+        if self.shortcut is None:
+            assert plain is not None
+            return None, student.predict(x_t, plain.t, cond, plain.r), None
+        end = self.shortcut.end(t)
+        told = self.interval.shortcut(t, end)
+        ones = torch.ones_like(t)
+        if plain is not None and isinstance(engine, JointEngine):
+            dual, anchored = engine.joint(student, x_t, told.t, cond, v, ones, plain, told.r)
+            return dual, anchored, end
+        asked = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
+        return engine(student, x_t, told.t, cond, v, ones, told.r), asked, end
 
     @staticmethod
     def _collect(name: str, term: TermResult, diagnostics: dict[str, Tensor]) -> Tensor:

@@ -11,9 +11,10 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,13 @@ class Backbone(nn.Module, ABC):
     num_classes: int = 0  # 0: not class-conditional
     takes_end_time: bool = False  # whether `r` has an embedder of its own
     condition_dropout: float = 0.0  # share of conditions that `drop_condition` replaces in training
+    initialised_by_stage: bool = False  # whether `initialise` alone says what the first weights are
+    pending: Any = None  # weights (name -> tensor) that a network without values is to be filled with
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Drawn before any weight is, so that it is the same whether or not the weights get their values right away.
+        self.initial_seed = int(torch.randint(2**62, (), device="cpu"))
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
@@ -64,6 +72,54 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """Tokens -> velocity [B, *]."""
+
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The children that each stage calls, embed first and head last: what a sharding strategy makes its units of.
+
+        Here: children registered before `blocks` belong to `embed`, those after it to `head`; override it where that
+        is not so. A child's parameters must be used by calling the child, nothing else.
+        """
+        before: list[nn.Module] = []
+        after: list[nn.Module] = []
+        outer = before
+        for child in self.children():
+            if child is self.blocks:
+                outer = after
+            elif next(child.parameters(), None) is not None:
+                outer.append(child)
+        return [before, *([block] for block in self.blocks), after]
+
+    def initialise(self) -> None:
+        """Give every parameter its first value, stage by stage; a constructor calls it last.
+
+        Each stage draws from a stream of its own, so that a process which holds one stage at a time draws what a
+        process that holds them all does (`flowanchor.deferred`).
+        """
+        self.initialised_by_stage = True
+        for index in range(len(self.stage_modules())):
+            with self.stage_randomness(index):
+                self.initialise_stage(index)
+
+    def initialise_stage(self, index: int) -> None:
+        """Set every parameter of `stage_modules()[index]`; index 0 also those that belong to no stage.
+
+        Here: PyTorch's own initialisation of each layer, by its `reset_parameters`.
+        """
+        for module in self.stage_modules()[index]:
+            for layer in module.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+
+    @contextmanager
+    def stage_randomness(self, index: int) -> Iterator[None]:
+        """Within it the CPU's random numbers are those of this network's stage `index`; afterwards as they were."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.initial_seed + index)
+            yield
+
+    def float32_modules(self) -> list[nn.Module]:
+        """Modules whose parameters and arithmetic stay in float32 when the rest is bfloat16 (time, modulation)."""
+        return []
 
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
@@ -116,6 +172,26 @@ class TangentEngine(Protocol):
         r: Tensor | None = None,
         tangent_r: Tensor | None = None,
     ) -> Dual: ...
+
+
+@runtime_checkable
+class JointEngine(TangentEngine, Protocol):
+    """An engine that can also ask the network plainly at a second condition, in one walk over its stages."""
+
+    def joint(
+        self,
+        backbone: Backbone,
+        x: Tensor,
+        t: Tensor,
+        cond: Any,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        plain: Condition,
+        r: Tensor | None = None,
+        tangent_r: Tensor | None = None,
+    ) -> tuple[Dual, Tensor]:
+        """The dual, and `F(x, plain.t, plain.r)` [B, *] with gradient: what two separate calls would give."""
+        ...
 
 
 # ------------------------------------------------------------------------------------------- intervals and times

@@ -6,18 +6,36 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
+from flowanchor.jvp.attention import AttentionTangent, intercept, resolve
+from flowanchor.jvp.compiled import eager_forwards
+from flowanchor.jvp.dual import Directions
+from flowanchor.jvp.stages import is_sharded
 
 
 class Full:
     """`torch.func.jvp` over the model, gradient carried through the primal (what FACM's authors do).
 
-    Exact and simple, and dear in memory: every activation is kept twice, and checkpointing is impossible. Fused
-    attention has no forward-mode rule, so attention runs on the math backend inside the pass.
+    Exact and simple, and dear in memory: every activation is kept twice, and checkpointing is impossible.
+
+    Args:
+        attention: how attention's tangent is computed (`flowanchor.jvp.attention`): a name or an object. Fused
+            attention has no forward-mode rule, so the reference is the plain formula, "math".
+        checkpoint: only false is possible; here for a clear refusal.
     """
+
+    def __init__(self, attention: str | AttentionTangent = "math", checkpoint: bool = False) -> None:
+        if checkpoint:
+            raise ConfigError(
+                "jvp=full cannot be checkpointed (forward-mode AD does not pass through a checkpoint with gradient): "
+                "choose jvp=chain, which keeps one input per block."
+            )
+        self.attention = resolve(attention)
+
+    def __repr__(self) -> str:
+        return f"Full(attention={self.attention!r})"
 
     def __call__(
         self,
@@ -30,23 +48,25 @@ class Full:
         r: Tensor | None = None,
         tangent_r: Tensor | None = None,
     ) -> Dual:
+        Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r).check()
+        if is_sharded(backbone) and torch.is_grad_enabled() and TORCH < (2, 13):
+            raise ConfigError(
+                f"jvp=full does not pass through a sharded network before torch 2.13, and this is {torch.__version__}: "
+                "choose jvp=chain."
+            )
         primals, tangents = [x, t], [tangent_x, tangent_t]
         if tangent_r is not None:
-            if r is None:
-                raise ConfigError("A tangent of r was given without r: pass r, or leave tangent_r out.")
-            primals.append(r)
+            primals.append(cast(Tensor, r))
             tangents.append(tangent_r)
-        for primal, tangent in zip(primals, tangents, strict=True):
-            if primal.shape != tangent.shape:
-                raise ConfigError(
-                    f"A tangent of shape {tuple(tangent.shape)} was given for an input of shape "
-                    f"{tuple(primal.shape)}: they must match."
-                )
 
         def predict(x: Tensor, t: Tensor, *moving_r: Tensor) -> Tensor:
-            return backbone.predict(x, t, cond, moving_r[0] if moving_r else r)
+            with intercept(self.attention):
+                return backbone.predict(x, t, cond, moving_r[0] if moving_r else r)
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with eager_forwards():
             out = torch.func.jvp(predict, tuple(primals), tuple(tangents))
         prediction, tangent = cast(tuple[Tensor, Tensor], out)  # typed as two or three values: three with has_aux
         return Dual(prediction, tangent.detach())
+
+
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

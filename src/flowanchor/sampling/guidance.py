@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition
+from flowanchor.jvp.stages import is_sharded
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,34 @@ class Guidance:
         return 1 if self.scale == 1 else 2
 
     def velocity(self, network: Backbone, x: Tensor, told: Condition, cond: Any, t: Tensor) -> Tensor:
-        """x [B, *], the times that the network is told, condition, t [B] -> guided velocity [B, *]."""
-        conditional = network.predict(x, told.t, cond, told.r)
-        inside = (t >= self.low) & (t <= self.high)
-        if self.scale == 1 or not inside.any():
-            return conditional
+        """x [B, *], the times that the network is told, condition, t [B] -> guided velocity [B, *].
+
+        A sharded network is called once, whatever the times are, with both conditions side by side in a batch: its
+        processes must call it equally often, and each call gathers all of its weights.
+        """
+        if self.scale == 1:
+            return network.predict(x, told.t, cond, told.r)
         if cond is None:
             raise ConfigError(
                 f"A guidance scale of {self.scale} needs labels, and there are none: set teacher.guidance_scale=1 in "
                 "training, or sampler.guidance_scale=1 in sampling."
             )
-        unconditional = network.predict(x, told.t, network.null_condition(cond), told.r)
+        inside = (t >= self.low) & (t <= self.high)
+        null = network.null_condition(cond)
+        if is_sharded(network):
+            conditional, unconditional = _side_by_side(network, x, told, cond, null)
+        else:
+            conditional = network.predict(x, told.t, cond, told.r)
+            if not inside.any():
+                return conditional
+            unconditional = network.predict(x, told.t, null, told.r)
         guided = unconditional + self.scale * (conditional - unconditional)
         return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)
+
+
+def _side_by_side(network: Backbone, x: Tensor, told: Condition, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
+    """The network under two conditions in one call."""
+    both = tree_map(lambda c, n: torch.cat([c, n]) if isinstance(c, Tensor) else c, cond, null)
+    r = None if told.r is None else torch.cat([told.r, told.r])
+    first, second = network.predict(torch.cat([x, x]), torch.cat([told.t, told.t]), both, r).chunk(2)
+    return first, second

@@ -1,0 +1,48 @@
+"""Choosing an attention tangent by name, or by what it is asked."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.jvp.attention.base import AttentionTangent
+from flowanchor.jvp.attention.math import Math
+from flowanchor.jvp.attention.streaming import Streaming
+from flowanchor.jvp.attention.triton import Triton
+
+
+class Auto(AttentionTangent):
+    """`Triton` where it can run, `Streaming` elsewhere."""
+
+    def __init__(self) -> None:
+        self.streaming, self.triton = Streaming(), Triton()
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        chosen = self.triton if self.triton.can_run(q, k, v) else self.streaming
+        return chosen(q, k, v, dq, dk, dv, scale)
+
+
+NAMES: dict[str, type[Auto | Math | Streaming | Triton]] = {
+    "auto": Auto,
+    "math": Math,
+    "streaming": Streaming,
+    "triton": Triton,
+}
+
+
+def resolve(attention: str | AttentionTangent) -> AttentionTangent:
+    """The attention tangent of a name, or the object itself; raises `ConfigError` for an unknown name."""
+    if isinstance(attention, AttentionTangent):
+        return attention
+    if attention not in NAMES:
+        raise ConfigError(f"jvp.attention={attention} is unknown: choose one of {', '.join(NAMES)}.")
+    return NAMES[attention]()

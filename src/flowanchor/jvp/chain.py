@@ -1,0 +1,401 @@
+"""Chain-JVP: values and tangents pass from stage to stage, and the graph of a tangent never outlives its stage.
+
+A tangent carries no gradient, so dropping its graph between two stages changes nothing: the engine is exact. What a
+stage keeps for the backward pass is a choice (`recompute`), and a sharded network is whole one stage at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
+from flowanchor.jvp.attention import AttentionTangent, resolve
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, no_graph, run_network, stage_dual
+from flowanchor.jvp.replay import Recording, record, replay
+from flowanchor.jvp.stages import Stage, silenced, stages, through
+
+MODES = (True, False, "selective")
+
+
+class Chain:
+    """Exact prediction and tangent, stage by stage, at the memory of a checkpointed forward (Chain-JVP).
+
+    Args:
+        recompute: what a stage keeps for the backward pass. True: its input; the backward pass runs the plain forward
+            again (fused attention, same autocast and random state). "selective": its input and the outputs of its
+            linear layers; only what lies between them is computed again. False: the whole graph of the values.
+        attention: how attention's tangent is computed (`flowanchor.jvp.attention`): a name or an object.
+    """
+
+    def __init__(self, recompute: bool | str = True, attention: str | AttentionTangent = "auto") -> None:
+        if recompute not in MODES:
+            raise ConfigError(f"jvp.recompute={recompute} is unknown: choose true, false or selective.")
+        self.recompute = recompute
+        self.attention = resolve(attention)
+
+    def __repr__(self) -> str:
+        return f"Chain(recompute={self.recompute!r}, attention={self.attention!r})"
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        x: Tensor,
+        t: Tensor,
+        cond: Any,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        r: Tensor | None = None,
+        tangent_r: Tensor | None = None,
+    ) -> Dual:
+        inputs = Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r)
+        return self._walk(backbone, inputs, None)[0]
+
+    def joint(
+        self,
+        backbone: Backbone,
+        x: Tensor,
+        t: Tensor,
+        cond: Any,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        plain: Condition,
+        r: Tensor | None = None,
+        tangent_r: Tensor | None = None,
+    ) -> tuple[Dual, Tensor]:
+        """The same, with an ordinary prediction [B, *] of `x` at the times `plain` in one walk.
+
+        Equal to two separate calls. What is shared is each stage: a sharded network gathers it once for both in the
+        forward and in the backward, and reduces its gradient once.
+        """
+        dual, prediction = self._walk(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r), plain)
+        assert prediction is not None
+        return dual, prediction
+
+    def _walk(self, backbone: Backbone, inputs: Directions, plain: Condition | None) -> tuple[Dual, Tensor | None]:
+        inputs.check()
+        embed, links = stages(backbone)
+
+        def walk() -> tuple[Tensor, ...]:
+            state = _Branches(*through(embed.units, lambda: self._embed(embed, inputs, plain)))
+            for link in links:
+                state = self._step(link, state)
+            return tuple(value for value in (state.moving.tokens, state.moving.tokens_tangent, state.tokens)
+                         if value is not None)  # fmt: skip
+
+        prediction, tangent, *others = run_network(backbone, walk)
+        return Dual(prediction, tangent), others[0] if others else None
+
+    # -------------------------------------------------------------------------------------------------------- stages
+
+    def _embed(self, stage: Stage, inputs: Directions, plain: Condition | None) -> tuple[Any, ...]:
+        """`embed` keeps its small graph: it makes the context, parts of which may need gradient without moving."""
+        moving = embed_dual(stage, inputs, self.attention)
+        if plain is None:
+            return moving, None, None
+        tokens, context = stage.call(inputs.x, plain.t, inputs.cond, plain.r)
+        return moving, tokens, context
+
+    def _step(self, stage: Stage, state: _Branches) -> _Branches:
+        """One block, or the head: values with gradient, tangents without."""
+        tensors = _needed(state)
+
+        def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            now = _put_back(state, tensors)
+            if not torch.is_grad_enabled():
+                return self._without_graph(stage, now)[:3]
+            if self.recompute is False:
+                return self._with_graph(stage, now)
+            return self._recomputed(stage, now, tensors)
+
+        value, tangent, other = through(stage.units, run, *tensors)
+        assert value is not None
+        moving = state.moving._replace(tokens=value, tokens_tangent=tangent)
+        return _Branches(moving, other, state.context)
+
+    def _without_graph(
+        self, stage: Stage, now: _Branches, recordings: Sequence[Recording] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[_Forward]]:
+        """Dual pass, and the other branch's plain one, nothing kept but what is recorded."""
+        kept = recordings or (None, None)
+        with no_graph(now.moving.tokens.device):
+            first = _Forward.here(now.moving.tokens.device)
+            value, tangent = stage_dual(stage, now.moving, self.attention, kept[0])
+            first.forget_if_unused()
+            if now.tokens is None:
+                return value, tangent, None, [first]
+            assert now.context is not None
+            second = _Forward.here(now.tokens.device)
+            with record(kept[1]):
+                other = stage.call(now.tokens, now.context)
+            second.forget_if_unused()
+        return value, tangent, other, [first, second]
+
+    def _with_graph(self, stage: Stage, now: _Branches) -> tuple[Tensor | None, ...]:
+        """The tangent first, without a graph; then the values with one, which takes over what the first computed."""
+        linears = Recording()
+        with no_graph(now.moving.tokens.device):
+            before = _Forward.here(now.moving.tokens.device)
+            _, tangent = stage_dual(stage, now.moving, self.attention, linears)
+            before.forget_if_unused()
+        with before.restored(), replay(linears):
+            value = stage.call(now.moving.tokens, now.moving.context)
+        other = None if now.tokens is None else stage.call(now.tokens, now.context)
+        return value, tangent, other
+
+    def _recomputed(self, stage: Stage, now: _Branches, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        branches = 1 if now.tokens is None else 2
+        recordings = [Recording() for _ in range(branches)] if self.recompute == "selective" else None
+        value, tangent, other, forwards = self._without_graph(stage, now, recordings)
+        outputs = [value] if other is None else [value, other]
+        plan = _Plan(stage, now, forwards, recordings, outputs, len(tensors))
+        values = _Recompute.apply(plan, *tensors, *stage.parameters())
+        return values[0], tangent, None if other is None else values[1]
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """What passes between stages: the branch with tangents, and an ordinary one beside it where there are two."""
+
+    moving: Moving
+    tokens: Tensor | None
+    context: StageContext | None
+
+
+def _needed(state: _Branches) -> list[Tensor]:
+    """The tensors of a state through which gradient may flow, in a fixed order: tokens, carried, fixed."""
+    contexts = [(state.moving.tokens, state.moving.context)]
+    if state.tokens is not None and state.context is not None:
+        contexts.append((state.tokens, state.context))
+    found: list[Tensor] = []
+    for tokens, context in contexts:
+        found += [tokens, *context.carried, *(value for value in context.fixed if _differentiable(value))]
+    return found
+
+
+def _put_back(state: _Branches, tensors: Sequence[Tensor]) -> _Branches:
+    """The state with those tensors replaced."""
+    rest = iter(tensors)
+
+    def fill(context: StageContext) -> tuple[Tensor, StageContext]:
+        tokens = next(rest)
+        carried = tuple(next(rest) for _ in context.carried)
+        fixed = tuple(next(rest) if _differentiable(value) else value for value in context.fixed)
+        return tokens, StageContext(carried, fixed)
+
+    tokens, context = fill(state.moving.context)
+    moving = state.moving._replace(tokens=tokens, context=context)
+    if state.context is None:
+        return _Branches(moving, None, None)
+    return _Branches(moving, *fill(state.context))
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------ recomputation
+
+
+@dataclass
+class _Forward:
+    """Under which random state and autocast a forward ran, so that it can run again."""
+
+    device: torch.device
+    autocast: tuple[bool, torch.dtype]
+    cpu_state: Tensor | None = None
+    device_state: Tensor | None = None
+
+    @classmethod
+    def here(cls, device: torch.device) -> _Forward:
+        """The present states."""
+        kind = device.type
+        states = cls(device, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+        states.cpu_state = torch.get_rng_state()
+        if kind == "cuda":
+            states.device_state = torch.cuda.get_rng_state(device)
+        return states
+
+    def forget_if_unused(self) -> None:
+        """Drop the random states where the forward that followed drew nothing."""
+        if self.cpu_state is not None and torch.equal(self.cpu_state, torch.get_rng_state()):
+            self.cpu_state = None
+        if self.device_state is not None and torch.equal(self.device_state, torch.cuda.get_rng_state(self.device)):
+            self.device_state = None
+
+    def restored(self) -> AbstractContextManager[None]:
+        """A region with the random state of that forward; nothing of it leaks out."""
+        if self.cpu_state is None and self.device_state is None:
+            return nullcontext()
+        return _forked(self)
+
+    def autocasting(self) -> AbstractContextManager[None]:
+        """A region with the autocast of that forward."""
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+
+
+class _forked(AbstractContextManager[None]):
+    def __init__(self, states: _Forward) -> None:
+        self.states = states
+        self.fork = torch.random.fork_rng(devices=[states.device] if states.device_state is not None else [])
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        if self.states.cpu_state is not None:
+            torch.set_rng_state(self.states.cpu_state)
+        if self.states.device_state is not None:
+            torch.cuda.set_rng_state(self.states.device_state, self.states.device)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)
+
+
+@dataclass
+class _Plan:
+    """How to run one stage again. It holds no tensor of the batch: those are saved by autograd."""
+
+    stage: Stage
+    state: _Branches
+    forwards: Sequence[_Forward]
+    recordings: Sequence[Recording] | None
+    outputs: list[Tensor]
+    inputs: int  # how many of the Function's tensors are inputs; the others are parameters
+    branch_sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.branch_sizes = [1 + len(c.carried) + sum(map(_differentiable, c.fixed)) for c in self._contexts()]
+        self.state = _emptied(self.state)
+
+    def _contexts(self) -> list[StageContext]:
+        return [self.state.moving.context] + ([] if self.state.context is None else [self.state.context])
+
+
+def _emptied(state: _Branches) -> _Branches:
+    """The state's form without its differentiable tensors; fixed tensors that need no gradient stay (tables, masks)."""
+
+    def empty(context: StageContext) -> StageContext:
+        fixed = tuple(_HOLE if _differentiable(value) else value for value in context.fixed)
+        return StageContext(tuple(_HOLE for _ in context.carried), fixed)
+
+    moving = Moving(_HOLE, None, empty(state.moving.context), ())
+    if state.context is None:
+        return _Branches(moving, None, None)
+    return _Branches(moving, _HOLE, empty(state.context))
+
+
+_HOLE = torch.empty(0, requires_grad=True)  # stands for a tensor that autograd keeps
+
+
+class _Recompute(torch.autograd.Function):
+    """The values of a stage that were computed without a graph; the backward runs the stage again, plainly."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors[: plan.inputs])
+        ctx.parameters = tensors[plan.inputs :]
+        ctx.set_materialize_grads(False)
+        outputs, plan.outputs = tuple(plan.outputs), []
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        parameters: tuple[nn.Parameter, ...] = ctx.parameters
+        needed = ctx.needs_input_grad[1 : 1 + plan.inputs]
+        inputs = [saved.detach().requires_grad_(need) for saved, need in zip(ctx.saved_tensors, needed, strict=True)]
+        state = _put_back(plan.state, inputs)
+        contexts = [(state.moving.tokens, state.moving.context), (state.tokens, state.context)]
+        total: list[Tensor | None] = [None] * len(parameters)
+        flowing: list[Tensor | None] = []
+        first = 0
+        for branch, size in enumerate(plan.branch_sizes):
+            mine = inputs[first : first + size]
+            first += size
+            gradient = gradients[branch]
+            if gradient is None:
+                flowing += [None] * size
+                continue
+            wanted = [tensor for tensor in mine if tensor.requires_grad]
+            found = _gradients(plan, branch, contexts[branch], gradient, wanted, parameters)
+            at = iter(found)
+            flowing += [next(at) if tensor.requires_grad else None for tensor in mine]
+            total = [_sum(a, b) for a, b in zip(total, at, strict=True)]
+        return (None, *flowing, *total)
+
+
+def _gradients(
+    plan: _Plan,
+    branch: int,
+    inputs: tuple[Any, Any],
+    gradient: Tensor,
+    wanted: list[Tensor],
+    parameters: Sequence[nn.Parameter],
+) -> tuple[Tensor | None, ...]:
+    """Run one branch of a stage again and differentiate it."""
+    stage, before = plan.stage, plan.forwards[branch]
+    again = nullcontext() if plan.recordings is None else replay(plan.recordings[branch])
+    with silenced(stage.units), torch.enable_grad(), before.restored(), before.autocasting(), again:
+        output = stage.call(*inputs)
+    if output.grad_fn is None:
+        return (None,) * (len(wanted) + len(parameters))
+    _check_leaves(stage, output, wanted, parameters)
+    with _quiet_hooks(parameters):
+        return torch.autograd.grad(output, [*wanted, *parameters], gradient, allow_unused=True)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+class _quiet_hooks(AbstractContextManager[None]):
+    """A parameter's own gradient hooks wait for the outer backward, which calls them once with the whole gradient."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+
+    def __enter__(self) -> None:
+        for hooks, _ in self.hooks:
+            hooks.clear()
+
+    def __exit__(self, *error: Any) -> None:
+        for hooks, kept in self.hooks:
+            hooks.update(kept)
+
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()
+
+
+def _check_leaves(stage: Stage, output: Tensor, wanted: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Once per stage: everything in its graph that wants gradient is an input or a parameter of its own."""
+    first = stage.modules[0]
+    if first in _CHECKED:
+        return
+    known = {id(tensor) for tensor in (*wanted, *parameters)}
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ConfigError(
+                f"The stage {stage.name} uses a trainable tensor of shape {tuple(leaf.shape)} that is neither its "
+                "input nor a parameter of its own, and it would get no gradient: pass it through the context, or list "
+                "its module in stage_modules()."
+            )
+        todo += [following for following, _ in node.next_functions]
+    _CHECKED.add(first)

@@ -1,0 +1,79 @@
+"""Two passes: the tangent without a graph, then an ordinary forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flowanchor.interfaces import Backbone, Dual
+from flowanchor.jvp.attention import AttentionTangent, resolve
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, no_graph, run_network, stage_dual
+from flowanchor.jvp.stages import stages, through
+
+
+class TwoPass:
+    """A tangent pass under `no_grad`, then a plain forward that carries the gradient (as in rCM).
+
+    Exact. It costs one forward more than `Chain`, and in return the pass with gradient is the network as it stands:
+    compiled, with fused attention.
+
+    Args:
+        checkpoint: run each block of the plain forward under activation checkpointing.
+        attention: how attention's tangent is computed (`flowanchor.jvp.attention`): a name or an object.
+    """
+
+    def __init__(self, checkpoint: bool = False, attention: str | AttentionTangent = "auto") -> None:
+        self.checkpoint = checkpoint
+        self.attention = resolve(attention)
+
+    def __repr__(self) -> str:
+        return f"TwoPass(checkpoint={self.checkpoint!r}, attention={self.attention!r})"
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        x: Tensor,
+        t: Tensor,
+        cond: Any,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        r: Tensor | None = None,
+        tangent_r: Tensor | None = None,
+    ) -> Dual:
+        tangent = self._tangent(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r))
+        return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+
+    def _tangent(self, backbone: Backbone, inputs: Directions) -> Tensor:
+        inputs.check()
+        embed, links = stages(backbone)
+
+        def walk() -> Tensor | None:
+            moving: Moving = through(embed.units, lambda: embed_dual(embed, inputs, self.attention))
+            for link in links:
+                tokens, tangent = through(
+                    link.units, lambda now=moving, link=link: stage_dual(link, now, self.attention)
+                )
+                moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
+            return moving.tokens_tangent
+
+        with no_graph(inputs.x.device):
+            tangent = run_network(backbone, walk)
+        assert tangent is not None
+        return tangent
+
+
+def plain_forward(backbone: Backbone, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
+    """`F(x, t, r)` with gradient, [B, *]; each block checkpointed or not."""
+    if not checkpointed:
+        return backbone.predict(x, t, cond, r)
+
+    def predict() -> Tensor:
+        tokens, context = backbone.embed(x, t, cond, r)
+        for block in backbone.blocks:
+            tokens = checkpoint(block, tokens, context, use_reentrant=False)
+        return backbone.head(tokens, context)
+
+    prediction: Tensor = run_network(backbone, predict)
+    return prediction
