@@ -19,3 +19,7 @@ class CheckpointError(FlowAnchorError):
 
 class NonFiniteLossError(FlowAnchorError):
     """Too many steps in a row whose loss or gradient was not finite."""
+
+
+class RankDisagreement(FlowAnchorError):
+    """Processes of one run that do not do the same: other settings, gradients or weights."""
