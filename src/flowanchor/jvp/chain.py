@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
@@ -350,8 +351,10 @@ def _gradients(
     if output.grad_fn is None:
         return (None,) * (len(wanted) + len(parameters))
     _check_leaves(stage, output, wanted, parameters)
+    end = get_gradient_edge(output)
+    del output  # its value is not needed again
     with _quiet_hooks(parameters):
-        return torch.autograd.grad(output, [*wanted, *parameters], gradient, allow_unused=True)
+        return torch.autograd.grad([end], [*wanted, *parameters], [gradient], allow_unused=True)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
