@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -184,10 +184,10 @@ class LightningDiT(Backbone):
                     layer.reset_parameters()
         if index == 0:
             self._initialise_embedders()
-        elif index <= len(self.blocks):
-            nn.init.zeros_(self.blocks[index - 1].adaLN_modulation[-1].weight)
-        else:
-            nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+            return
+        last = self.final_layer if index > len(self.blocks) else cast(Block, self.blocks[index - 1])
+        nn.init.zeros_(cast(nn.Linear, last.adaLN_modulation[-1]).weight)
+        if last is self.final_layer:
             nn.init.zeros_(self.final_layer.linear.weight)
 
     def _initialise_embedders(self) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
-from flowanchor.jvp import no_graph
 from flowanchor.sampling.guidance import Guidance
 
 
@@ -29,6 +28,7 @@ class SelfVelocity(VelocityField):
         self.guidance_low = guidance_low
         self.guidance_high = guidance_high
 
+    @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         if self.guidance_scale == 1:
             return flow
@@ -36,8 +36,7 @@ class SelfVelocity(VelocityField):
             raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
         null = student.null_condition(cond)
         told = interval.anchor(t)
-        with no_graph(x.device):
-            unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
+        unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
         guided = unconditional + self.guidance_scale * (flow - unconditional)
         dropped = (cond == null).reshape(t.shape[0], -1).all(1)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped

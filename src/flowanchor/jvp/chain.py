@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, no_graph, run_network, stage_dual
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.replay import Recording, record, replay
 from flowanchor.jvp.stages import Stage, silenced, stages, through
 
@@ -127,7 +127,7 @@ class Chain:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[_Forward]]:
         """Dual pass, and the other branch's plain one, nothing kept but what is recorded."""
         kept = recordings or (None, None)
-        with no_graph(now.moving.tokens.device):
+        with torch.no_grad():
             first = _Forward.here(now.moving.tokens.device)
             value, tangent = stage_dual(stage, now.moving, self.attention, kept[0])
             first.forget_if_unused()
@@ -143,7 +143,7 @@ class Chain:
     def _with_graph(self, stage: Stage, now: _Branches) -> tuple[Tensor | None, ...]:
         """The tangent first, without a graph; then the values with one, which takes over what the first computed."""
         linears = Recording()
-        with no_graph(now.moving.tokens.device):
+        with torch.no_grad():
             before = _Forward.here(now.moving.tokens.device)
             _, tangent = stage_dual(stage, now.moving, self.attention, linears)
             before.forget_if_unused()

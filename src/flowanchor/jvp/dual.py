@@ -54,23 +54,6 @@ class Directions(NamedTuple):
 
 
 @contextmanager
-def no_graph(device: torch.device) -> Iterator[None]:
-    """`no_grad` that leaves no trace in autocast's cache.
-
-    Inside an autocast region the low-precision copy of a weight is cached. A copy made under `no_grad` has no history,
-    and a release of PyTorch that puts it into the cache all the same would leave the weight without a gradient in the
-    next pass of the region. (2.14 does not; we do not rely on it.)
-    """
-    kind = device.type
-    with torch.no_grad():
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
-                yield
-        else:
-            yield
-
-
-@contextmanager
 def tangents(attention: AttentionTangent, recording: Recording | None = None) -> Iterator[None]:
     """A level of forward-mode AD in which attention has a tangent and compiled blocks run eagerly."""
     with forward_ad.dual_level(), eager_forwards(), record(recording), _LinearRule(), intercept(attention):

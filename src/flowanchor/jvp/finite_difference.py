@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
-from flowanchor.jvp.dual import Directions, no_graph
+from flowanchor.jvp.dual import Directions
 from flowanchor.jvp.stages import is_sharded
 from flowanchor.jvp.two_pass import plain_forward
 
@@ -91,7 +91,7 @@ class FiniteDifference:
                 return functional_call(_Predict(backbone), _prefixed(weights), (x, t, inputs.cond, r))
             return backbone.predict(x, t, inputs.cond, r)
 
-        with no_graph(inputs.x.device):
+        with torch.no_grad():
             return ((at(self.eps) - at(-self.eps)) / (2 * self.eps)).to(inputs.x.dtype)
 
 

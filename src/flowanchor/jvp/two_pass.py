@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, no_graph, run_network, stage_dual
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.stages import stages, through
 
 
@@ -58,7 +59,7 @@ class TwoPass:
                 moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
             return moving.tokens_tangent
 
-        with no_graph(inputs.x.device):
+        with torch.no_grad():
             tangent = run_network(backbone, walk)
         assert tangent is not None
         return tangent
