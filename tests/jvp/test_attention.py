@@ -213,6 +213,35 @@ def test_the_kernel_under_tritons_interpreter():
         assert error < limits[case.rstrip(")'").split("'")[-1]], (case, error)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("d", [64, 72, 128, 256])
+def test_the_kernel_compiles_for_gpus(d, kind):
+    """To machine code, without one: it fits into the shared memory of the smallest card that runs it."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flowanchor.jvp.attention import triton_kernel
+
+    dtype, kernel = getattr(torch, kind), triton_kernel._kernel
+    block_q, block_k, warps, stages = triton_kernel.tiles(d, dtype)
+    first, second = triton_kernel.parts(d)
+    fixed = {"D": d, "D0": first, "D1": second, "BLOCK_Q": block_q, "BLOCK_K": block_k, "HAS_DQ": True, "HAS_DK": True}
+    fixed |= {"HAS_DV": True, "PRECISION": "ieee" if kind == "float32" else "tf32", "KIND": triton_kernel._kind(dtype)}
+    tensors = "*bf16" if kind == "bfloat16" else "*fp32"
+    signature = {
+        name: "constexpr" if name in fixed else tensors if name.isupper() else "fp32" if "scale" in name else "i32"
+        for name in kernel.arg_names
+    }
+    constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    for architecture in (80, 90):
+        options = {"num_warps": warps, "num_stages": stages}
+        built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        assert len(built.asm["cubin"]) > 0
+        assert built.metadata.shared <= 99 * 1024
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("shape", [(2, 4, 256, 256, 72), (1, 2, 1000, 512, 128), (1, 2, 1024, 1024, 72)], ids=str)

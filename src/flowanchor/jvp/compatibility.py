@@ -1,0 +1,46 @@
+"""Which engine runs where: what cannot be is refused before training starts (docs/compatibility.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, TangentEngine
+
+
+@runtime_checkable
+class ChecksRun(Protocol):
+    """An engine that knows where it cannot run."""
+
+    def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+        """Raise `ConfigError` where it cannot, in one sentence that names the nearest choice that can."""
+        ...
+
+
+def check(engine: TangentEngine, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+    """Raise `ConfigError` where an engine cannot train this network in this way; nothing is computed.
+
+    Args:
+        sharded: whether the network is, or is about to be, sharded by its stages (FSDP2).
+        low_precision: whether it runs in bfloat16 or float16, be it by autocast or by its parameters.
+    """
+    if isinstance(engine, ChecksRun):
+        engine.check_run(backbone, sharded=sharded, low_precision=low_precision)
+
+
+def is_low(precision: str | int) -> bool:
+    """Whether a precision of a trainer ("32-true", "bf16-mixed", ...) computes in fewer than 32 bits."""
+    return str(precision) not in ("32", "32-true", "64", "64-true")
+
+
+def compile_options(compile: Any) -> dict[str, Any] | None:
+    """The config's `compile` as options of `compile_blocks`: false -> None, true -> {}, a mapping -> itself."""
+    if isinstance(compile, bool):
+        return {} if compile else None
+    if isinstance(compile, Mapping):
+        return {str(key): value for key, value in compile.items()}
+    raise ConfigError(
+        f"compile={compile} is no choice: use compile=true, compile=false, or options of torch.compile "
+        "(+compile.mode=max-autotune with compile={})."
+    )
