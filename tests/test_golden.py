@@ -84,6 +84,34 @@ def check_backbone(golden: Golden) -> None:
         dual = engine(network, x, t, y, golden["in.dx"], golden["in.dt"], r)
         assert relative(dual.prediction, golden["out.prediction"]) <= 1e-5, name
         assert relative(dual.tangent, golden["out.tangent"]) <= 1e-5, name
+    check_engines_in_float64(golden)
+
+
+def check_engines_in_float64(golden: Golden) -> None:
+    """Every exact engine against `Full`, and `Full` against central differences."""
+    network = golden.network().double().eval()
+    x, t, r, dx, dt = (
+        None if (value := golden.get(f"in.{name}")) is None else value.double() for name in ("x", "t", "r", "dx", "dt")
+    )
+    y = golden["in.y"]
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def answer(engine: Any) -> tuple[Tensor, Tensor, Tensor]:
+        network.zero_grad()
+        dual = engine(network, x, t, y, dx, dt, r)
+        (dual.prediction * weights).sum().backward()
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        return dual.prediction.detach(), dual.tangent, torch.cat(gradients)
+
+    wanted = answer(ENGINES["full"])
+    with torch.no_grad():
+        step = 1e-5
+        ahead, behind = (network(x + way * dx, t + way * dt, y, r) for way in (step, -step))
+    assert relative(wanted[1], (ahead - behind) / (2 * step)) <= 1e-7
+    for name, engine in ENGINES.items():
+        found = answer(engine)
+        for value, right, limit in zip(found, wanted, (1e-10, 1e-10, 1e-9), strict=True):
+            assert relative(value, right) <= limit, name
 
 
 def make_objective(config: dict[str, Any]) -> Objective:
@@ -107,12 +135,17 @@ def make_velocity(golden: Golden) -> VelocityField:
 
 
 def check_objective(golden: Golden) -> None:
+    for engine in ENGINES:
+        check_objective_with(golden, engine)
+
+
+def check_objective_with(golden: Golden, engine: str) -> None:
     if golden.config["objective"] not in ("facm", "flow_matching"):
         pytest.skip(f"objective '{golden.config['objective']}' is not built yet")
     student = golden.network().train()  # the files have label dropout disabled
     batch = Batch(golden["in.x1"], golden["in.y"])
     result = make_objective(golden.config)(
-        student, batch, make_velocity(golden), ENGINES["full"], noise=golden["in.noise"], t=golden["in.t"]
+        student, batch, make_velocity(golden), ENGINES[engine], noise=golden["in.noise"], t=golden["in.t"]
     )
     result.loss.backward()
 
