@@ -12,10 +12,10 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench docs clean
+.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench compatibility docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv and install everything (PYTHON=python3.12 chooses the interpreter)
 
@@ -62,6 +62,9 @@ bench: $(STAMP) ## run every benchmark in benchmarks/
 	@set -e; found=; for file in benchmarks/*.py; do \
 		test -e "$$file" || continue; found=yes; echo "== $$file"; $(BIN)/python "$$file"; \
 	done; test -n "$$found" || echo "There are no benchmarks yet: each will be one file in benchmarks/."
+
+compatibility: $(STAMP) ## visit every cell of the compatibility matrix and write docs/compatibility.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility/matrix.py
 
 docs: $(STAMP) ## check the documentation: links resolve, every command runs
 	$(PYTEST) tests/test_docs.py -m "slow or not slow" $(ARGS)

@@ -37,7 +37,7 @@ SHORT = {
     "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=2", "student.quick_steps=2"],
 }
 SCRIPTS = {"flowanchor-train": "train.py", "flowanchor-sample": "sample.py", "flowanchor-eval": "eval.py"}
-SCRIPTS["flowanchor-demo"] = "demo.py"
+SCRIPTS |= {"flowanchor-demo": "demo.py", "flowanchor-convert": "convert.py"}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def test_console_scripts_name_programs_that_exist(installed):
         group="console_scripts"
     )
     names = {script.name for script in scripts}
-    assert names == {"flowanchor-train", "flowanchor-sample", "flowanchor-eval", "flowanchor-demo"}
+    programs = ("train", "sample", "eval", "demo", "convert")
+    assert names == {f"flowanchor-{program}" for program in programs}
     for script in scripts:
         assert (ROOT / "src" / "flowanchor" / "programs" / f"{script.module.rsplit('.', 1)[-1]}.py").is_file(), script
 
@@ -118,6 +119,8 @@ def test_every_import_is_a_declared_dependency():
             imported.update({name.split(".")[0]: file for name in names})
     foreign = {name: file for name, file in imported.items() if name not in {*sys.stdlib_module_names, "flowanchor"}}
     assert "torch" in foreign
+    # Imported only where it is found, and refused with a sentence where it is not (an extra).
+    assert foreign.pop("triton").name == "triton_kernel.py"
     providers = packages_distributions()
     for name, file in foreign.items():
         found = {provider.lower().replace("_", "-") for provider in providers.get(name, [name])}

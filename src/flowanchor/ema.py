@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.weights import copy_weights, local, shape_of
 
 
 class Profile:
@@ -43,18 +45,16 @@ def _as_list(value: float | Sequence[float] | None) -> list[float]:
     return [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its storage (call under `no_grad`)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(local: Tensor, like: Tensor) -> Tensor:
-    """The full tensor of a rank's part laid out as `like` (a collective when `like` is sharded)."""
+def _laid_out(part: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor as that tensor: sharded as `like` is, or itself where nothing is sharded."""
     if isinstance(like, DTensor):
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        ).full_tensor()
-    return local
+        return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return part
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor (a collective when it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA(pl.Callback):
@@ -69,7 +69,8 @@ class EMA(pl.Callback):
 
     It keeps the manners of Lightning's `WeightAveraging` (averages during validation, resume) but not its code: that
     one deep-copies the whole module (a frozen teacher included), holds one average and does not support sharding.
-    Weights in `state_dict` stay raw; the averages are saved as `checkpoint["ema"] = {profile: {name: tensor}}`.
+    Weights in `state_dict` stay raw; the averages are saved as `checkpoint["ema"] = {profile: {name: tensor}}`. Of a
+    sharded student every rank averages and saves its own part.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class EMA(pl.Callback):
         self.updates = 0
         self._latest_step = 0
         self._shadows: dict[str, dict[str, Tensor]] = {}  # profile -> parameter name -> this rank's float32 part
-        self._loaded: dict[str, dict[str, Tensor]] | None = None  # from a checkpoint, until the student is set up
+        self._loaded: Mapping[str, Mapping[str, Tensor]] | None = None  # from a checkpoint, until the student is set up
         self._raw: list[Tensor] | None = None  # the raw weights while averages are swapped in
         self._active: str | None = None  # the profile that is swapped in
 
@@ -106,6 +107,9 @@ class EMA(pl.Callback):
 
     @staticmethod
     def _averaged(student: nn.Module) -> dict[str, Tensor]:
+        for module in student.modules():  # a stage may still be whole after a forward without a backward
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -113,38 +117,37 @@ class EMA(pl.Callback):
         """Create the averages, on first need: by then the student is on its device, sharded and restored."""
         if self._shadows:
             return
+        parameters = self._averaged(pl_module.student)  # type: ignore[arg-type]
         for profile in self.profiles:
-            self._shadows[profile] = {}
-            for name, p in self._averaged(pl_module.student).items():  # type: ignore[arg-type]
-                source: Tensor = p
-                if self._loaded is not None:
-                    source = self._stored(profile, name, p)
-                self._shadows[profile][name] = _local(source).detach().to(_local(p).device, torch.float32, copy=True)
+            shadows = {name: local(p).detach().to(torch.float32, copy=True) for name, p in parameters.items()}
+            if self._loaded is not None:
+                wanted = {name: _laid_out(part, parameters[name]) for name, part in shadows.items()}
+                copy_weights(self._stored(profile, wanted), wanted)
+            self._shadows[profile] = shadows
         self._loaded = None
 
-    def _stored(self, profile: str, name: str, p: Tensor) -> Tensor:
+    def _stored(self, profile: str, wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         assert self._loaded is not None
         if profile not in self._loaded:
             raise CheckpointError(
                 f"The checkpoint holds the averages {', '.join(self._loaded)} but not {profile}: "
                 "resume with the ema settings of the run, or train into a new folder."
             )
-        full = self._loaded[profile].get(name)
-        if full is None or full.shape != p.shape:
-            raise CheckpointError(
-                f"The average {profile} in the checkpoint has no fitting entry for the parameter {name}: "
-                "resume with the backbone of the run, or train into a new folder."
-            )
-        if isinstance(p, DTensor):  # every rank has read the checkpoint, so nothing is sent
-            return distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        return full
+        stored = self._loaded[profile]
+        for name, tensor in wanted.items():
+            if name not in stored or shape_of(stored, name) != tensor.shape:
+                raise CheckpointError(
+                    f"The average {profile} in the checkpoint has no fitting entry for the parameter {name}: "
+                    "resume with the backbone of the run, or train into a new folder."
+                )
+        return stored
 
     @torch.no_grad()
     def update(self, pl_module: pl.LightningModule) -> None:
         """One step of every average: shadow <- beta shadow + (1 - beta) weights."""
         self._ensure(pl_module)
         self.updates += 1
-        weights = [_local(p).float() for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        weights = [local(p).float() for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
         for name, profile in self.profiles.items():
             torch._foreach_lerp_(list(self._shadows[name].values()), weights, 1.0 - profile.beta(self.updates))
 
@@ -178,7 +181,7 @@ class EMA(pl.Callback):
         if profile not in self.profiles:
             raise ConfigError(f"There is no average named {profile}: choose one of {', '.join(self.profiles)}.")
         self._ensure(pl_module)
-        weights = [_local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        weights = [local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
         if self._raw is None:
             self._raw = [w.clone() for w in weights]
         torch._foreach_copy_(weights, list(self._shadows[profile].values()))
@@ -187,7 +190,7 @@ class EMA(pl.Callback):
     @torch.no_grad()
     def _swap_out(self, pl_module: pl.LightningModule) -> None:
         if self._raw is not None:
-            weights = [_local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+            weights = [local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
             torch._foreach_copy_(weights, self._raw)
         self._raw = self._active = None
 
@@ -202,21 +205,28 @@ class EMA(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    @torch.no_grad()
     def averages(self, pl_module: pl.LightningModule, profile: str, keep: bool = True) -> dict[str, Tensor]:
         """Full state dict of the student under a profile, on the CPU; frozen parameters and buffers are copied.
 
         Every rank must call it when the student is sharded; with `keep=False` this rank drops what it gathers.
         """
-        self._ensure(pl_module)
-        student: nn.Module = pl_module.student  # type: ignore[assignment]
-        shadow_of = {id(p): self._shadows[profile][name] for name, p in self._averaged(student).items()}
         state = {}
-        for name, tensor in student.state_dict(keep_vars=True).items():
-            whole = _whole(shadow_of.get(id(tensor), _local(tensor)).detach(), tensor)
+        for name, tensor in self._parts(pl_module, profile).items():
+            whole = _whole(tensor)
             if keep:
                 state[name] = whole.to("cpu", copy=True)
         return state
+
+    @torch.no_grad()
+    def _parts(self, pl_module: pl.LightningModule, profile: str) -> dict[str, Tensor]:
+        """State dict of the student under a profile, sharded as the student is, sharing storage with what is kept."""
+        self._ensure(pl_module)
+        student: nn.Module = pl_module.student  # type: ignore[assignment]
+        shadow_of = {id(p): self._shadows[profile][name] for name, p in self._averaged(student).items()}
+        return {
+            name: _laid_out(shadow_of[id(tensor)], tensor) if id(tensor) in shadow_of else tensor.detach()
+            for name, tensor in student.state_dict(keep_vars=True).items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "latest_step": self._latest_step}
@@ -228,16 +238,24 @@ class EMA(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Parts, not wholes: a strategy that shards the student also knows how to save what is sharded.
         keep = trainer.is_global_zero
-        averages = {profile: self.averages(pl_module, profile, keep) for profile in self.profiles}
-        if keep:
-            checkpoint["ema"] = averages
+        checkpoint["ema"] = {name: self._copied(self._parts(pl_module, name), keep) for name in self.profiles}
         if self._raw is not None:  # saved in the middle of a validation: the file must still hold the raw weights
             names = self._averaged(pl_module.student)  # type: ignore[arg-type]
             for (name, p), raw in zip(names.items(), self._raw, strict=True):
-                key, whole = f"student.{name}", _whole(raw, p)
+                key = f"student.{name}"
                 if key in checkpoint["state_dict"]:
-                    checkpoint["state_dict"][key] = whole.clone()
+                    checkpoint["state_dict"][key] = _laid_out(raw.clone(), p)
+
+    @staticmethod
+    def _copied(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """What is sharded, as it is; what every rank has whole, on the CPU of the rank that shall `keep` it."""
+        return {
+            name: tensor if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+            for name, tensor in state.items()
+            if keep or isinstance(tensor, DTensor)
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -107,8 +107,9 @@ class Backbone(nn.Module, ABC):
         """
         for module in self.stage_modules()[index]:
             for layer in module.modules():
-                if hasattr(layer, "reset_parameters"):
-                    layer.reset_parameters()
+                reset = getattr(layer, "reset_parameters", None)
+                if callable(reset):
+                    reset()
 
     @contextmanager
     def stage_randomness(self, index: int) -> Iterator[None]:

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from flowanchor.checkpoints.load import FORMAT
+from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, VelocityField
+from flowanchor.jvp.compatibility import check, is_low
+from flowanchor.jvp.compiled import compile_blocks
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
 TRAIN_STREAM, VALIDATION_STREAM = 1, 2
+
+TEACHER = "velocity."  # weights under this name belong to another file and are not saved with a run
 
 
 class FlowModule(pl.LightningModule):
@@ -28,11 +33,12 @@ class FlowModule(pl.LightningModule):
         objective: the loss.
         velocity: where the target velocity comes from; a frozen teacher in it is not saved with the run.
         engine: computes predictions with their tangents.
-        optimizer: parameters -> optimizer.
+        optimizer: parameters, or groups of them -> optimizer.
         config: resolved config of the run, plain values only; stored in checkpoints so that they can be opened alone.
         seed: all randomness of a step is a function of (seed, step), so that a resumed run repeats an uninterrupted
             one, and so that N processes draw what one process with the joint batch draws.
         max_nonfinite_steps: steps in a row with a non-finite loss or gradient after which the run stops.
+        compile_options: of torch.compile, for the blocks of student and teacher; None: they run eagerly.
     """
 
     def __init__(
@@ -41,10 +47,11 @@ class FlowModule(pl.LightningModule):
         objective: Objective,
         velocity: VelocityField,
         engine: TangentEngine,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
         config: dict[str, Any] | None = None,
         seed: int = 0,
         max_nonfinite_steps: int = 10,
+        compile_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -55,11 +62,25 @@ class FlowModule(pl.LightningModule):
         self.config = config or {}
         self.seed = seed
         self.max_nonfinite_steps = max_nonfinite_steps
+        self.compile_options = compile_options
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._seen_terms: list[dict[str, Tensor]] = []
         objective.check(student)
         velocity.check(student)
+
+    def configure_model(self) -> None:
+        """Let a strategy that spreads the networks over the processes do so (`ChainJVPStrategy`); compile blocks."""
+        parallelise = getattr(self.trainer.strategy, "parallelise", None)
+        if self.objective.kind == "shortcut":  # the others ask for no tangent
+            low = is_low(self.trainer.precision)
+            check(self.engine, self.student, sharded=parallelise is not None, low_precision=low)
+        if parallelise is not None:
+            parallelise(self)
+        if self.compile_options is not None:
+            for network in self.modules():
+                if isinstance(network, Backbone):
+                    compile_blocks(network, **self.compile_options)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -99,9 +120,12 @@ class FlowModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [*self.student.parameters(), *self.objective.parameters()]
+        networks = (self.student, self.objective)
+        trained = [[p for p in network.parameters() if p.requires_grad] for network in networks]
+        # The objective's own parameters, if any, make a group: a strategy may shard the student's and not these.
+        groups = [{"params": parameters} for parameters in trained] if trained[1] else trained[0]
         try:
-            return self.make_optimizer([parameter for parameter in trained if parameter.requires_grad])
+            return self.make_optimizer(groups)
         except ValueError as error:  # PyTorch's own check of rates, decays and betas
             raise ConfigError(f"The optimizer refuses its settings ({error}): correct them under optimizer.") from error
 
@@ -116,9 +140,7 @@ class FlowModule(pl.LightningModule):
         The gradients are those reduced over all processes, so every process comes to the same verdict without asking.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        norm = clip_joint_norm(parameters, gradient_clip_val or math.inf)
         if bool(torch.isfinite(norm)):
             self._nonfinite_in_a_row = 0
         else:
@@ -157,7 +179,7 @@ class FlowModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The teacher belongs to another file; what is needed to open this one alone goes in."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("velocity.")}
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(TEACHER)}
         checkpoint["flowanchor"] = {
             "format": FORMAT,
             "kind": self.objective.kind,
@@ -168,5 +190,22 @@ class FlowModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.state_dict()
-        checkpoint["state_dict"].update({key: value for key, value in own.items() if key.startswith("velocity.")})
+        checkpoint["state_dict"].update({key: value for key, value in own.items() if key.startswith(TEACHER)})
         self.nonfinite_steps = int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0))
+
+
+@torch.no_grad()
+def clip_joint_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradients of sharded and of whole parameters by their one norm, and return it: a scalar, on every rank.
+
+    Gradients of parameters that every rank holds whole must be equal on all ranks.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in trained if isinstance(p.grad, DTensor)]
+    plain = [p for p in trained if not isinstance(p.grad, DTensor)]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in (sharded, plain) if kind]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(whole)) if len(whole) > 1 else (whole or [torch.zeros(())])[0]
+    for kind in (sharded, plain):
+        nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    return total

@@ -75,12 +75,23 @@ def check_same_run(folder: str | Path, cfg: DictConfig) -> None:
     assert isinstance(ours, dict)
     theirs = recorded if isinstance(recorded, dict) else {}
     changed = [key for part in IDENTITY for key in _differences(theirs.get(part), ours.get(part), part)]
+    if "data.batch_size" in changed and _joint_batch(theirs) == _joint_batch(ours) is not None:
+        changed.remove("data.batch_size")  # per process: the same batch, shared by another number of processes
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ConfigError(
             f"The folder {folder} holds a run with other settings ({listed}): pick another name=NAME for this run, "
             "or repeat the settings of that one to resume it."
         )
+
+
+def _joint_batch(settings: Any) -> int | None:
+    """Samples per batch over all processes; None where the settings do not say."""
+    try:
+        trainer = settings["trainer"]
+        return int(settings["data"]["batch_size"]) * int(trainer["devices"]) * int(trainer.get("num_nodes", 1))
+    except (KeyError, TypeError, ValueError):  # devices: auto, or a list
+        return None
 
 
 def provenance() -> dict[str, Any]:

@@ -81,8 +81,7 @@ class SampleGrid(pl.Callback):
             return
         self._latest = step
         # A sharded network needs all of its ranks to run; any other draws on the first one alone.
-        sharded = any(isinstance(p, DTensor) for p in pl_module.student.parameters())  # type: ignore[union-attr]
-        if not (sharded or trainer.is_global_zero):
+        if not (_sharded(pl_module.student) or trainer.is_global_zero):
             return
         labels = self._labels(pl_module)
         names = None if labels is None else self._names(trainer, labels)
@@ -113,10 +112,12 @@ class SampleGrid(pl.Callback):
         count = None if labels is not None else self.max_classes * self.per_class
         self.codec.to(device)
         drawn = {}
+        # Sharded in mixed precision, the parameters are gathered in bfloat16 and need activations to match.
+        precision = trainer.precision_plugin.forward_context if _sharded(student) else nullcontext
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             student.eval()
             try:
-                with ema.swapped(pl_module) if ema is not None else nullcontext():
+                with ema.swapped(pl_module) if ema is not None else nullcontext(), precision():
                     for nfe, sampler in self.samplers.items():
                         chunks = generate(
                             student, pl_module.objective.interval, sampler, self.codec, labels, seed=self.seed,  # type: ignore[union-attr,arg-type]
@@ -137,3 +138,7 @@ class SampleGrid(pl.Callback):
     def _names(self, trainer: pl.Trainer, labels: Tensor) -> list[str]:
         known = getattr(trainer.datamodule, "class_names", None) or ()  # type: ignore[attr-defined]
         return [str(known[i]) if i < len(known) else str(i) for i in labels[:: self.per_class].tolist()]
+
+
+def _sharded(network: Any) -> bool:
+    return any(isinstance(p, DTensor) for p in network.parameters())

@@ -1,5 +1,11 @@
 """Reading checkpoints safely, and the models they hold."""
 
-from flowanchor.checkpoints.load import LoadedModel, initialise_student, load_model, read_checkpoint
+from flowanchor.checkpoints.load import (
+    LoadedModel,
+    initialise_student,
+    latest_checkpoint,
+    load_model,
+    read_checkpoint,
+)
 
-__all__ = ["LoadedModel", "initialise_student", "load_model", "read_checkpoint"]
+__all__ = ["LoadedModel", "initialise_student", "latest_checkpoint", "load_model", "read_checkpoint"]

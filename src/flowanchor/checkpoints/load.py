@@ -1,10 +1,11 @@
-"""From a checkpoint file or a run folder to a network that can teach, start a student, or be sampled."""
+"""From a checkpoint or a run folder to a network that can teach, start a student, or be sampled."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, read_consolidated
+from flowanchor.checkpoints.sharded import is_sharded, read_sharded, superseded
 from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.deferred import is_deferred, loading_context
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, Interval
-
-FORMAT = 1
+from flowanchor.weights import Renamed, copy_weights, shape_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,19 @@ class LoadedModel:
     step: int
 
 
+def latest_checkpoint(run: str | Path) -> Path | None:
+    """The checkpoint, file or folder, from which a run goes on; None where there is none yet."""
+    last = Path(run) / "checkpoints" / "last.ckpt"
+    # A save that was cut off between its two last moves leaves the earlier checkpoint under its other name.
+    return next((path for path in (last, superseded(last)) if path.is_file() or is_sharded(path)), None)
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """The file behind a path: the file itself, or `checkpoints/last.ckpt` of a run folder."""
+    """The checkpoint behind a path: the file or sharded folder itself, or the last one of a run folder."""
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = path / "checkpoints" / "last.ckpt"
-        if not inside.is_file():
+        inside = path if is_sharded(path) else latest_checkpoint(path)
+        if inside is None:
             raise CheckpointError(
                 f"The folder {path} holds no checkpoints/last.ckpt: "
                 "give a run folder that was trained, or a .ckpt file."
@@ -52,10 +62,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of ours, read without unpickling foreign code; raises `CheckpointError` else."""
+    """The content of a checkpoint of ours, read without unpickling foreign code; raises `CheckpointError` else.
+
+    Tensors are mapped from the file, or read from the folder, when they are used.
+    """
     file = find_checkpoint(path)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = _read(file)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         pickled = zipfile.is_zipfile(file) and isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors and plain values" if pickled else "it is no complete file of torch.save"
@@ -73,7 +86,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "use the flowanchor that wrote it."
         )
     lacking = [f"flowanchor.{key}" for key in ("config", "kind", "step") if key not in meta]
-    lacking += [] if isinstance(content.get("state_dict"), dict) else ["state_dict"]
+    lacking += [] if isinstance(content.get("state_dict"), Mapping) else ["state_dict"]
     if lacking:
         raise CheckpointError(
             f"{file} lacks {', '.join(lacking)}: give a .ckpt file that flowanchor-train has written."
@@ -81,14 +94,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+def _read(file: Path) -> Any:
+    if file.is_dir():
+        return read_sharded(file)
+    if file.suffix == SUFFIX:
+        return read_consolidated(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
 def load_model(path: str | Path, ema: str | None = None, device: torch.device | str = "cpu") -> LoadedModel:
     """Load the network of a run.
 
     Args:
-        path: a .ckpt file or a run folder (its `checkpoints/last.ckpt`).
+        path: a .ckpt file, a sharded checkpoint, a .safetensors file of `convert.py consolidate`, or a run folder (its
+            `checkpoints/last.ckpt`).
         ema: name of an EMA profile; None for the run's default one (raw weights where it kept none); "none" for the raw
             weights; "posthoc:0.15" for an average of that relative width, synthesised from the run's snapshots.
-        device: where the network goes.
+        device: where the network goes. Within `defer_loading` it goes nowhere: its weights stay in the file until
+            `materialise` asks for them.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
@@ -98,11 +121,12 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
         raise CheckpointError(
             f"{file} holds no configuration of its network: give a .ckpt file that flowanchor-train has written."
         )
-    backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
+    with loading_context():
+        backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
     name, weights = select_weights(content, ema, file)
     load_weights(backbone, weights, file)
     return LoadedModel(
-        backbone=backbone.eval().to(device),
+        backbone=backbone.eval() if is_deferred(backbone) else backbone.eval().to(device),
         interval=cast(Interval, instantiate_trusted(config["objective"]["interval"])),
         kind=meta["kind"],
         config=config,
@@ -113,9 +137,9 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
     )
 
 
-def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, dict[str, Tensor]]:
+def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, Mapping[str, Tensor]]:
     """The student's weights that a name stands for, and that name."""
-    profiles: dict[str, dict[str, Tensor]] = content.get("ema") or {}
+    profiles: dict[str, Mapping[str, Tensor]] = content.get("ema") or {}
     ema = None if ema is None else str(ema)  # a command line may bring a number
     if ema is not None and ema.startswith("posthoc:"):
         from flowanchor.ema_posthoc import synthesise
@@ -127,23 +151,26 @@ def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tupl
         return ema, synthesise(file.parent.parent / "ema_snapshots", width)
     if ema is None and profiles:
         ema = next(iter(profiles))
-    if ema is None or ema == "none":
-        prefix = "student."
-        return "none", {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    raw = content["state_dict"]
+    if (ema is None or ema == "none") and len(raw):  # a consolidated file may hold an average alone
+        return "none", Renamed(raw, "student.")
     if ema not in profiles:
-        known = ", ".join([*profiles, "none"])
+        known = ", ".join([*profiles, *(["none"] if len(raw) else [])])
         raise CheckpointError(f"{file} holds no EMA profile '{ema}': choose one of {known}.")
     return ema, profiles[ema]
 
 
 def load_weights(
-    backbone: Backbone, weights: dict[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()
+    backbone: Backbone, weights: Mapping[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()
 ) -> None:
-    """Copy weights into a network, strictly except for missing keys that start with one of `optional`."""
+    """Copy weights into a network, strictly except for missing keys that start with one of `optional`.
+
+    A network without values (`parameters_on_meta`) is told where its weights are; `materialise` fetches them.
+    """
     ours = backbone.state_dict()
     missing = [key for key in ours if key not in weights and not key.startswith(optional or ("\0",))]
     unexpected = [key for key in weights if key not in ours]
-    reshaped = [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+    reshaped = [key for key in ours if key in weights and ours[key].shape != shape_of(weights, key)]
     for what, keys in (("lacks", missing), ("has the unknown", unexpected), ("has another shape of", reshaped)):
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
@@ -151,7 +178,10 @@ def load_weights(
                 f"{source} does not fit this {type(backbone).__name__}: it {what} {shown}; "
                 "use the backbone settings it was trained with."
             )
-    backbone.load_state_dict({**ours, **weights})
+    if is_deferred(backbone):
+        backbone.pending = weights
+    else:
+        copy_weights(weights, {key: tensor for key, tensor in ours.items() if key in weights})
 
 
 def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = None) -> None:
@@ -162,13 +192,12 @@ def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = N
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    """sha256 of a file, hex; of a sharded checkpoint, that of its files' names and contents."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.replay import Recording, record, replay
-from flowanchor.jvp.stages import Stage, silenced, stages, through
+from flowanchor.jvp.stages import Stage, check_stages, silenced, stages, through
 
 MODES = (True, False, "selective")
 
@@ -45,6 +45,10 @@ class Chain:
 
     def __repr__(self) -> str:
         return f"Chain(recompute={self.recompute!r}, attention={self.attention!r})"
+
+    def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+        """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
+        check_stages(backbone)
 
     def __call__(
         self,

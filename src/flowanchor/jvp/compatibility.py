@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, TangentEngine
@@ -39,8 +42,19 @@ def compile_options(compile: Any) -> dict[str, Any] | None:
     if isinstance(compile, bool):
         return {} if compile else None
     if isinstance(compile, Mapping):
-        return {str(key): value for key, value in compile.items()}
+        options = {str(key): value for key, value in compile.items()}
+        try:
+            torch.compile(_nothing, **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            said = shorten(str(error), 160)
+            raise ConfigError(
+                f"torch.compile refuses compile={options} ({said}): correct that option, or use compile=true."
+            ) from error
+        return options
     raise ConfigError(
-        f"compile={compile} is no choice: use compile=true, compile=false, or options of torch.compile "
-        "(+compile.mode=max-autotune with compile={})."
+        f"compile={compile} is no choice: use compile=true, compile=false, or options of torch.compile, for instance "
+        "compile={mode:max-autotune}."
     )
+
+
+def _nothing() -> None: ...

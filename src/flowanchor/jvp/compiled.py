@@ -1,12 +1,13 @@
 """`torch.compile` for the blocks of a backbone, in a way that tangent engines can step around.
 
 Compiled code has no forward-mode rule, so tangent passes run a block eagerly, and all other passes (teacher, anchor,
-recomputation in the backward) run it compiled. Only `forward` is compiled: hooks of sharding units stay outside.
+recomputation in the backward) run it compiled. Only `forward` is compiled: hooks of sharding units stay outside, also
+those of units inside a block (modules that stay in float32), which then are whole as long as the block runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from flowanchor.interfaces import Backbone
+from flowanchor.jvp.stages import is_unit, through
 
 _EAGER: ContextVar[bool] = ContextVar("eager_forwards", default=False)
 
@@ -22,19 +24,26 @@ _EAGER: ContextVar[bool] = ContextVar("eager_forwards", default=False)
 class CompiledForward:
     """A block's forward, compiled on first use; eager inside `eager_forwards`."""
 
-    def __init__(self, eager: Callable[..., Any], **options: Any) -> None:
-        self.eager = eager
-        self.compiled = torch.compile(eager, **options)
+    def __init__(self, block: nn.Module, **options: Any) -> None:
+        self.block, self.eager = block, block.forward
+        self.compiled = torch.compile(self.eager, **options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.eager if _EAGER.get() else self.compiled)(*args, **kwargs)
+    def __call__(self, *inputs: Any) -> Any:
+        if _EAGER.get():
+            return self.eager(*inputs)
+        return through(self._inner_units(), self.compiled, *inputs)
+
+    def _inner_units(self) -> list[nn.Module]:
+        """The sharding units inside the block; none where their hooks are silent because an engine keeps them whole."""
+        units = [module for module in self.block.modules() if module is not self.block and is_unit(module)]
+        return [unit for unit in units if unit._forward_pre_hooks]
 
 
 def compile_blocks(backbone: Backbone, **options: Any) -> None:
     """Compile the forward of each block; `options` are those of `torch.compile`. Keys of the state dict stay."""
     for block in backbone.blocks:
         if not is_compiled(block):
-            block.__dict__["forward"] = CompiledForward(block.forward, **options)
+            block.__dict__["forward"] = CompiledForward(block, **options)
 
 
 def is_compiled(block: nn.Module) -> bool:

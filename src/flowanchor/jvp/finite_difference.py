@@ -59,27 +59,31 @@ class FiniteDifference:
     ) -> Dual:
         inputs = Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r)
         inputs.check()
-        self._check_precision(backbone, x)
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
+        self.check_run(backbone, sharded=is_sharded(backbone), low_precision=autocast or x.dtype in LOW)
         tangent = self._difference(backbone, inputs)
         return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
-    def _check_precision(self, backbone: Backbone, x: Tensor) -> None:
-        kind = x.device.type
-        low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
-        if low or x.dtype in LOW or any(p.dtype in LOW for p in backbone.parameters()):
+    def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+        """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
+        if low_precision or any(p.dtype in LOW for p in backbone.parameters()):
             raise ConfigError(
                 "jvp=finite_difference drowns in the roundoff of bfloat16 and float16: choose jvp=chain, or train with "
                 "trainer.precision=32-true."
             )
+        if sharded and self._needs_copy(backbone):
+            raise ConfigError(
+                f"jvp.dtype={self.dtype} needs a whole copy of the weights, and this network is sharded: set "
+                "jvp.dtype=float32, or choose jvp=chain."
+            )
+
+    def _needs_copy(self, backbone: Backbone) -> bool:
+        return any(p.dtype != self.dtype for p in backbone.parameters() if p.is_floating_point())
 
     def _difference(self, backbone: Backbone, inputs: Directions) -> Tensor:
         weights: dict[str, Tensor] = {}
-        if any(p.dtype != self.dtype for p in backbone.parameters() if p.is_floating_point()):
-            if is_sharded(backbone):
-                raise ConfigError(
-                    f"jvp.dtype={self.dtype} needs a whole copy of the weights, and this network is sharded: set "
-                    "jvp.dtype=float32, or choose jvp=chain."
-                )
+        if self._needs_copy(backbone):
             held = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
             weights = {name: v.detach().to(self.dtype) for name, v in held.items() if v.is_floating_point()}
 

@@ -37,6 +37,14 @@ class Full:
     def __repr__(self) -> str:
         return f"Full(attention={self.attention!r})"
 
+    def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+        """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
+        if sharded and TORCH < (2, 13):
+            raise ConfigError(
+                f"jvp=full does not pass through a sharded network before torch 2.13, and this is {torch.__version__}: "
+                "choose jvp=chain."
+            )
+
     def __call__(
         self,
         backbone: Backbone,
@@ -49,11 +57,7 @@ class Full:
         tangent_r: Tensor | None = None,
     ) -> Dual:
         Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r).check()
-        if is_sharded(backbone) and torch.is_grad_enabled() and TORCH < (2, 13):
-            raise ConfigError(
-                f"jvp=full does not pass through a sharded network before torch 2.13, and this is {torch.__version__}: "
-                "choose jvp=chain."
-            )
+        self.check_run(backbone, sharded=is_sharded(backbone) and torch.is_grad_enabled(), low_precision=False)
         primals, tangents = [x, t], [tangent_x, tangent_t]
         if tangent_r is not None:
             primals.append(cast(Tensor, r))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
-from flowanchor.jvp.stages import stages, through
+from flowanchor.jvp.stages import check_stages, stages, through
 
 
 class TwoPass:
@@ -31,6 +31,10 @@ class TwoPass:
 
     def __repr__(self) -> str:
         return f"TwoPass(checkpoint={self.checkpoint!r}, attention={self.attention!r})"
+
+    def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
+        """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
+        check_stages(backbone)
 
     def __call__(
         self,

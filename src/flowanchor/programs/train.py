@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +11,15 @@ import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from flowanchor.checkpoints import initialise_student, read_checkpoint
+from flowanchor.checkpoints import initialise_student, latest_checkpoint, read_checkpoint
+from flowanchor.checkpoints.lightning import ShardedCheckpointIO
+from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
+from flowanchor.jvp.compatibility import compile_options
 from flowanchor.module import FlowModule
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
@@ -29,8 +33,7 @@ def train(cfg: DictConfig) -> float | None:
     check_whole_numbers(cfg, trainer__max_steps=(-1, 3000))  # -1: no limit
     check_whole_numbers(cfg, data__batch_size=(1, 128), data__num_workers=0, data__repeat=1)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    last = folder / "checkpoints" / "last.ckpt"
-    resumed = last if last.is_file() and not cfg.trainer.fast_dev_run else None
+    resumed = None if cfg.trainer.fast_dev_run else latest_checkpoint(folder)
     if resumed is not None:
         check_same_run(folder, cfg)
     write_run_record(folder, cfg)
@@ -40,36 +43,71 @@ def train(cfg: DictConfig) -> float | None:
         torch.set_num_threads(cfg.threads)
 
     data = instantiate(cfg.data)
-    module = build_module(cfg, initialise=resumed is None)
+    strategy = build_strategy(cfg)
+    module = build_module(cfg, initialise=resumed is None, deferred=getattr(strategy, "deferred_initialisation", False))
     check_samples(cfg, module.student, data)
-    trainer = build_trainer(cfg, folder, module)
+    trainer = build_trainer(cfg, folder, module, strategy)
     if resumed is not None:
         done = read_checkpoint(resumed)["flowanchor"]["step"]
         if 0 < trainer.max_steps <= done:
             rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
             return None
         rank_zero_info(f"Resuming {folder} from step {done}.")
+        if resumed.is_dir() and not getattr(strategy, "reads_sharded_checkpoints", False):
+            trainer.strategy.checkpoint_io = ShardedCheckpointIO()
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
 
 
-def build_module(cfg: DictConfig, initialise: bool = True) -> FlowModule:
-    """The student with its objective, velocity field, engine and optimizer; optionally started from other weights."""
-    student = instantiate(cfg.backbone)
+def build_strategy(cfg: DictConfig) -> Any:
+    """Lightning's name of a strategy, or a strategy that has agreed to the trainer's settings."""
+    if "_target_" not in cfg.strategy:
+        return cfg.strategy.name
+    strategy = instantiate(cfg.strategy)
+    check = getattr(strategy, "check_precision", None)
+    if check is not None:
+        check(cfg.trainer.precision)
+    return strategy
+
+
+def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = False) -> FlowModule:
+    """The student with its objective, velocity field, engine and optimizer; optionally started from other weights.
+
+    `deferred`: its networks get their values later, when each process has its part of them.
+    """
+    objective = instantiate(cfg.objective, _convert_="all")  # before the student, whose values may not be drawn here
+    student = build_student(cfg, deferred)
+    with defer_loading() if deferred else nullcontext():
+        velocity = instantiate(cfg.teacher)
     module = FlowModule(
         student=student,
-        objective=instantiate(cfg.objective, _convert_="all"),
-        velocity=instantiate(cfg.teacher),
+        objective=objective,
+        velocity=velocity,
         engine=instantiate(cfg.jvp),
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
         seed=cfg.seed,
         max_nonfinite_steps=cfg.max_nonfinite_steps,
+        compile_options=compile_options(cfg.compile),
     )
     if initialise and cfg.initialise_from:
         initialise_student(student, cfg.initialise_from)
     return module
+
+
+def build_student(cfg: DictConfig, deferred: bool) -> Backbone:
+    """The network, with its values or, where it can be given them stage by stage, without."""
+    if deferred:
+        with torch.random.fork_rng(devices=[]), parameters_on_meta():
+            student = cast(Backbone, instantiate(cfg.backbone))
+        if student.initialised_by_stage:
+            return student
+        rank_zero_warn(
+            f"{type(student).__name__} is built whole on every process before it is sharded: let its constructor end "
+            "with self.initialise() to save that memory (docs/distributed.md)."
+        )
+    return cast(Backbone, instantiate(cfg.backbone))
 
 
 def check_samples(cfg: DictConfig, student: Backbone, data: Any) -> None:
@@ -90,14 +128,13 @@ def check_samples(cfg: DictConfig, student: Backbone, data: Any) -> None:
         )
 
 
-def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: Any) -> pl.Trainer:
     """Lightning's trainer with the callbacks and the logger of the config."""
     sampler = instantiate(cfg.sampler, _convert_="all")
     check_sampler(sampler, module.objective.kind)
     callbacks = [instantiate(item) for item in (cfg.callbacks or {}).values() if item]
     if cfg.ema and "_target_" in cfg.ema:
         callbacks.insert(0, instantiate(cfg.ema))
-    strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
     loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
     return cast(
         pl.Trainer,

@@ -1,0 +1,102 @@
+"""Networks whose parameters get their values later, one stage at a time: no process ever holds the whole network.
+
+    with parameters_on_meta():
+        network = LightningDiT(...)         # shapes only
+    shard_backbone(network, mesh)           # each process now owns a part of every parameter
+    materialise(network, device)            # the part gets its values: drawn, or read from `network.pending`
+
+The values are, bit for bit, those that one process draws which builds the network whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from flowanchor.interfaces import Backbone
+from flowanchor.weights import copy_weights, local, own_part
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within it every parameter that a module registers loses its values; buffers (tables) keep theirs."""
+    register = nn.Module.register_parameter
+
+    def register_shape(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied parameter, registered twice, stays one
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_shape  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+_loading_deferred = ContextVar("loading_deferred", default=False)
+
+
+@contextmanager
+def defer_loading() -> Iterator[None]:
+    """Within it `load_model` builds networks without values: their weights stay in the file (`Backbone.pending`)."""
+    token = _loading_deferred.set(True)
+    try:
+        yield
+    finally:
+        _loading_deferred.reset(token)
+
+
+def loading_context() -> AbstractContextManager[None]:
+    """In what `load_model` builds its network."""
+    return parameters_on_meta() if _loading_deferred.get() else nullcontext()
+
+
+def is_deferred(network: nn.Module) -> bool:
+    """Whether a network still lacks values."""
+    return any(parameter.is_meta for parameter in network.parameters())
+
+
+@torch.no_grad()
+def materialise(backbone: Backbone, device: torch.device) -> None:
+    """Give a deferred network, sharded or not, its values: those of `pending`, and drawn ones for what it lacks."""
+    pending, backbone.pending = backbone.pending, None
+    backbone._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    held = {} if pending is None else pending
+    absent = {id(parameter) for name, parameter in backbone.named_parameters() if name not in held}
+    for index, modules in enumerate(_stages(backbone)):
+        if any(id(p) in absent for module in modules for p in module.parameters(recurse=False)):
+            _draw_stage(backbone, index, modules)
+    if pending is not None:
+        copy_weights(pending, {name: t for name, t in backbone.state_dict().items() if name in pending})
+
+
+def _stages(backbone: Backbone) -> list[list[nn.Module]]:
+    """All modules by stage; those that belong to none go with the first."""
+    stages = [[inner for module in stage for inner in module.modules()] for stage in backbone.stage_modules()]
+    known = {module for stage in stages for module in stage}
+    stages[0] += [module for module in backbone.modules() if module not in known]
+    return stages
+
+
+def _draw_stage(backbone: Backbone, index: int, modules: list[nn.Module]) -> None:
+    """Draw one stage whole, on the CPU, and keep this process' part of it."""
+    slots = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    whole: dict[int, nn.Parameter] = {}
+    for _, _, p in slots:
+        if id(p) not in whole:
+            whole[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+    try:
+        for module, name, p in slots:
+            module._parameters[name] = whole[id(p)]
+        with torch.enable_grad(), backbone.stage_randomness(index):
+            backbone.initialise_stage(index)
+    finally:
+        for module, name, p in slots:
+            module._parameters[name] = p
+    for kept in {id(p): p for _, _, p in slots}.values():
+        local(kept).copy_(whole[id(kept)].detach()[own_part(kept)])

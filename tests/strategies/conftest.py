@@ -1,0 +1,53 @@
+"""`torchrun(processes, *specs)`: runs of training.py, by gloo processes; `training`: that file, imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("training.py")
+
+
+@pytest.fixture(scope="session")
+def training() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("strategy_training", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["strategy_training"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def torchrun(folder: Path) -> Callable[..., dict[str, list[dict[str, Any]]]]:
+    """Runs specs in so many processes; returns for each spec's name what every rank found."""
+
+    def run(processes: int, *specs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(specs)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {
+            spec["name"]: [
+                torch.load(folder / f"{spec['name']}_{rank}.pt", weights_only=False) for rank in range(processes)
+            ]
+            for spec in specs
+        }
+
+    return run

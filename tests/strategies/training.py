@@ -1,0 +1,223 @@
+"""Small runs for the tests of the strategy: `training.py FOLDER SPECS`, one process of a torchrun, or imported.
+
+Each spec is a dictionary of the arguments of `fit`; what a run did lands in FOLDER/<name>_<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowanchor.checkpoints import initialise_student
+from flowanchor.checkpoints.lightning import ShardedCheckpointIO
+from flowanchor.data.digits import DigitsDataModule
+from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
+from flowanchor.ema import EMA
+from flowanchor.jvp import Chain
+from flowanchor.module import FlowModule
+from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
+from flowanchor.plugins.objectives.composed import ComposedObjective
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
+from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.strategies import ChainJVPStrategy
+from flowanchor.strategies.sharding import shard_backbone
+
+NETWORK = {
+    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 24, "depth": 3, "num_heads": 2,
+    "num_classes": 10, "use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True,
+    "disable_label_dropout": True,
+}  # fmt: skip
+CONFIG = {
+    "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
+    "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
+}
+
+
+class Network(LightningDiT):
+    """Its output does not start at zero, where the cosine loss has no direction."""
+
+    def initialise_stage(self, index: int) -> None:
+        super().initialise_stage(index)
+        if index == len(self.blocks) + 1:
+            nn.init.normal_(self.final_layer.linear.weight, std=0.1)
+
+
+class Weighted(ComposedObjective):
+    """Flow matching with a trained weight of its own: a parameter outside every backbone."""
+
+    def __init__(self) -> None:
+        super().__init__(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
+        self.log_weight = nn.Parameter(torch.full((2,), 0.1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        return replace(result, loss=result.loss * self.log_weight.exp().mean() + self.log_weight.square().sum())
+
+
+class Record(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.validation: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.norms.append(float(trainer.callback_metrics.get("train/grad_norm", torch.nan)))
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.validation.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def network(deferred: bool = False, **settings: Any) -> Network:
+    torch.manual_seed(5)
+    with parameters_on_meta() if deferred else nullcontext():
+        return Network(**{**NETWORK, **settings})
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def fit(
+    folder: Path,
+    name: str,
+    steps: int,
+    batch: int,
+    sharded: dict[str, Any] | None = None,
+    accumulate: int = 1,
+    resume: str | None = None,
+    teacher: str | None = None,
+    start: str | None = None,
+    weighted: bool = False,
+    clip: float = 0.5,
+    save: bool = False,
+    validate: bool = True,
+) -> dict[str, Any]:
+    """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process."""
+    deferred = sharded is not None
+    objective = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
+    student = network(deferred)
+    if start is not None:
+        initialise_student(student, start)
+    velocity: Any = DataVelocity()
+    if teacher is not None:
+        with defer_loading() if deferred else nullcontext():
+            velocity = CheckpointVelocity(teacher)
+    module = FlowModule(
+        student, Weighted() if weighted else objective, velocity, Chain(),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, eps=0.1), config=CONFIG, seed=3,
+    )  # fmt: skip
+    data = DigitsDataModule(batch_size=batch)
+    record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        strategy=ChainJVPStrategy(**sharded) if sharded is not None else "auto", accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip, callbacks=[ema, record], logger=False, enable_checkpointing=False, log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+        plugins=None if deferred else [ShardedCheckpointIO()],
+        use_distributed_sampler=False, inference_mode=False, val_check_interval=2, check_val_every_n_epoch=None,
+        limit_val_batches=1 if validate else 0, max_epochs=-1,
+    )  # fmt: skip
+    with CommDebugMode() as communication:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    if save:
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    return {
+        "losses": record.losses,
+        "norms": record.norms,
+        "validation": record.validation,
+        "weights": {key: whole(v) for key, v in module.state_dict().items() if not key.startswith("velocity.")},
+        "teacher": {key: whole(v) for key, v in velocity.state_dict().items()},
+        "ema": {profile: ema.averages(module, profile) for profile in ema.profiles},
+        "communication": Counter({str(op): int(n) for op, n in communication.get_comm_counts().items()}),
+        "sharded": sum(isinstance(p, DTensor) for p in student.parameters()),
+        "sharded_teacher": sum(isinstance(p, DTensor) for p in velocity.parameters()),
+    }
+
+
+def is_mapped(address: int) -> bool:
+    """Whether an address lies in a file that is mapped into memory (Linux)."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, end = line.split()[0].partition("-")
+        if int(start, 16) <= address < int(end, 16):
+            return line.split()[-1].startswith("/")
+    return False
+
+
+class WholeBytes(TorchDispatchMode):
+    """Bytes of plain (unsharded) tensors that are alive at once, without those that are mapped from a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, DTensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if not size or key in self._known or is_mapped(key):
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def fill(folder: Path, name: str, source: str | None = None) -> dict[str, Any]:
+    """Shard and materialise a deferred network; `source`: a checkpoint that has its weights."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    student = network(deferred=True, **LARGER)
+    if source is not None:
+        initialise_student(student, source)
+    shard_backbone(student, mesh)
+    with WholeBytes() as memory:
+        materialise(student, torch.device("cpu"))
+    own = sum(p.to_local().nbytes for p in student.parameters() if isinstance(p, DTensor))
+    weights = {key: whole(value) for key, value in student.state_dict().items()}
+    return {"peak": memory.peak - own, "weights": weights, "kept": memory.alive - own}
+
+
+LARGER = {"depth": 6, "hidden_size": 32}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    folder, specs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.distributed.init_process_group("gloo")
+    for spec in specs:
+        result = {"fit": fit, "fill": fill}[spec.pop("do", "fit")](folder, **spec)
+        torch.save(result, folder / f"{spec['name']}_{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
