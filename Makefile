@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.flowanchor-installed
 
-# For train, sample, eval-fid, demo and the tests: more arguments for the program, for example make train ARGS="seed=1"
+# For train, sample, eval-fid, demo, the benchmarks and the tests: more arguments for the program, for example make train ARGS="seed=1"
 ARGS ?=
 
 # One thread: the networks of the tests are tiny, and threads that wait for each other on shared cores are slow.
@@ -58,13 +58,12 @@ eval-fid: $(STAMP) ## measure quality: make eval-fid CHECKPOINT=outputs/train/NA
 	$(need_checkpoint)
 	$(BIN)/python src/eval.py "checkpoint='$(CHECKPOINT)'" $(if $(NFE),'nfe=[$(NFE)]') $(ARGS)
 
-bench: $(STAMP) ## run every benchmark in benchmarks/
-	@set -e; found=; for file in benchmarks/*.py; do \
-		test -e "$$file" || continue; found=yes; echo "== $$file"; $(BIN)/python "$$file"; \
-	done; test -n "$$found" || echo "There are no benchmarks yet: each will be one file in benchmarks/."
+bench: $(STAMP) ## measure the tangent engines against their bars, on the CPU; refreshes the README's tables
+	$(BIN)/python benchmarks/engines.py $(ARGS)
+	@test ! -e outputs/demo/results.json || $(BIN)/python benchmarks/demo.py
 
-compatibility: $(STAMP) ## visit every cell of the compatibility matrix and write docs/compatibility.md
-	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility/matrix.py
+gpu-check: $(STAMP) ## run the tests that need a GPU and measure on it, under 10 minutes; refreshes the README's table
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 docs: $(STAMP) ## check the documentation: links resolve, every command runs
 	$(PYTEST) tests/test_docs.py -m "slow or not slow" $(ARGS)

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +50,19 @@ CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
     "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
 }
+
+
+class Communication(TorchDispatchMode):
+    """Counts the collectives, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Network(LightningDiT):
@@ -138,7 +150,7 @@ def fit(
         use_distributed_sampler=False, inference_mode=False, val_check_interval=2, check_val_every_n_epoch=None,
         limit_val_batches=1 if validate else 0, max_epochs=-1,
     )  # fmt: skip
-    with CommDebugMode() as communication:
+    with Communication() as communication:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if save:
         trainer.save_checkpoint(folder / f"{name}.ckpt")
@@ -149,7 +161,7 @@ def fit(
         "weights": {key: whole(v) for key, v in module.state_dict().items() if not key.startswith("velocity.")},
         "teacher": {key: whole(v) for key, v in velocity.state_dict().items()},
         "ema": {profile: ema.averages(module, profile) for profile in ema.profiles},
-        "communication": Counter({str(op): int(n) for op, n in communication.get_comm_counts().items()}),
+        "communication": communication.counts,
         "sharded": sum(isinstance(p, DTensor) for p in student.parameters()),
         "sharded_teacher": sum(isinstance(p, DTensor) for p in velocity.parameters()),
     }

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
+from flowanchor.jvp.compiled import is_compiled
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.replay import Recording, record, replay
 from flowanchor.jvp.stages import Stage, check_stages, silenced, stages, through
@@ -127,19 +128,18 @@ class Chain:
         return _Branches(moving, other, state.context)
 
     def _without_graph(
-        self, stage: Stage, now: _Branches, recordings: Sequence[Recording] | None = None
+        self, stage: Stage, now: _Branches, recordings: Sequence[Recording | None] = (None, None)
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[_Forward]]:
         """Dual pass, and the other branch's plain one, nothing kept but what is recorded."""
-        kept = recordings or (None, None)
         with torch.no_grad():
             first = _Forward.here(now.moving.tokens.device)
-            value, tangent = stage_dual(stage, now.moving, self.attention, kept[0])
+            value, tangent = stage_dual(stage, now.moving, self.attention, recordings[0])
             first.forget_if_unused()
             if now.tokens is None:
                 return value, tangent, None, [first]
             assert now.context is not None
             second = _Forward.here(now.tokens.device)
-            with record(kept[1]):
+            with record(recordings[1]):
                 other = stage.call(now.tokens, now.context)
             second.forget_if_unused()
         return value, tangent, other, [first, second]
@@ -157,8 +157,10 @@ class Chain:
         return value, tangent, other
 
     def _recomputed(self, stage: Stage, now: _Branches, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        branches = 1 if now.tokens is None else 2
-        recordings = [Recording() for _ in range(branches)] if self.recompute == "selective" else None
+        recordings: list[Recording | None] = [None, None]
+        if self.recompute == "selective":
+            # An ordinary pass of a compiled block runs compiled, where nothing can be recorded: it is recomputed whole.
+            recordings = [Recording(), None if is_compiled(stage.call) else Recording()]
         value, tangent, other, forwards = self._without_graph(stage, now, recordings)
         outputs = [value] if other is None else [value, other]
         plan = _Plan(stage, now, forwards, recordings, outputs, len(tensors))
@@ -271,7 +273,7 @@ class _Plan:
     stage: Stage
     state: _Branches
     forwards: Sequence[_Forward]
-    recordings: Sequence[Recording] | None
+    recordings: Sequence[Recording | None]
     outputs: list[Tensor]
     inputs: int  # how many of the Function's tensors are inputs; the others are parameters
     branch_sizes: list[int] = field(default_factory=list)
@@ -349,7 +351,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Run one branch of a stage again and differentiate it."""
     stage, before = plan.stage, plan.forwards[branch]
-    again = nullcontext() if plan.recordings is None else replay(plan.recordings[branch])
+    recording = plan.recordings[branch]
+    again = nullcontext() if recording is None else replay(recording)
     with silenced(stage.units), torch.enable_grad(), before.restored(), before.autocasting(), again:
         output = stage.call(*inputs)
     if output.grad_fn is None:

@@ -46,9 +46,9 @@ def compile_blocks(backbone: Backbone, **options: Any) -> None:
             block.__dict__["forward"] = CompiledForward(block, **options)
 
 
-def is_compiled(block: nn.Module) -> bool:
-    """Whether `compile_blocks` has been here."""
-    return isinstance(block.__dict__.get("forward"), CompiledForward)
+def is_compiled(block: Any) -> bool:
+    """Whether this is a block where `compile_blocks` has been."""
+    return isinstance(getattr(block, "__dict__", {}).get("forward"), CompiledForward)
 
 
 @contextmanager

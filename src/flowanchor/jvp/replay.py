@@ -7,7 +7,7 @@ its gradient needs the input, which the second pass computes anyway, and the wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,9 +26,14 @@ class Recording:
         self.outputs: list[Tensor] = []
 
 
-def record(recording: Recording | None) -> AbstractContextManager[Any]:
-    """A region whose linear layers are recorded (values, not tangents)."""
-    return nullcontext() if recording is None else _Record(recording)
+@contextmanager
+def record(recording: Recording | None) -> Iterator[None]:
+    """A region whose linear layers are recorded (values, not tangents), and whose compiled blocks run eagerly."""
+    if recording is None:
+        yield
+        return
+    with eager_forwards(), _Record(recording):
+        yield
 
 
 @contextmanager

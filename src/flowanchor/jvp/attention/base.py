@@ -49,7 +49,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor 
                 f"Attention got {name} of shape {tuple(value.shape)} with a tangent of shape {tuple(tangent.shape)}: "
                 "they must match."
             )
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2] or q.shape[:2] != k.shape[:2]:
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2] or not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         raise ConfigError(
             f"Attention got q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, which do not "
             "belong together: [B, heads, N_q, d], [B, heads, N_kv, d] and [B, heads, N_kv, e] are wanted."

@@ -10,12 +10,14 @@ from flowanchor.jvp.attention.math import Math
 from flowanchor.jvp.attention.streaming import Streaming
 from flowanchor.jvp.attention.triton import Triton
 
+FEW_SCORES = 1 << 17  # of all samples and heads
+
 
 class Auto(AttentionTangent):
-    """`Triton` where it can run, `Streaming` elsewhere."""
+    """`Triton` where it can run; elsewhere `Math` for few scores, which then is the faster one, and `Streaming`."""
 
     def __init__(self) -> None:
-        self.streaming, self.triton = Streaming(), Triton()
+        self.math, self.streaming, self.triton = Math(), Streaming(), Triton()
 
     def __call__(
         self,
@@ -27,7 +29,8 @@ class Auto(AttentionTangent):
         dv: Tensor | None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        chosen = self.triton if self.triton.can_run(q, k, v) else self.streaming
+        few = q.shape[:-1].numel() * k.shape[-2] <= FEW_SCORES
+        chosen = self.triton if self.triton.can_run(q, k, v) else self.math if few else self.streaming
         return chosen(q, k, v, dq, dk, dv, scale)
 
 

@@ -27,7 +27,8 @@ def intercept(attention: AttentionTangent) -> AbstractContextManager[Any]:
 
     Under `no_grad` value and tangent come from `attention`. With gradient the value is an ordinary (fused) call, which
     carries the gradient, and the tangent is computed beside it. `Math` stands for PyTorch's own rule for the plain
-    formula. So do calls with a mask, dropout, causality or grouped heads, whatever `attention` is.
+    formula. So do calls with a mask, dropout, causality, grouped heads or inputs that are broadcast, whatever
+    `attention` is.
     """
     return _Intercept(attention)
 
@@ -62,8 +63,9 @@ def _attend(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    special = attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa or query.ndim != 4
-    if special or isinstance(attention, Math):
+    options = attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa
+    same_heads = query.ndim == key.ndim == value.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if options or not same_heads or isinstance(attention, Math):
         with sdpa_kernel(SDPBackend.MATH):
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -78,5 +80,5 @@ def _attend(
 def _cast(tensor: Tensor) -> Tensor:
     """What autocast would make of an input of attention."""
     kind = tensor.device.type
-    low = torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
+    low = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(kind)) if low else tensor

@@ -34,8 +34,11 @@ def _kernel(
     HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # One dimension of programs, as the second of a grid ends at 65,535; offsets in 64 bits, as inputs may pass 2^31.
+    tiles_q = tl.cdiv(size_q, BLOCK_Q)
+    which = tl.program_id(0) // tiles_q
+    batch, head = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
+    rows = (tl.program_id(0) % tiles_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     c0, c1 = tl.arange(0, D0), tl.arange(0, D1 if D1 > 0 else 16)
     q_at, k_at, v_at = batch * q_b + head * q_h, batch * k_b + head * k_h, batch * v_b + head * v_h
     q0 = _part(Q + q_at, rows, q_n, c0, size_q, 0, D, KIND)
@@ -147,7 +150,7 @@ def attention_with_tangent(
     batch, heads, size_q, d = q.shape
     first, second = parts(d)
     block_q, block_k, warps, stages = tiles(d, q.dtype)
-    grid = (triton.cdiv(size_q, block_q), batch * heads)
+    grid = (triton.cdiv(size_q, block_q) * batch * heads,)
     _kernel[grid](
         q, k, v, q if dq is None else dq, k if dk is None else dk, v if dv is None else dv, out, moved,
         scale * 1.4426950408889634, scale, heads, size_q, k.shape[2],
