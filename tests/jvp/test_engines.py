@@ -348,6 +348,21 @@ def test_a_stage_that_borrows_a_parameter_is_refused():
         answer(Chain(), network, inputs(network))
 
 
+def test_a_second_backward_repeats_the_first_or_says_why_not():
+    network = network_of("released")
+    for engine in (Chain(), Chain("selective")):
+        network.zero_grad()
+        loss = engine(network, **inputs(network)).prediction.square().sum()
+        loss.backward(retain_graph=True)
+        once = network.blocks[0].attn.qkv.weight.grad.clone()
+        if engine.recompute == "selective":
+            with pytest.raises(ConfigError, match="differentiated a second time.*choose jvp.recompute=true"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert relative(network.blocks[0].attn.qkv.weight.grad, 2 * once) < 1e-14
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="jvp.recompute=sometimes is unknown: choose true, false or selective"):
         Chain("sometimes")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from flowanchor.errors import ConfigError
 from flowanchor.jvp.compiled import eager_forwards
 
 
@@ -83,7 +84,13 @@ class _Replay(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is functional.linear:
-            return _KnownLinear.apply(next(self.rest), *_linear_arguments(*args, **(kwargs or {})))
+            output = next(self.rest, None)
+            if output is None:
+                raise ConfigError(
+                    "A stage was differentiated a second time, and what jvp.recompute=selective had recorded of it is "
+                    "used up: choose jvp.recompute=true."
+                )
+            return _KnownLinear.apply(output, *_linear_arguments(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

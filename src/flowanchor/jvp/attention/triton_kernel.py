@@ -26,6 +26,12 @@ def _part(base, rows, row_stride, columns, size_rows, first, d, kind: tl.constex
 
 
 @triton.jit
+def _offset(batch, batch_stride, head, head_stride):
+    """Where a head begins, in 64 bits: inputs may have more than 2^31 values."""
+    return batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+
+
+@triton.jit
 def _kernel(
     Q, K, V, DQ, DK, DV, O, DO, scale_log2, scale, heads, size_q, size_k,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
@@ -34,13 +40,14 @@ def _kernel(
     HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    # One dimension of programs, as the second of a grid ends at 65,535; offsets in 64 bits, as inputs may pass 2^31.
+    # One dimension of programs: the second one of a grid ends at 65,535, which batch * heads may pass.
     tiles_q = tl.cdiv(size_q, BLOCK_Q)
     which = tl.program_id(0) // tiles_q
-    batch, head = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
+    batch, head = which // heads, which % heads
     rows = (tl.program_id(0) % tiles_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     c0, c1 = tl.arange(0, D0), tl.arange(0, D1 if D1 > 0 else 16)
-    q_at, k_at, v_at = batch * q_b + head * q_h, batch * k_b + head * k_h, batch * v_b + head * v_h
+    q_at, k_at = _offset(batch, q_b, head, q_h), _offset(batch, k_b, head, k_h)
+    v_at = _offset(batch, v_b, head, v_h)
     q0 = _part(Q + q_at, rows, q_n, c0, size_q, 0, D, KIND)
     if D1 > 0:
         q1 = _part(Q + q_at, rows, q_n, c1, size_q, D0, D, KIND)
@@ -99,7 +106,7 @@ def _kernel(
                 moved1 += tl.dot(weighted_low, v1, input_precision=PRECISION)
     share = (total_moved / total)[:, None]
     inside = rows[:, None] < size_q
-    o_at = batch * o_b + head * o_h + rows[:, None] * o_n
+    o_at = _offset(batch, o_b, head, o_h) + rows[:, None] * o_n
     out0 = sum0 / total[:, None]
     first = inside & (c0[None, :] < D)
     tl.store(O + o_at + c0[None, :], out0.to(O.dtype.element_ty), mask=first)
