@@ -145,7 +145,7 @@ def tiles(d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return (32, 16, 8, 1) if d <= 128 else (16, 16, 8, 1)
     if d <= 64:
         return 64, 64, 4, 2
-    return (64, 32, 4, 2) if d <= 128 else (32, 32, 4, 2)
+    return (64, 32, 8, 2) if d <= 128 else (32, 32, 8, 2)
 
 
 def attention_with_tangent(
