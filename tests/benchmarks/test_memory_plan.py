@@ -1,0 +1,101 @@
+"""The plan of memory: what it counts, against arithmetic and against real processes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from flowanchor.jvp.attention import resolve
+from memory_plan import SMALL, Checked, check, check_table, configured, plan_one, section
+from planning import ENGINES, Plan, Setting, plan
+from wan_like import WanLike
+
+LEAN = "Chain(recompute)"
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_the_wan_shape_has_14_billion_parameters():
+    with torch.device("meta"):
+        network = WanLike()
+    assert 14.0e9 < sum(p.numel() for p in network.parameters()) < 14.6e9
+    assert network.grid[0] * network.grid[1] * network.grid[2] == 32_760
+
+
+def test_what_lasts_is_shared_out_and_what_a_sample_needs_is_not():
+    two, eight = plan_one(SMALL[1], LEAN, (2, 8)).values()
+    with torch.device("meta"):
+        parameters = sum(p.nbytes for p in SMALL[1].build().parameters())
+    for planned, processes in ((two, 2), (eight, 8)):
+        # FSDP2 pads a dimension that the processes do not divide.
+        assert planned.parts["parameters"] == pytest.approx(parameters / processes, rel=0.05)
+        assert planned.parts["optimizer"] == 2 * planned.parts["parameters"] == planned.parts["averages"]
+    assert two.parts["kept for backward"] == eight.parts["kept for backward"]
+    assert eight.peak < two.peak
+
+
+def test_one_run_tells_of_any_number_of_processes():
+    for engine in (LEAN, "Chain(recompute=False)"):
+        derived, run = plan_one(SMALL[1], engine, (2, 8))[8], plan_one(SMALL[1], engine, (8,))[8]
+        assert derived.step_peak == pytest.approx(run.step_peak, rel=0.02)
+        assert derived.parts == pytest.approx(run.parts, rel=0.02, abs=0.02 * run.step_peak)
+        assert derived.communication == pytest.approx(run.communication, rel=0.05)  # padding
+
+
+def test_a_block_more_keeps_one_input_of_each_branch():
+    size = SMALL[1].size
+    setting = Setting(batch=1, text=(32, 32), low_precision=False, teacher=False)
+    kept = [
+        plan(lambda depth=depth: WanLike(**{**size, "depth": depth}), ENGINES[LEAN](resolve("auto")), setting, 2).parts[
+            "kept for backward"
+        ]
+        for depth in (2, 3)
+    ]
+    tokens = 2 * 8 * 8 * 64 * 4  # frames x rows x columns x width, float32
+    assert kept[1] - kept[0] == pytest.approx(2 * tokens, rel=0.1)  # anchor and shortcut
+
+
+def test_collectives_are_counted():
+    with torch.device("meta"):
+        network = SMALL[1].build()
+    parameters = sum(p.nbytes for p in network.parameters())
+    planned = plan(SMALL[1].build, ENGINES[LEAN](resolve("auto")), Setting(1, text=(32, 32), low_precision=False), 4)
+    # Teacher, forward and backward gather everything once; each process lacks three quarters. Root and head stay whole.
+    assert planned.communication["all_gather"] == pytest.approx(3 * 0.75 * parameters, rel=0.05)
+    assert planned.communication["reduce_scatter"] == pytest.approx(0.75 * parameters, rel=0.05)
+
+
+def test_the_plan_is_what_two_processes_allocate():
+    found = check([LEAN, "Chain(recompute=False)"], (2,), [SMALL[1]], precisions=(True,))
+    assert len(found) == 2
+    for one in found:
+        assert abs(one.error) <= 0.1, one
+    assert "Largest error" in check_table(found)
+
+
+@pytest.mark.slow
+def test_the_plan_is_what_four_processes_allocate():
+    for one in check(list(ENGINES), (4,)):
+        assert abs(one.error) <= 0.1, one
+
+
+def test_the_error_is_against_the_largest_process():
+    assert Checked("n", "e", 2, False, 90, [50, 100]).error == pytest.approx(-0.1)
+
+
+def test_the_table_says_from_how_many_gpus_on_it_fits():
+    plans = {8: Plan({"parameters": int(90e9)}, 0, {}), 16: Plan({"parameters": int(45e9)}, 0, {})}
+    text = section("name", {LEAN: plans})
+    assert "| Chain(recompute) | 90.0 | **45.0** | 16 GPUs |" in text
+
+
+def test_a_network_of_any_config():
+    network = configured(["backbone.preset=nano", "backbone.depth=3"])
+    assert len(network.blocks) == 3
