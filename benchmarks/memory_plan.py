@@ -2,7 +2,7 @@
 
     python benchmarks/memory_plan.py           # the networks of docs/memory.md, which it refreshes; takes minutes
     python benchmarks/memory_plan.py --check   # the plan against measured peaks on 2 and 4 processes
-    python benchmarks/memory_plan.py --batch 16 --worlds 8 64 backbone.preset=B/1 backbone.input_size=16
+    python benchmarks/memory_plan.py backbone.preset=B/1 backbone.input_size=16 --batch 16 --worlds 8 64
                                                # the network of any config, by its overrides
 
 The network is built on the meta device and sharded by the real strategy's code, and one FACM step (guided teacher,
