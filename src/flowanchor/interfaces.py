@@ -358,8 +358,29 @@ class Sampler(ABC):
         """Velocity evaluations per sample; None where the solver decides by itself."""
 
 
+class Posterior(NamedTuple):
+    """What a codec knows of an image's latent: a diagonal Gaussian, or a point (`logvar` None). Raw: not normalised."""
+
+    mean: Tensor  # [B, C, h, w]
+    logvar: Tensor | None = None  # [B, C, h, w]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """`mean + std * noise` for standard normal noise [B, C, h, w]."""
+        return self.mean if self.logvar is None else self.mean + (0.5 * self.logvar).exp() * noise
+
+
 class Codec(nn.Module, ABC):
-    """Maps samples of the network's space to pixels in [-1, 1] and back."""
+    """Maps samples of the network's space to pixels in [-1, 1] and back.
+
+    Attributes:
+        name: of the codec, as in `codec=<name>`.
+        downsampling: pixels per latent along each side.
+        latent_channels: channels of a latent; None: those of the image.
+    """
+
+    name: str = ""
+    downsampling: int = 1
+    latent_channels: int | None = None
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -367,4 +388,12 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] in [-1, 1] -> [B, *]."""
+        """images [B, C, H, W] in [-1, 1] -> [B, *], the posterior's mean, normalised."""
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """images [B, C, H, W] in [-1, 1] -> what is stored of them: raw, before any normalisation."""
+        return Posterior(images)
+
+    def fingerprint(self) -> str:
+        """Hash (hex) of all that decides the raw latents: weights and settings, not the statistics."""
+        return self.name

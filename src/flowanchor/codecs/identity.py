@@ -10,6 +10,8 @@ from flowanchor.interfaces import Codec
 class Identity(Codec):
     """Samples are images in [-1, 1] already: nothing is encoded and nothing is decoded."""
 
+    name = "identity"
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents
 

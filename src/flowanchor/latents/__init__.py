@@ -1,0 +1,1 @@
+"""Encoded data sets: their files, what is recorded about them, and how their values are normalised."""
