@@ -229,6 +229,7 @@ def main() -> None:
     for spec in specs:
         result = {"fit": fit, "fill": fill}[spec.pop("do", "fit")](folder, **spec)
         torch.save(result, folder / f"{spec['name']}_{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads can abort the process
 
 
 if __name__ == "__main__":
