@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import warnings
@@ -82,6 +83,7 @@ def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[
             try:
                 with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
                     start()
+                _leave_process_group()
             except KeyboardInterrupt:
                 sys.exit(130)
             except Exception as error:
@@ -92,6 +94,14 @@ def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[
         return run
 
     return decorate
+
+
+def _leave_process_group() -> None:
+    """End the process group's threads: those that meet the interpreter's end can abort a process that is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # sharded networks hold the group
+        distributed.destroy_process_group()
 
 
 def _exit_with(error: Exception, config_name: str, config_path: str) -> None:
