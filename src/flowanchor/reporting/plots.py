@@ -28,7 +28,7 @@ class QualityCurve:
     fd: Sequence[float]
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure that belongs to no window system, so that nothing global is touched."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -52,7 +52,7 @@ def quality_figure(
 
     `size` is width and height in inches, at 130 pixels each.
     """
-    figure, (ax,) = _figure(*size)
+    figure, (ax,) = new_figure(*size)
     budgets = sorted({int(n) for c in curves for n in c.nfe})
     for i, curve in enumerate(curves):
         points = sorted(zip(curve.nfe, curve.fd, strict=True))
@@ -114,7 +114,7 @@ def loss_figure(runs: Mapping[str, Mapping[str, tuple[list[int], list[float]]]],
     `runs` maps a title to what `read_metrics` returns. `names` picks columns; by default `train/loss`, its terms
     `train/anchor` and `train/shortcut` where it has both, and `val/loss`.
     """
-    figure, axes = _figure(5.4 * len(runs), 3.8, columns=len(runs))
+    figure, axes = new_figure(5.4 * len(runs), 3.8, columns=len(runs))
     for ax, (title, series) in zip(axes, runs.items(), strict=True):
         chosen = [n for n in (names or _losses(series)) if n in series]
         for i, name in enumerate(chosen):

@@ -1,0 +1,192 @@
+"""Finding training runs, and the evaluations of them; what is half-written is read as far as it goes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowanchor.errors import DataError
+
+Series = dict[str, tuple[list[int], list[float]]]  # name -> steps, values
+
+# Settings that tell runs of one kind apart without being what is compared.
+REPETITION = ("seed", "name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder tells it."""
+
+    folder: Path
+    overrides: tuple[str, ...]  # as typed, without the seed and the name
+    seed: int | None
+    max_steps: int | None
+    series: Series
+    results: tuple[dict[str, Any], ...] = ()  # lines of its evaluations, with their settings
+    problems: tuple[str, ...] = ()  # what could not be read
+
+    @property
+    def step(self) -> int:
+        """The last step of which something was logged; 0 before the first."""
+        return max((steps[-1] for steps, _ in self.series.values() if steps), default=0)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped because a loss or gradient was not finite."""
+        values = self.series.get("train/nonfinite_steps", ([], []))[1]
+        return int(max(values, default=0))
+
+    @property
+    def state(self) -> str:
+        """`finished`, `step N of M`, or `not started`."""
+        if not self.series:
+            return "not started"
+        # Steps are logged every few, and counted from 0: the last one of a finished run is at most that far away.
+        logged = self.series.get("train/loss", ([], []))[0]
+        gap = max(1, logged[-1] - logged[-2]) if len(logged) > 1 else 1
+        if self.max_steps is None or self.max_steps < 0 or self.step + gap >= self.max_steps:
+            return "finished"
+        return f"step {self.step} of {self.max_steps}"
+
+    def last(self, name: str, share: float = 0.1) -> float | None:
+        """Mean of the last `share` of a curve's values that are finite; None where there is none."""
+        values = [v for v in self.series.get(name, ([], []))[1] if math.isfinite(v)]
+        tail = values[-max(1, round(len(values) * share)) :]
+        return sum(tail) / len(tail) if tail else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed only."""
+
+    label: str
+    runs: list[Run] = field(default_factory=list)
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Every training run below the folders, with every evaluation below them that names its checkpoint.
+
+    Raises `DataError` for a folder that does not exist, and where none of them holds a run.
+    """
+    roots = [Path(folder).expanduser() for folder in folders]
+    for root in roots:
+        if not root.is_dir():
+            raise DataError(f"There is no folder {root}: give runs=FOLDER, for example runs=outputs/multirun/NAME.")
+    configs = sorted({path for root in roots for path in root.rglob("config.yaml") if path.parent.name != ".hydra"})
+    reports = sorted({path for root in roots for path in root.rglob("metrics.json")})
+    evaluated = [found for path in reports if (found := _read_report(path)) is not None]
+    runs = [run for path in configs if (run := _read_run(path, evaluated)) is not None]
+    if not runs:
+        raise DataError(
+            f"There are no runs in {', '.join(map(str, roots))}: give a folder that train.py has written, "
+            "for example runs=outputs/multirun/NAME."
+        )
+    return runs
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Runs by what was asked of them, in the order of their folders; the label says what the others do not share."""
+    kinds: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(tuple(sorted(run.overrides)), []).append(run)
+    shared = set.intersection(*(set(kind) for kind in kinds)) if len(kinds) > 1 else set()
+    groups = []
+    for kind, members in kinds.items():
+        own = [word for word in members[0].overrides if word not in shared] if len(kinds) > 1 else list(kind)
+        groups.append(Group(" ".join(own) or "default", sorted(members, key=lambda run: (run.seed is None, run.seed))))
+    return groups
+
+
+def read_series(path: Path) -> Series:
+    """`metrics.csv` as curves; cells that are empty or cut off are left out."""
+    series: Series = {}
+    with path.open(newline="", errors="replace") as lines:
+        for row in csv.DictReader(lines):
+            step = _number(row.get("step"))
+            for name, cell in row.items():
+                value = _number(cell)
+                if name in (None, "step", "epoch") or value is None or step is None:
+                    continue
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(step))
+                values.append(value)
+    return series
+
+
+def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run | None:
+    """The run of a folder; None where the folder is that of another program."""
+    folder, problems = config.parent, []
+    try:
+        settings = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{config.name}: {type(error).__name__}")
+        settings = None
+    if not isinstance(settings, dict):
+        settings = {}
+        if not (folder / "csv").is_dir():
+            return None
+    elif "objective" not in settings or "trainer" not in settings:
+        return None
+    series: Series = {}
+    curves = folder / "csv" / "metrics.csv"
+    if curves.is_file():
+        series = read_series(curves)
+    results = tuple(
+        {**line, "metric": report["settings"].get("metric")}
+        for path, report in evaluated
+        if _belongs(path, report, folder)
+        for line in report["results"]
+    )
+    trainer = settings.get("trainer")
+    steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+    return Run(
+        folder=folder,
+        overrides=_overrides(folder, problems),
+        seed=settings.get("seed"),
+        max_steps=steps if isinstance(steps, int) else None,
+        series=series,
+        results=results,
+        problems=tuple(problems),
+    )
+
+
+def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        words = yaml.safe_load(path.read_text()) if path.is_file() else []
+    except yaml.YAMLError as error:
+        problems.append(f"{path.name}: {type(error).__name__}")
+        words = []
+    found = [str(word) for word in words or []]
+    return tuple(word for word in found if word.lstrip("+~").split("=")[0] not in REPETITION)
+
+
+def _read_report(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    try:
+        report = json.loads(path.read_text())
+    except ValueError:  # an evaluation that is being written
+        return None
+    complete = isinstance(report, dict) and isinstance(report.get("settings"), dict) and "results" in report
+    return (path, report) if complete else None
+
+
+def _belongs(path: Path, report: Mapping[str, Any], folder: Path) -> bool:
+    """Whether an evaluation lies in a run's folder, or names a checkpoint in it."""
+    if folder.resolve() in path.resolve().parents:
+        return True
+    checkpoint = report["settings"].get("checkpoint")
+    return bool(checkpoint) and folder.resolve() in Path(checkpoint).resolve().parents
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,6 @@
+"""Runs side by side: `python src/report.py runs=outputs/multirun/NAME` (see conf/report.yaml)."""
+
+from flowanchor.programs.report import main
+
+if __name__ == "__main__":
+    main()

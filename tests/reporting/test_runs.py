@@ -1,0 +1,102 @@
+"""Runs are found, put together by kind and summarised; what is half-written is read as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowanchor.errors import DataError
+from flowanchor.reporting.run_report import markdown, summarise, write_report
+from flowanchor.reporting.runs import find_runs, group_runs
+
+
+def make_run(
+    folder: Path, *overrides: str, seed: int = 0, max_steps: int = 40, losses: tuple[float, ...] = (4.0, 2.0, 1.0, 1.0)
+) -> Path:
+    """A folder as train.py leaves it, with a loss every ten steps."""
+    (folder / "csv").mkdir(parents=True)
+    (folder / ".hydra").mkdir()
+    settings = {"objective": {}, "trainer": {"max_steps": max_steps}, "seed": seed}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*overrides, f"seed={seed}"]))
+    (folder / ".hydra" / "config.yaml").write_text("objective: {}\ntrainer: {}\n")
+    rows = [f"{9 + 10 * i},{loss},{loss / 2},0.0" for i, loss in enumerate(losses)]
+    header = "step,train/loss,train/tangent_norm,train/nonfinite_steps"
+    (folder / "csv" / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def evaluate(run: Path, distances: dict[int, float], folder: Path | None = None) -> None:
+    """What eval.py leaves, in the run's folder or elsewhere."""
+    where = folder or run / "eval"
+    where.mkdir(parents=True)
+    results = [{"nfe": nfe, "fd": value} for nfe, value in distances.items()]
+    settings = {"checkpoint": str(run / "checkpoints" / "last.ckpt"), "metric": "FD-digits"}
+    (where / "metrics.json").write_text(json.dumps({"settings": settings, "floor": None, "results": results}))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for seed, distance in ((0, 1.0), (1, 2.0), (2, 4.0)):
+        run = make_run(tmp_path / f"sweep/facm_{seed}", "objective=facm", "trainer.max_steps=40", seed=seed)
+        evaluate(run, {1: distance, 2: distance / 2}, tmp_path / f"sweep/eval_{seed}" if seed else None)
+    make_run(tmp_path / "sweep/flow", "objective=flow_matching", "trainer.max_steps=40", losses=(3.0, 2.5))
+    return tmp_path / "sweep"
+
+
+def test_seeds_are_put_together_and_the_label_says_what_differs(sweep):
+    flow, facm = sorted(group_runs(find_runs([sweep])), key=lambda group: len(group.runs))
+    assert (facm.label, flow.label) == ("objective=facm", "objective=flow_matching")
+    assert [run.seed for run in facm.runs] == [0, 1, 2]
+    assert flow.runs[0].state == "step 19 of 40" and facm.runs[0].state == "finished"
+
+
+def test_mean_and_spread_over_the_seeds(sweep):
+    rows = {row["label"]: row for row in summarise(group_runs(find_runs([sweep])))}
+    facm = rows["objective=facm"]
+    assert facm["fd_1"] == pytest.approx(7 / 3) and facm["fd_1_spread"] == pytest.approx(statistics.stdev([1, 2, 4]))
+    assert facm["fd_2"] == pytest.approx(7 / 6) and (facm["finished"], facm["loss"]) == (3, 1.0)
+    assert rows["objective=flow_matching"]["fd_1"] is None and rows["objective=flow_matching"]["loss"] == 2.5
+
+
+def test_the_page_holds_everything_itself(sweep, tmp_path):
+    rows = write_report(find_runs([sweep]), tmp_path / "report", "A & B")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    assert "A &amp; B" in page and "2.333 ± 1.5" in page
+    assert json.loads((tmp_path / "report" / "table.json").read_text()) == rows
+    assert "| objective=facm | 3 of 3 |" in markdown(rows)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "report.html", "table.json", "table.md", "curves.png", "quality.png",
+    }  # fmt: skip
+
+
+def test_half_written_files_are_read_as_far_as_they_go(tmp_path):
+    cut = make_run(tmp_path / "cut", "a=1")
+    with (cut / "csv" / "metrics.csv").open("a") as file:
+        file.write("49,1.5e-")
+    (cut / "metrics.json").write_text('{"settings": {')
+    new = make_run(tmp_path / "new", "a=2")
+    (new / "csv" / "metrics.csv").unlink()
+    broken = make_run(tmp_path / "broken", "a=3")
+    (broken / "config.yaml").write_text("objective: [")
+    diverged = make_run(tmp_path / "diverged", "a=4", losses=(1.0, float("nan"), float("nan")))
+    runs = {run.folder.name: run for run in find_runs([tmp_path])}
+    assert runs["cut"].series["train/loss"][1] == [4.0, 2.0, 1.0, 1.0]
+    assert runs["new"].state == "not started" and runs["new"].last("train/loss") is None
+    assert runs["broken"].problems and runs["broken"].last("train/loss") == 1.0
+    assert runs[diverged.name].last("train/loss") == 1.0
+    write_report(list(runs.values()), tmp_path / "report", "half")
+
+
+def test_other_folders_are_left_out_and_none_at_all_is_an_error(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "config.yaml").write_text("checkpoint: x\n")
+    with pytest.raises(DataError, match="no runs in"):
+        find_runs([tmp_path])
+    with pytest.raises(DataError, match="no folder"):
+        find_runs([tmp_path / "nowhere"])
