@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flowanchor.codecs.kl import KLCodec
 from flowanchor.interfaces import Backbone, Batch, Objective, VelocityField
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -206,7 +207,22 @@ def check_time(golden: Golden) -> None:
     assert relative(distribution.from_draw(golden["in.z"]), golden["out.t"]) <= 1e-6
 
 
-CHECKS = {"backbone": check_backbone, "objective": check_objective, "sampler": check_sampler, "time": check_time}
+def check_autoencoder(golden: Golden) -> None:
+    codec = KLCodec.of_weights(golden.group("state."))
+    posterior = codec.posterior(golden["in.image"])
+    assert posterior.logvar is not None
+    assert relative(posterior.mean, golden["out.mean"]) <= 1e-4
+    assert relative(posterior.logvar, golden["out.logvar"]) <= 1e-4
+    assert relative(codec.decode(golden["out.mean"]), golden["out.image"]) <= 1e-4
+
+
+CHECKS = {
+    "backbone": check_backbone,
+    "objective": check_objective,
+    "sampler": check_sampler,
+    "time": check_time,
+    "autoencoder": check_autoencoder,
+}
 FILES = sorted(FOLDER.glob("*.safetensors"))
 
 

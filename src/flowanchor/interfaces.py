@@ -376,11 +376,13 @@ class Codec(nn.Module, ABC):
         name: of the codec, as in `codec=<name>`.
         downsampling: pixels per latent along each side.
         latent_channels: channels of a latent; None: those of the image.
+        usable: whether it can decode and encode; False where it was not told its weights.
     """
 
     name: str = ""
     downsampling: int = 1
     latent_channels: int | None = None
+    usable: bool = True
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -31,6 +31,12 @@ dist.init_process_group("gloo", init_method="file://" + os.path.abspath("rendezv
 said = {}
 """
 
+# Leaves at once: threads of gloo that meet the end of the interpreter can abort a process that is done.
+END = """
+print("SAID", json.dumps(said), flush=True)
+os._exit(0)
+"""
+
 LIGHTNING = """
 class Toy(pl.LightningModule):
     def __init__(self):
@@ -96,14 +102,13 @@ for name in sys.argv[1:]:
         except RankDisagreement as error:
             said[name] = [trainer.global_step, str(error)]
     said[name].append([str(w.message) for w in heard if "same batch" in str(w.message)])
-print("SAID", json.dumps(said))
 """
 
 
 def two_ranks(folder: Path, program: str, *arguments: str) -> list[dict[str, Any]]:
     """What each of two gloo processes found, by scenario."""
     folder.mkdir(exist_ok=True)
-    (folder / "program.py").write_text(START + program)
+    (folder / "program.py").write_text(START + program + END)
     paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     started = []
     for rank in range(2):
@@ -212,7 +217,6 @@ run("replicas", replicas, norm=whole_norm)
 run("replicas, gradients not reduced", replicas, lambda student: student.set_requires_all_reduce(False))
 run("replicas, another gradient", replicas, after_backward=lambda student: change(student[2].bias.grad))
 run("replicas, another weight", replicas, after_step=lambda student: change(student[2].bias))
-print("SAID", json.dumps(said))
 """
 
 

@@ -63,6 +63,11 @@ class SampleGrid(pl.Callback):
             except ConfigError as error:
                 rank_zero_warn(f"No sample grid at nfe={budget}: {error}")
         self._latest = -1
+        if not codec.usable:
+            rank_zero_warn(
+                f"No sample grids: codec={codec.name} was not told its weights; add codec.weights=FILE to see samples."
+            )
+            self.samplers = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,6 +131,7 @@ class SampleGrid(pl.Callback):
                         drawn[nfe] = torch.cat(list(chunks)).numpy()
             finally:
                 student.train(training)
+                self.codec.to("cpu")  # a large one leaves the device to the training
         return drawn
 
     def _labels(self, pl_module: pl.LightningModule) -> Tensor | None:

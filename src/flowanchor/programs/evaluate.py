@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate as conf/eval.yaml says; writes metrics.json and quality.png into `folder` and returns the report."""
     from flowanchor.checkpoints import load_model
+    from flowanchor.codecs.load import load_codec
     from flowanchor.sampling import build_sampler
 
     if not cfg.checkpoint:
@@ -53,7 +54,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     sampler = build_sampler(cfg.sampler, model)
     samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
     data = load_data(cfg, model)
-    codec = load_codec(model).to(device)
+    codec = load_codec(model, cfg.get("codec")).to(device)
     evaluator = Evaluator(cfg.metric, data, device, cfg.batch_size)
 
     console = Console()
@@ -95,13 +96,6 @@ def load_data(cfg: DictConfig, model: LoadedModel) -> FlowDataModule:
             f"has {' x '.join(map(str, sample))}: leave out data=..., or evaluate a checkpoint trained on this data."
         )
     return data
-
-
-def load_codec(model: LoadedModel) -> Codec:
-    """The codec of the training run."""
-    from flowanchor.checkpoints.trusted import instantiate_trusted
-
-    return instantiate_trusted(model.config["codec"]).eval()
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
 from flowanchor.checkpoints import LoadedModel, load_model
-from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.codecs.load import load_codec
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
 from flowanchor.metrics.sample_file import SampleFile
@@ -34,7 +33,7 @@ def sample(cfg: DictConfig) -> None:
     device = choose_device(cfg.device)
     model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
     sampler = build_sampler(cfg.sampler, model)
-    codec = instantiate(cfg.codec) if cfg.get("codec") else instantiate_trusted(model.config["codec"])
+    codec = load_codec(model, cfg.get("codec"))
     labels = choose_labels(cfg, model)
     chunks = generate(
         model.backbone,
