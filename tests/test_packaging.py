@@ -69,7 +69,7 @@ def test_console_scripts_name_programs_that_exist(installed):
         group="console_scripts"
     )
     names = {script.name for script in scripts}
-    programs = ("train", "sample", "eval", "demo", "convert", "report")
+    programs = ("train", "sample", "eval", "demo", "convert", "report", "encode")
     assert names == {f"flowanchor-{program}" for program in programs}
     for script in scripts:
         assert (ROOT / "src" / "flowanchor" / "programs" / f"{script.module.rsplit('.', 1)[-1]}.py").is_file(), script

@@ -1,0 +1,176 @@
+"""`flowanchor-encode`: images into files of latents, resumable and by any number of processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from flowanchor.encoding.encoder import Encoder, Encoding
+from flowanchor.encoding.plan import LAYOUTS
+from flowanchor.encoding.record import compare
+from flowanchor.encoding.sources import Source, open_source
+from flowanchor.encoding.writers import DTYPES
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Codec
+from flowanchor.latents.manifest import MANIFEST, Manifest
+from flowanchor.programs.checks import check_whole_numbers, choose_device
+from flowanchor.programs.launch import program
+
+VALUES = ("sample", "moments")
+REPORT_EVERY = 1.0  # seconds
+
+
+def encode(cfg: DictConfig) -> None:
+    """Write the files, `latents_stats.pt` and `manifest.json` into `out`."""
+    check_settings(cfg)
+    out = Path(cfg.out).expanduser()
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    console = Console(quiet=process > 0)
+    encoding = read_encoding(cfg)
+    codec: Codec = instantiate(cfg.codec, _convert_="all").eval().to(own_device(cfg.device))
+    if not codec.usable:
+        raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
+    if encoding.image_size % codec.downsampling:
+        raise ConfigError(f"image_size={encoding.image_size} is no multiple of {codec.downsampling}: use 256 or 512.")
+    console.print(f"Reading the names of the images in {cfg.data.root} ...")
+    source = open_source(cfg.data.root, cfg.data.labelled, cfg.data.num_classes)
+    settings = {**encoding.__dict__, "codec": codec.fingerprint(), "codec_dtype": str(cfg.codec.get("dtype"))}
+    settings |= {"images": source.digest(), "batch_size": cfg.batch_size}
+
+    torch.backends.cudnn.deterministic = True  # two runs make the same files
+    encoder = Encoder(
+        source, codec, encoding, out, cfg.batch_size, cfg.num_workers, process, processes, cfg.max_unreadable
+    )
+    manifest = Manifest.read(out)
+    if manifest is not None:
+        compare(manifest.source, settings, out)
+        if not encoder.missing(manifest):
+            console.print(f"{out} is complete already: {describe(manifest)}.")
+            return
+        (out / MANIFEST).unlink(missing_ok=True)  # until its files are there again
+    out.mkdir(parents=True, exist_ok=True)
+    encoder.record.claim(settings)
+    manifest = run(encoder, source, settings, console)
+    if manifest is not None:
+        for name in manifest.unreadable:
+            console.print(f"Left out, unreadable: {name}", markup=False)
+        console.print(f"{out}: {describe(manifest)}.")
+
+
+def run(encoder: Encoder, source: Source, settings: dict[str, Any], console: Console) -> Manifest | None:
+    """Encode this process' files; the first process waits for the others and completes the set."""
+    pending = encoder.pending()
+    encoder.check_disk(pending)
+    total = sum(len(shard.indices) for shard in pending)
+    if encoder.own(pending) != encoder.own(encoder.shards):
+        console.print(f"Going on: {len(source) - total:,} of {len(source):,} images are encoded already.")
+    with counter(console) as progress:
+        task = progress.add_task("Encoding", total=total)
+        done, reported = 0, 0.0
+
+        def count(images: int) -> None:
+            nonlocal done, reported
+            done += images
+            if time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
+                show()
+
+        def show() -> None:
+            if encoder.process:
+                encoder.record.report(encoder.process, done)
+            else:
+                others = (encoder.record.reported(process) for process in range(1, encoder.processes))
+                progress.update(task, completed=done + sum(others))
+
+        encoder.on_images = count
+        encoder.record.report(encoder.process, 0)
+        for finished in encoder.encode(pending):
+            show()
+            left_out = f", {len(finished.unreadable)} unreadable" if finished.unreadable else ""
+            progress.print(f"{finished.shard.file}: {finished.shard.count:,} images{left_out}", markup=False)
+        if encoder.process:
+            return None
+        while (manifest := encoder.complete(settings)) is None:
+            show()
+            time.sleep(0.2)
+        progress.update(task, completed=total)
+    return manifest
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise `ConfigError` for a setting that cannot be used."""
+    if not cfg.out:
+        raise ConfigError("Where to? Add out=FOLDER for the encoded set.")
+    check_whole_numbers(
+        cfg,
+        image_size=(1, 256),
+        shard_size=(1, 10_000),
+        batch_size=(1, 64),
+        num_workers=0,
+        seed=0,
+        max_unreadable=0,
+        data__num_classes=(1, 1000),
+    )
+    for key, allowed in (("format", LAYOUTS), ("values", VALUES), ("dtype", tuple(DTYPES))):
+        if cfg[key] not in allowed:
+            raise ConfigError(f"{key}={cfg[key]} is not known: use one of {', '.join(allowed)}.")
+    if cfg.format == "webdataset" and cfg.dtype == "bfloat16":
+        raise ConfigError("dtype=bfloat16 cannot be stored in .npy files: use dtype=float16, or format=safetensors.")
+
+
+def read_encoding(cfg: DictConfig) -> Encoding:
+    """What is to be made, with the layout's default for `shuffle`."""
+    shuffle = cfg.format == "webdataset" if cfg.shuffle is None else bool(cfg.shuffle)
+    return Encoding(
+        layout=cfg.format,
+        values=cfg["values"],
+        image_size=cfg.image_size,
+        flips=bool(cfg.flips),
+        dtype=cfg.dtype,
+        shard_size=cfg.shard_size,
+        shuffle=shuffle,
+        seed=cfg.seed,
+    )
+
+
+def own_device(name: str | None) -> str:
+    """The device of this process: one GPU each under torchrun."""
+    device = choose_device(name)
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def describe(manifest: Manifest) -> str:
+    """One line about a complete set."""
+    size = sum(shard.bytes for shard in manifest.shards)
+    flips = ", plain and mirrored" if manifest.flips else ""
+    left_out = f", {len(manifest.unreadable)} unreadable" if manifest.unreadable else ""
+    return (
+        f"{manifest.count:,} images{flips} as latents {' x '.join(map(str, manifest.shape))} ({manifest.values}, "
+        f"{manifest.dtype}) in {len(manifest.shards)} files, {size / 1e9:.2f} GB{left_out}"
+    )
+
+
+class Rate(ProgressColumn):
+    """Images per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.1f} images/s")
+
+
+def counter(console: Console) -> Progress:
+    """The progress bar: images, images/s, time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, speed_estimate_period=60)
+
+
+main = program("encode")(encode)

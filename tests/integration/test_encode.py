@@ -1,0 +1,85 @@
+"""`encode.py` as users type it: killed, started again, by two processes, and with mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROGRAM = Path(__file__).parents[2] / "src" / "encode.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SETTINGS = ["codec=identity", "image_size=8", "batch_size=2", "num_workers=0", "shard_size=40"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (root / label).mkdir()
+        for index in range(200):
+            Image.fromarray(draw.integers(0, 255, (24, 30, 3)).astype(np.uint8)).save(root / label / f"{index:03d}.png")
+    return root
+
+
+def encode(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(PROGRAM), *SETTINGS, *words]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_killed_and_run_again_by_two_processes(images, tmp_path):
+    whole = encode(tmp_path, f"data.root={images}", "out=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "400 images, plain and mirrored" in whole.stdout and "images/s" in whole.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"], "nothing else is left behind"
+
+    command = [sys.executable, str(PROGRAM), *SETTINGS, f"data.root={images}", "out=killed"]
+    started = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    latest = time.monotonic() + 60
+    while time.monotonic() < latest and not list((tmp_path / "killed").glob("*shard001.safetensors")):
+        time.sleep(0.005)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists(), "it was killed too late to test anything"
+
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    again = encode(tmp_path, f"data.root={images}", "out=killed", launcher=torchrun)
+    assert again.returncode == 0, again.stderr
+    assert "images are encoded already" in again.stdout
+    assert {k: v for k, v in contents(tmp_path / "killed").items() if not k.endswith(".partial")} == contents(
+        tmp_path / "whole"
+    )
+
+    third = encode(tmp_path, f"data.root={images}", "out=killed")
+    assert third.returncode == 0 and "is complete already" in third.stdout
+    other = encode(tmp_path, f"data.root={images}", "out=killed", "values=moments")
+    assert other.returncode == 1 and "Error: killed holds an encoding with other settings (values was" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "Error: Where to? Add out=FOLDER"),
+        (["out=x"], "Error: Which images? Add data.root=FOLDER"),
+        (["out=x", "format=zip"], "Error: format=zip is not known: use one of safetensors, webdataset."),
+        (["out=x", "format=webdataset", "dtype=bfloat16"], "Error: dtype=bfloat16 cannot be stored in .npy files"),
+        (["out=x", "codec=vavae"], "Error: image_size=8 is no multiple of 16"),
+        (["out=x", "codec=vavae", "image_size=16", "data.root=."], "Error: codec=vavae has no weights"),
+    ],
+)
+def test_mistakes(command, capsys, words, sentence):
+    with pytest.raises(SystemExit) as exit:
+        command("encode", *SETTINGS[:-1], *words)
+    assert exit.value.code == 1
+    assert sentence in capsys.readouterr().err
