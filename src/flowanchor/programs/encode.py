@@ -37,10 +37,10 @@ def encode(cfg: DictConfig) -> None:
     console = Console(quiet=process > 0)
     encoding = read_encoding(cfg)
     codec: Codec = instantiate(cfg.codec, _convert_="all").eval().to(own_device(cfg.device))
-    if not codec.usable:
-        raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
     if encoding.image_size % codec.downsampling:
         raise ConfigError(f"image_size={encoding.image_size} is no multiple of {codec.downsampling}: use 256 or 512.")
+    if not codec.usable:
+        raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
     console.print(f"Reading the names of the images in {cfg.data.root} ...")
     source = open_source(cfg.data.root, cfg.data.labelled, cfg.data.num_classes)
     settings = {**encoding.__dict__, "codec": codec.fingerprint(), "codec_dtype": str(cfg.codec.get("dtype"))}
