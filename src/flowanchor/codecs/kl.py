@@ -118,9 +118,11 @@ class KLCodec(Codec):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            network: Any = self._loaded()
+            weights = self._loaded().state_dict()
+            if self.path is not None:  # as they are stored, whatever type they are used in
+                weights, _ = autoencoder_weights(read_weights(self.path))
             digest = hashlib.sha256()
-            for name, tensor in sorted(network.state_dict().items()):
+            for name, tensor in sorted(weights.items()):
                 digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
             self._fingerprint = digest.hexdigest()

@@ -61,3 +61,21 @@ def adopt_statistics(cfg: DictConfig, data: Any) -> None:
     if cfg.codec.statistics is None:
         with open_dict(cfg.codec):
             cfg.codec.statistics = statistics.as_config()
+
+
+def check_codec(cfg: DictConfig, data: Any) -> None:
+    """Raise `ConfigError` where encoded data says that another codec has made it; without its weights, by the name."""
+    manifest = getattr(data, "manifest", None)
+    if manifest is None or "name" not in manifest.codec:
+        return
+    from hydra.utils import instantiate
+
+    codec: Codec = instantiate(cfg.codec, _convert_="all")
+    name, digest = manifest.codec["name"], manifest.codec.get("digest")
+    if codec.name != name:
+        raise ConfigError(f"{data.root} was encoded by {name} and the run has codec={codec.name}: use codec={name}.")
+    if codec.usable and digest and codec.fingerprint() != digest:
+        raise ConfigError(
+            f"{data.root} was encoded by other weights than codec.weights={cfg.codec.get('weights')}: use those of the "
+            "encoding, or encode again."
+        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.data.epoch_sampler import BatchLoader, EpochBatchSampler, ResumableLoader
 from flowanchor.data.images import ImageBatches, ImageSet
@@ -35,6 +36,7 @@ class FlowDataModule(LightningDataModule, ABC):
         num_classes: 0 where the network gets no labels.
         class_names: one per class.
         mirror: whether mirrored copies are trained on, too.
+        random_views: whether what is shown of a sample is drawn anew in every pass (`EpochBatchSampler.views`).
     """
 
     name: str = "data"
@@ -43,6 +45,7 @@ class FlowDataModule(LightningDataModule, ABC):
     num_classes: int
     class_names: tuple[str, ...] = ()
     mirror: bool = False
+    random_views: bool = False
 
     def __init__(
         self,
@@ -70,47 +73,58 @@ class FlowDataModule(LightningDataModule, ABC):
             self._images = self.load()
         return self._images[split]
 
+    def examples(self, split: str) -> Dataset:
+        """What the loaders read: a dataset whose `__getitems__(indices)` gives a whole `Batch`."""
+        mirror = self.mirror and split == "train"
+        return ImageBatches(self.images(split), labelled=self.num_classes > 0, mirror=mirror)
+
     def setup(self, stage: str | None = None) -> None:
         """Read the data and check that there is a batch to train on."""
-        self.images("train")
+        self.examples("train")
         if stage in (None, "fit"):
             self._train_order()
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; after a resume, those that an uninterrupted run would have seen next."""
-        return self._loader("train", self._train_order(), self.mirror, position=self._batches_trained)
+        return self._loader("train", self._train_order(), position=self._batches_trained)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out images in order, all of them."""
+        """The held-out samples in order, all of them."""
         rank, world_size = self._process()
-        length = len(self.images("heldout"))
+        length = len(self.examples("heldout"))  # type: ignore[arg-type]
         order = EpochBatchSampler(
             length, self.batch_size, rank=rank, world_size=world_size, drop_last=False, shuffle=False
         )
-        return self._loader("heldout", order, mirror=False)
+        return self._loader("heldout", order)
 
     def _train_order(self) -> EpochBatchSampler:
         rank, world_size = self._process()
         return EpochBatchSampler(
-            len(self.images("train")) * (2 if self.mirror else 1),
+            len(self.examples("train")),  # type: ignore[arg-type]
             self.batch_size,
             self.seed,
             rank,
             world_size,
             repeat=self.repeat,
             drop_last=self.drop_last,
+            views=self.random_views,
         )
 
-    def _loader(self, split: str, order: EpochBatchSampler, mirror: bool, position: Any = None) -> DataLoader:
+    def _loader(self, split: str, order: EpochBatchSampler, position: Any = None) -> DataLoader:
         loader = BatchLoader if position is None else ResumableLoader
         return loader(
-            ImageBatches(self.images(split), labelled=self.num_classes > 0, mirror=mirror),
+            self.examples(split),
             batch_sampler=order,
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pins,
             persistent_workers=self.num_workers > 0,
             **({} if position is None else {"position": position}),
         )
+
+    @property
+    def pins(self) -> bool:
+        """Whether batches are page-locked: asked for, and of use on this machine."""
+        return self.pin_memory and torch.cuda.is_available()
 
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

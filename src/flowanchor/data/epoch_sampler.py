@@ -5,7 +5,7 @@ That makes a run resumable in the middle of an epoch, and makes two processes se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class EpochBatchSampler(Sampler[list[int]]):
         drop_last: leave out the incomplete batch at the end of an epoch; otherwise it is filled up, to a multiple of
             `world_size`, with indices from the start of the epoch, so that no rank runs out of batches before another.
         shuffle: False keeps the data's own order.
+        views: what is yielded tells of the pass and of a fair coin, too: `index + length * (2 * pass + coin)`, for data
+            that draws anew what it shows of a sample (mirrored or not, which draw from a posterior).
 
     Raises:
         DataError: no data, or a global batch larger than the data with `drop_last`.
@@ -45,6 +47,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         repeat: int = 1,
         drop_last: bool = True,
         shuffle: bool = True,
+        views: bool = False,
     ) -> None:
         if batch_size < 1 or repeat < 1:
             raise ConfigError(
@@ -64,7 +67,7 @@ class EpochBatchSampler(Sampler[list[int]]):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.repeat, self.drop_last, self.shuffle = repeat, drop_last, shuffle
+        self.repeat, self.drop_last, self.shuffle, self.views = repeat, drop_last, shuffle, views
         self._position = 0
 
     @property
@@ -98,7 +101,12 @@ class EpochBatchSampler(Sampler[list[int]]):
         if not self.shuffle:
             return np.tile(np.arange(self.length), self.repeat)
         passes = range(epoch * self.repeat, (epoch + 1) * self.repeat)
-        return np.concatenate([np.random.default_rng((self.seed, p)).permutation(self.length) for p in passes])
+        return np.concatenate([self._pass_order(p) for p in passes])
+
+    def _pass_order(self, number: int) -> np.ndarray:  # [length]
+        draw = np.random.default_rng((self.seed, number))
+        order = draw.permutation(self.length)
+        return order + self.length * (2 * number + draw.integers(0, 2, self.length)) if self.views else order
 
     def _share(self, order: np.ndarray, index: int) -> list[int]:
         batch = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
@@ -109,7 +117,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         return batch[self.rank * share : (self.rank + 1) * share].tolist()
 
 
-class _Failed:
+class Failed:
     """A user's error on its way out of a worker process: raised there, it would arrive as a traceback."""
 
     def __init__(self, error: FlowAnchorError) -> None:
@@ -127,7 +135,7 @@ class _Reader(Dataset):
         try:
             return self.dataset.__getitems__(indices)
         except FlowAnchorError as error:
-            return _Failed(error)
+            return Failed(error)
 
 
 class BatchLoader(DataLoader):
@@ -138,7 +146,7 @@ class BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
-            if isinstance(batch, _Failed):
+            if isinstance(batch, Failed):
                 raise batch.error
             yield batch
 
@@ -181,7 +189,12 @@ class ResumableLoader(BatchLoader):
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
         """Warn where a resumed run cannot see the batches that an uninterrupted one would have seen."""
-        changed = {k: (state[k], v) for k, v in self.state_dict().items() if k in state and state[k] != v}
-        if changed:
-            listed = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-            rank_zero_warn(f"The resumed run will not see the batches of an uninterrupted one ({listed}).")
+        warn_of_another_order(state, self.state_dict())
+
+
+def warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where what the order depends on has changed since the checkpoint."""
+    changed = {k: (before[k], v) for k, v in now.items() if k in before and before[k] != v}
+    if changed:
+        listed = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        rank_zero_warn(f"The resumed run will not see the batches of an uninterrupted one ({listed}).")

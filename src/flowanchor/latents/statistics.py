@@ -40,10 +40,14 @@ class LatentStatistics:
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw latents [B, C, *] -> samples of the network."""
-        if not self.mean:
-            return latents * self.multiplier
-        mean, std = self._shaped(latents)
-        return (latents - mean) / std * self.multiplier
+        return self.normalise_(latents.clone())
+
+    def normalise_(self, latents: Tensor) -> Tensor:
+        """The same, in place."""
+        if self.mean:
+            mean, std = self._shaped(latents)
+            latents.sub_(mean).div_(std)
+        return latents if self.multiplier == 1 else latents.mul_(self.multiplier)
 
     def denormalise(self, samples: Tensor) -> Tensor:
         """Samples of the network [B, C, *] -> raw latents."""

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.checkpoints import initialise_student, latest_checkpoint, read_checkpoint
 from flowanchor.checkpoints.lightning import ShardedCheckpointIO
-from flowanchor.codecs.load import adopt_statistics
+from flowanchor.codecs.load import adopt_statistics, check_codec
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
@@ -45,6 +45,7 @@ def train(cfg: DictConfig) -> float | None:
 
     data = instantiate(cfg.data)
     adopt_statistics(cfg, data)
+    check_codec(cfg, data)
     strategy = build_strategy(cfg)
     module = build_module(cfg, initialise=resumed is None, deferred=getattr(strategy, "deferred_initialisation", False))
     check_samples(cfg, module.student, data)

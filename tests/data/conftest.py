@@ -1,0 +1,98 @@
+"""Small encoded sets in both layouts, written without the project's own writers."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SHAPE = (2, 4, 4)
+
+
+def latent(index: int, flip: bool) -> torch.Tensor:
+    """The latents of one sample, told apart by their values: [2, 4, 4]."""
+    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2 * index + flip))
+    values[0, 0, 0], values[0, 0, 1] = index / 100, -1.0 if flip else 1.0
+    return values
+
+
+def write_statistics(folder: Path, mean: float = 0.5, std: float = 2.0) -> None:
+    torch.save(
+        {"mean": torch.full((1, 2, 1, 1), mean), "std": torch.full((1, 2, 1, 1), std)}, folder / "latents_stats.pt"
+    )
+
+
+@pytest.fixture
+def write_latents(tmp_path: Path) -> Callable[..., Path]:
+    """`write_latents([5, 8], classes=3)`: files of so many samples; returns their folder."""
+
+    def write(counts: list[int], classes: int = 3, dtype: torch.dtype = torch.float32, name: str = "latents") -> Path:
+        folder, index = tmp_path / name, 0
+        folder.mkdir()
+        for number, count in enumerate(counts):
+            rows = range(index, index + count)
+            content = {
+                "latents": torch.stack([latent(i, False) for i in rows]).to(dtype),
+                "latents_flip": torch.stack([latent(i, True) for i in rows]).to(dtype),
+                "labels": torch.tensor([i % classes for i in rows]),
+            }
+            save_file(content, folder / f"latents_rank00_shard{number:03d}.safetensors")
+            index += count
+        write_statistics(folder)
+        return folder
+
+    return write
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    tar.addfile(header, io.BytesIO(content))
+
+
+@pytest.fixture
+def write_tars(tmp_path: Path) -> Callable[..., Path]:
+    """`write_tars([5, 8])`: tars of so many samples; `spoil(index, files)` may change a sample's files."""
+
+    def write(counts: list[int], classes: int = 3, spoil=None, name: str = "tars", index_file: bool = True) -> Path:
+        folder, index = tmp_path / name, 0
+        folder.mkdir()
+        for number, count in enumerate(counts):
+            with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for i in range(index, index + count):
+                    buffer = io.BytesIO()
+                    np.save(buffer, torch.stack([latent(i, False), latent(i, True)]).numpy())
+                    files = {"npy": buffer.getvalue(), "cls": str(i % classes).encode()}
+                    if spoil is not None:
+                        spoil(i, files)
+                    for extension, content in files.items():
+                        add_member(tar, f"{i:08d}.{extension}", content)
+            index += count
+        if index_file:
+            shards = [{"url": f"shard-{n:06d}.tar", "nsamples": count} for n, count in enumerate(counts)]
+            (folder / "index.json").write_text(json.dumps({"shardlist": shards}))
+        write_statistics(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def samples() -> Callable[..., list[tuple[int, bool]]]:
+    """`samples(batch)`: which samples a batch holds, and which of them mirrored (statistics: mean 0.5, std 2)."""
+
+    def read(batch) -> list[tuple[int, bool]]:
+        raw = batch.x1 * 2.0 + 0.5
+        found = [(round(float(row[0, 0, 0]) * 100), float(row[0, 0, 1]) < 0) for row in raw]
+        for (index, flip), row in zip(found, raw, strict=True):
+            torch.testing.assert_close(row, latent(index, flip), rtol=0, atol=1e-5)
+        return found
+
+    return read
