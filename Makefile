@@ -58,8 +58,9 @@ eval-fid: $(STAMP) ## measure quality: make eval-fid CHECKPOINT=outputs/train/NA
 	$(need_checkpoint)
 	$(BIN)/python src/eval.py "checkpoint='$(CHECKPOINT)'" $(if $(NFE),'nfe=[$(NFE)]') $(ARGS)
 
-bench: $(STAMP) ## measure the tangent engines against their bars, on the CPU; refreshes the README's tables
+bench: $(STAMP) ## measure engines and data loading against their bars, on the CPU; refreshes the tables
 	$(BIN)/python benchmarks/engines.py $(ARGS)
+	$(BIN)/python benchmarks/data_loading.py
 	@test ! -e outputs/demo/results.json || $(BIN)/python benchmarks/demo.py
 
 gpu-check: $(STAMP) ## run the tests that need a GPU and measure on it, under 10 minutes; refreshes the README's table
