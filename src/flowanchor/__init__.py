@@ -1,6 +1,14 @@
 """flowanchor: few-step generators, trained as flow-anchored consistency models (FACM, arXiv 2507.03738)."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping as _Mapping
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+if _TYPE_CHECKING:
+    from flowanchor.checkpoints.generator import Generator as _Generator
 
 __version__ = "0.1.0"
 
@@ -9,3 +17,15 @@ __version__ = "0.1.0"
 _root = _Path(__file__).resolve().parents[2]
 if (_root / "pyproject.toml").is_file() and (_root / "plugins").is_dir() and (_root / "conf").is_dir():
     __path__.append(str(_root))
+
+
+def load(
+    path_or_repo: str | _Path, ema: str | None = None, device: str = "cpu", codec: _Mapping[str, _Any] | None = None
+) -> _Generator:
+    """Open a trained model for sampling: `flowanchor.load(PATH).sample([0, 1, 2], steps=2)`.
+
+    See `flowanchor.checkpoints.generator.load` for the arguments.
+    """
+    from flowanchor.checkpoints.generator import load as open_model  # PyTorch is imported on first use
+
+    return open_model(path_or_repo, ema=ema, device=device, codec=codec)

@@ -56,16 +56,21 @@ def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str
     return size
 
 
-def read_consolidated(path: Path) -> dict[str, Any]:
-    """The content of such a file in the form of a checkpoint; raises `ValueError` for a damaged file."""
+def read_consolidated(path: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of such a file in the form of a checkpoint; raises `ValueError` for a damaged file.
+
+    `described` takes the place of the file's own description.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("flowanchor", "null"))
+            own = json.loads((file.metadata() or {}).get("flowanchor", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - mapped, not read
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    meta = own if described is None else described
     if not isinstance(meta, dict):
         return {}
+    meta = dict(meta)
     ema = meta.pop("ema", "none")
     if ema == "none":
         return {"flowanchor": meta, "state_dict": {f"student.{name}": tensor for name, tensor in weights.items()}}

@@ -13,13 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, read_consolidated
+from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
+from flowanchor.checkpoints.huggingface import WEIGHTS, is_published, read_safetensors
 from flowanchor.checkpoints.sharded import is_sharded, read_sharded, superseded
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.deferred import is_deferred, loading_context
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.weights import Renamed, copy_weights, shape_of
+
+# What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
+_DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,15 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint behind a path: the file or sharded folder itself, or the last one of a run folder."""
+    """The checkpoint behind a path: the file or sharded folder itself, the last one of a run folder, the weights of a
+    folder that convert.py published."""
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = path if is_sharded(path) else latest_checkpoint(path)
+        inside = path if is_sharded(path) else path / WEIGHTS if is_published(path) else latest_checkpoint(path)
         if inside is None:
             raise CheckpointError(
                 f"The folder {path} holds no checkpoints/last.ckpt: "
-                "give a run folder that was trained, or a .ckpt file."
+                "give a run folder that was trained, a .ckpt file, or what convert.py wrote."
             )
         return inside
     if not path.is_file():
@@ -69,16 +74,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = find_checkpoint(path)
     try:
         content = _read(file)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except PermissionError:
+        raise
+    except _DAMAGED as error:
         pickled = zipfile.is_zipfile(file) and isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors and plain values" if pickled else "it is no complete file of torch.save"
         raise CheckpointError(
-            f"{file} is not a checkpoint that can be read safely ({reason}): give a .ckpt file written by flowanchor."
+            f"{file} is not a checkpoint that can be read safely ({reason}): give a .ckpt file written by flowanchor"
+            f"{_advice(file)}."
         ) from error
     meta = content.get("flowanchor") if isinstance(content, dict) else None
     if not isinstance(meta, dict):
         raise CheckpointError(
-            f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run."
+            f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run"
+            f"{_advice(file)}."
         )
     if meta.get("format") != FORMAT:
         raise CheckpointError(
@@ -98,8 +107,26 @@ def _read(file: Path) -> Any:
     if file.is_dir():
         return read_sharded(file)
     if file.suffix == SUFFIX:
-        return read_consolidated(file)
+        return read_safetensors(file)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _advice(file: Path) -> str:
+    released = file.suffix in (".pt", ".pth", SUFFIX)
+    command = f"python src/convert.py checkpoint={file} output=NAME{SUFFIX}"
+    return f"; if it is a released checkpoint, convert it first: {command}" if released else ""
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a path leads to what looks like a checkpoint of ours; raises `CheckpointError` where nothing is."""
+    file = find_checkpoint(path)
+    try:
+        content = _read(file)
+    except PermissionError:
+        raise
+    except _DAMAGED:
+        return file.is_dir()  # a damaged file is foreign until proven ours
+    return isinstance(content, dict) and isinstance(content.get("flowanchor"), dict)
 
 
 def load_model(path: str | Path, ema: str | None = None, device: torch.device | str = "cpu") -> LoadedModel:

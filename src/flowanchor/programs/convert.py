@@ -1,42 +1,166 @@
-"""`flowanchor-convert consolidate`: one safetensors file from any checkpoint."""
+"""`flowanchor-convert`: look at a checkpoint, import a released one, or write one into another form."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from flowanchor.checkpoints.authors import write_authors
 from flowanchor.checkpoints.consolidated import SUFFIX, write_consolidated
-from flowanchor.checkpoints.load import find_checkpoint, read_checkpoint, select_weights
+from flowanchor.checkpoints.foreign import read_foreign
+from flowanchor.checkpoints.huggingface import is_published, write_folder
+from flowanchor.checkpoints.importing import Choices, import_foreign
+from flowanchor.checkpoints.inspection import count, inspect_file
+from flowanchor.checkpoints.load import file_digest, find_checkpoint, is_ours, read_checkpoint, select_weights
+from flowanchor.checkpoints.model_card import model_card, read_metrics
+from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import ConfigError
+from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
 
 ACTIONS = ("consolidate",)
+_ONLY_RELEASED = ("backbone", "kind", "interval", "num_heads", "num_classes")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of weights, whatever it came from."""
+
+    file: Path
+    weights: Mapping[str, Tensor]
+    meta: dict[str, Any]  # kind, step, config
+    ema: str
+    raw: Mapping[str, Tensor] | None = None  # the weights without averaging, where the file has them
 
 
 def convert(cfg: DictConfig) -> None:
-    """Do what `action` says; nothing is written but the file that was asked for."""
+    """Do what the settings say; nothing is written but the output that was asked for."""
     if cfg.action not in ACTIONS:
         raise ConfigError(f"convert.py cannot {cfg.action}: write convert.py {' or convert.py '.join(ACTIONS)}.")
-    consolidate(cfg)
-
-
-def consolidate(cfg: DictConfig) -> Path:
-    """Write the weights of a checkpoint, and what is needed to open them alone, into `output`."""
+    check_whole_numbers(cfg, num_heads=1, num_classes=0)
+    if cfg.inspect:
+        print(inspect_file(cfg.inspect, _choices(cfg)))
+        return
+    if cfg.format not in _WRITERS:
+        raise ConfigError(f"format={cfg.format} is not known: use one of {', '.join(_WRITERS)}.")
     if not cfg.checkpoint:
-        raise ConfigError("Which checkpoint? Add checkpoint=PATH (a run folder, a sharded checkpoint or a .ckpt file).")
-    if not cfg.output or Path(cfg.output).suffix != SUFFIX:
-        raise ConfigError(f"Where to? Add output=FILE{SUFFIX}, with that ending.")
+        raise ConfigError(
+            "Which checkpoint? Add checkpoint=PATH (a run folder, a sharded checkpoint, a .ckpt file or a released "
+            "file), or inspect=PATH to look at one."
+        )
+    output = _output(cfg)
+    source = _cast(_source(cfg), cfg.dtype)
+    _WRITERS[cfg.format](cfg, source, output)
+    print(f"{output}: {count(source.weights)}, weights {source.ema} of {source.file}")
+
+
+def _output(cfg: DictConfig) -> Path:
+    suffix = {"flowanchor": SUFFIX, "authors": ".pt", "huggingface": ""}[cfg.format]
+    if not cfg.output or Path(cfg.output).suffix != suffix and suffix:
+        where = f"FILE{suffix}, with that ending" if suffix else "FOLDER"
+        raise ConfigError(f"Where to? Add output={where}.")
     output = Path(cfg.output).expanduser()
     if output.exists() and not cfg.overwrite:
         raise ConfigError(f"{output} exists already: choose another output=, or add overwrite=true.")
-    file = find_checkpoint(cfg.checkpoint)
-    content = read_checkpoint(file)
-    name, weights = select_weights(content, cfg.ema_profile, file)
-    size = write_consolidated(output, weights, content["flowanchor"], name)
-    print(f"{output}: {len(weights)} tensors, {size / 2**20:,.1f} MiB, weights {name} of {file}")
+    if output.exists() and (output.is_dir() if suffix else not is_published(output)):
+        raise ConfigError(f"{output} is no earlier output of this kind, and is not replaced: choose another output=.")
     return output
+
+
+def _choices(cfg: DictConfig) -> Choices:
+    """What the command line says about a released file; of the backbone's group only the name of the option counts."""
+    sizes = [key for key in HydraConfig.get().overrides.task if key.startswith("backbone.")]
+    if sizes:
+        raise ConfigError(f"{sizes[0]}: sizes are read off the weights; only num_heads= and num_classes= can be given.")
+    codec: Any = None if cfg.get("codec") is None else OmegaConf.to_container(cfg.codec, resolve=True)
+    text = {name: None if cfg[name] is None else str(cfg[name]) for name in ("kind", "interval", "ema_profile")}
+    return Choices(
+        ema=text.pop("ema_profile"),
+        backbone=HydraConfig.get().runtime.choices.get("backbone"),
+        num_heads=cfg.num_heads,
+        num_classes=cfg.num_classes,
+        codec=codec,
+        **text,
+    )
+
+
+def _source(cfg: DictConfig) -> Source:
+    file = find_checkpoint(cfg.checkpoint)
+    if not is_ours(file):
+        foreign = read_foreign(file)
+        found = import_foreign(foreign, _choices(cfg))
+        return Source(file, found.weights, found.meta, found.ema, foreign.profiles.get("none"))
+    told = [name for name in _ONLY_RELEASED if cfg.get(name) is not None]
+    told += ["codec"] if cfg.get("codec") is not None and not cfg.with_codec else []
+    if told:
+        raise ConfigError(
+            f"{file} is a checkpoint of flowanchor and says itself what it is: leave out {', '.join(told)} "
+            "(these are for released files)."
+        )
+    content = read_checkpoint(file)
+    ema, weights = select_weights(content, cfg.ema_profile, file)
+    raw = select_weights(content, "none", file)[1] if len(content["state_dict"]) else None
+    return Source(file, weights, content["flowanchor"], ema, raw)
+
+
+def _cast(source: Source, name: str | None) -> Source:
+    if name is None:
+        return source
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name} is not known: use one of {', '.join(DTYPES)}.")
+
+    def cast(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = ((key, weights[key]) for key in weights)
+        return {key: t.to(DTYPES[name]) if t.is_floating_point() else t for key, t in tensors}
+
+    raw = None if source.raw is None else cast(source.raw)
+    return Source(source.file, cast(source.weights), source.meta, source.ema, raw)
+
+
+def _write_file(cfg: DictConfig, source: Source, output: Path) -> None:
+    write_consolidated(output, source.weights, source.meta, source.ema)
+
+
+def _write_authors(cfg: DictConfig, source: Source, output: Path) -> None:
+    write_authors(output, source.weights, source.meta, source.ema, source.raw)
+
+
+def _write_folder(cfg: DictConfig, source: Source, output: Path) -> None:
+    report = None
+    if cfg.metrics is not None:
+        report = read_metrics(cfg.metrics, file_digest(source.file), source.ema)
+    codec = _codec(cfg, source) if cfg.with_codec else None
+    card = model_card(cfg.name or output.name, source.meta, source.ema, report)
+    write_folder(output, source.weights, source.meta, source.ema, card, codec)
+
+
+def _codec(cfg: DictConfig, source: Source) -> Any:
+    """The codec whose weights are published: that of the checkpoint, or the one of the command line."""
+    settings: Any = source.meta["config"].get("codec") or {}
+    if cfg.get("codec") is not None:
+        settings = OmegaConf.to_container(cfg.codec, resolve=True)
+    codec = instantiate_trusted(settings)
+    if not hasattr(codec, "save"):
+        raise ConfigError("with_codec=true: this network draws pixels and has no codec to publish: leave it out.")
+    if not codec.usable:
+        raise ConfigError(f"with_codec=true: where are the codec's weights? Add codec={codec.name} codec.weights=FILE.")
+    return codec
+
+
+_WRITERS: dict[str, Callable[[DictConfig, Source, Path], None]] = {
+    "flowanchor": _write_file,
+    "authors": _write_authors,
+    "huggingface": _write_folder,
+}
 
 
 def main() -> None:

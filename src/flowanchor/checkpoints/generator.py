@@ -1,0 +1,118 @@
+"""One line to open a model, one to draw images:
+
+model = flowanchor.load("outputs/train/NAME")
+images = model.sample([0, 1, 2], steps=2, seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.checkpoints.huggingface import local_folder
+from flowanchor.checkpoints.load import LoadedModel, load_model
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Codec
+
+
+class Generator(LoadedModel):
+    """A trained network that can be sampled, with its interval, sampler and codec."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.backbone.parameters()).device
+
+    @cached_property
+    def codec(self) -> Codec:
+        """From the network's samples to images; its weights are read on first use."""
+        from flowanchor.codecs.load import load_codec
+
+        return load_codec(self).to(self.device)
+
+    def sample(
+        self,
+        labels: int | Sequence[int] | Tensor | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        num_samples: int | None = None,
+        batch_size: int = 64,
+        **sampler: Any,
+    ) -> Tensor:
+        """Draw images: uint8 [N, H, W, C] on the CPU. Image i depends on the seed, i and its label alone.
+
+        Args:
+            labels: one class per image; None for every class in turn (or for a network without classes).
+            steps: steps of the sampler; None for those that the network was trained to be sampled with.
+            num_samples: how many, where `labels` do not say it; an int as `labels` is repeated so often.
+            sampler: other settings of its sampler (`guidance_scale=1.5`), or another one (`_target_=...`).
+
+        Raises:
+            ConfigError: labels out of range, nothing that says how many, a sampler of the wrong kind.
+        """
+        from flowanchor.sampling import build_sampler, generate
+
+        chosen, count = self._labels(labels, num_samples)
+        chunks = generate(
+            self.backbone,
+            self.interval,
+            build_sampler({"steps": steps, **sampler}, self),
+            self.codec,
+            chosen,
+            seed,
+            batch_size,
+            self.device,
+            count,
+        )
+        return torch.cat(list(chunks))
+
+    def _labels(self, labels: Any, num_samples: int | None) -> tuple[Tensor | None, int]:
+        classes = self.backbone.num_classes
+        if isinstance(labels, int):
+            labels = [labels] * (1 if num_samples is None else num_samples)
+        count = num_samples if labels is None else len(labels)
+        if count is None or count < 1 or (num_samples is not None and count != num_samples):
+            raise ConfigError("How many images? Give labels, one per image, or num_samples, not two different numbers.")
+        if not classes:
+            if labels is not None:
+                raise ConfigError("This network was trained without classes: leave out labels and give num_samples.")
+            return None, count
+        chosen = torch.arange(count) % classes if labels is None else torch.as_tensor(labels)
+        if chosen.dim() != 1 or chosen.is_floating_point() or not bool(((0 <= chosen) & (chosen < classes)).all()):
+            raise ConfigError(f"labels must be whole numbers between 0 and {classes - 1}, one per image.")
+        return chosen.long(), count
+
+
+def load(
+    path_or_repo: str | Path,
+    ema: str | None = None,
+    device: torch.device | str = "cpu",
+    codec: Mapping[str, Any] | None = None,
+) -> Generator:
+    """Open a model for sampling.
+
+    Args:
+        path_or_repo: a run folder, a .ckpt file, a sharded checkpoint, a .safetensors file or a folder that convert.py
+            wrote; or the name `org/name` of a repository of the Hugging Face hub with the content of such a folder.
+        ema: which weights, as in `flowanchor.checkpoints.load_model`.
+        device: where it computes.
+        codec: settings of its codec to replace: `{"weights": "vavae.pt"}` where the weights lie elsewhere here.
+
+    Raises:
+        CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
+    """
+    model = load_model(local_folder(path_or_repo), ema=ema, device=device)
+    values = {field.name: getattr(model, field.name) for field in fields(model)}
+    if codec:
+        own = model.config.get("codec", {})
+        unknown = sorted(set(codec) - set(own))
+        if unknown:
+            raise ConfigError(f"The codec of {model.path} has no {', '.join(unknown)}: it has {', '.join(own)}.")
+        values["config"] = {**model.config, "codec": {**own, **codec}}
+    return Generator(**values)
