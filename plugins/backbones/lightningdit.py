@@ -54,6 +54,8 @@ class LightningDiT(Backbone):
         disable_label_dropout: keep the null class but drop no label.
     """
 
+    presets = PRESETS
+
     def __init__(
         self,
         input_size: int = 32,
@@ -108,10 +110,10 @@ class LightningDiT(Backbone):
     @classmethod
     def from_preset(cls, preset: str, **settings: Any) -> LightningDiT:
         """A preset by name (`XL/1`, `nano`, ...); any setting that is not None replaces the preset's value."""
-        if preset not in PRESETS:
-            raise ConfigError(f"Unknown LightningDiT preset '{preset}': choose one of {', '.join(PRESETS)}.")
+        if preset not in cls.presets:
+            raise ConfigError(f"Unknown {cls.__name__} preset '{preset}': choose one of {', '.join(cls.presets)}.")
         chosen = {name: value for name, value in settings.items() if value is not None}
-        return cls(**{**PRESETS[preset], **chosen})
+        return cls(**{**cls.presets[preset], **chosen})
 
     # ----------------------------------------------------------------------------------------------------- stages
 
@@ -122,7 +124,8 @@ class LightningDiT(Backbone):
         if self.r_embedder is not None:
             if r is None:
                 raise ConfigError(
-                    "This LightningDiT embeds a second time: pass r (r = t asks for the instantaneous velocity)."
+                    f"This {type(self).__name__} embeds a second time: pass r (r = t asks for the instantaneous "
+                    "velocity)."
                 )
             c = c + self.r_embedder(r)
         if self.y_embedder is not None:
@@ -152,14 +155,14 @@ class LightningDiT(Backbone):
         if cond is not None:
             return cond
         if self.num_classes:
-            raise ConfigError(f"This LightningDiT is conditioned on {self.num_classes} classes: pass labels.")
+            raise ConfigError(f"This {type(self).__name__} is conditioned on {self.num_classes} classes: pass labels.")
         return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     def null_condition(self, cond: Tensor | None) -> Tensor:
         """Labels [B] -> the null class [B]."""
         if not self.has_null_class or cond is None:
             raise ConfigError(
-                "This LightningDiT has no null class for guidance: set backbone.class_dropout_prob=0.1, "
+                f"This {type(self).__name__} has no null class for guidance: set backbone.class_dropout_prob=0.1, "
                 "or the guidance scale to 1."
             )
         return torch.full_like(cond, self.num_classes)

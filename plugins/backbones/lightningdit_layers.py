@@ -203,8 +203,7 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(hidden_size, 4 if wo_shift else 6)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
-        (c,) = context.carried  # [B, D]
-        modulation = self.adaLN_modulation(c)
+        modulation = self.adaLN_modulation(context.carried[0])
         shift1: Tensor | None = None
         shift2: Tensor | None = None
         if self.wo_shift:
