@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -192,6 +193,7 @@ def test_evaluation_of_an_import_asks_for_data(convert, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["sit", "dit"])
 def test_releases_of_sit_and_dit(convert, name):
+    module = importlib.import_module(f"flowanchor.plugins.backbones.{name}")
     network = {"sit": "SiT", "dit": "DiT"}[name]
     torch.manual_seed(0)
     sizes = dict(CONFIG, patch_size=2, learn_sigma=True, hidden_size=384, num_heads=6, input_size=8, depth=1)

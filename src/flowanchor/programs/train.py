@@ -22,6 +22,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.jvp.compatibility import compile_options
 from flowanchor.module import FlowModule
+from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
 from flowanchor.provenance import check_same_run, write_run_record
@@ -33,6 +34,7 @@ def train(cfg: DictConfig) -> float | None:
     check_whole_numbers(cfg, seed=0, threads=1, max_nonfinite_steps=(1, 10), log_every_n_steps=(0, 50))
     check_whole_numbers(cfg, trainer__max_steps=(-1, 3000))  # -1: no limit
     check_whole_numbers(cfg, data__batch_size=(1, 128), data__num_workers=0, data__repeat=1)
+    check_batch(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     resumed = None if cfg.trainer.fast_dev_run else latest_checkpoint(folder)
     if resumed is not None:
