@@ -1,4 +1,4 @@
-"""Every option of every config group composes and builds; every experiment trains a batch."""
+"""Every option of every config group composes and builds; those of digits train a batch (test_recipes: the others)."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_every_experiment_is_known():
     assert {"digits_teacher", "digits_facm"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_trains_a_batch(experiment, command, tiny):
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.startswith("digits")])
+def test_every_experiment_of_digits_trains_a_batch(experiment, command, tiny):
     overrides = [f"experiment={experiment}"]
     cfg = compose_job("train", overrides)
     if cfg.teacher._target_.endswith("CheckpointVelocity"):

@@ -137,7 +137,8 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: A
     """Lightning's trainer with the callbacks and the logger of the config."""
     sampler = instantiate(cfg.sampler, _convert_="all")
     check_sampler(sampler, module.objective.kind)
-    callbacks = [instantiate(item) for item in (cfg.callbacks or {}).values() if item]
+    # Settings of a callback that was left out (callbacks=none) remain without a class.
+    callbacks = [instantiate(item) for item in (cfg.callbacks or {}).values() if item and "_target_" in item]
     if cfg.ema and "_target_" in cfg.ema:
         callbacks.insert(0, instantiate(cfg.ema))
     loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
