@@ -54,9 +54,9 @@ sample: $(STAMP) ## draw images: make sample CHECKPOINT=outputs/train/NAME [ARGS
 	$(need_checkpoint)
 	$(BIN)/python src/sample.py "checkpoint='$(CHECKPOINT)'" $(ARGS)
 
-eval-fid: $(STAMP) ## measure quality: make eval-fid CHECKPOINT=outputs/train/NAME [NFE=1,2,4]
+eval-fid: $(STAMP) ## measure quality, going on where it stopped: make eval-fid CHECKPOINT=outputs/train/NAME [NFE=1,2,4] [GPUS=8]
 	$(need_checkpoint)
-	$(BIN)/python src/eval.py "checkpoint='$(CHECKPOINT)'" $(if $(NFE),'nfe=[$(NFE)]') $(ARGS)
+	$(BIN)/python $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node=$(GPUS)) src/eval.py "checkpoint='$(CHECKPOINT)'" $(if $(NFE),'nfe=[$(NFE)]') $(ARGS)
 
 bench: $(STAMP) ## measure engines and data loading against their bars, on the CPU; refreshes the tables
 	$(BIN)/python benchmarks/engines.py $(ARGS)

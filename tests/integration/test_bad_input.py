@@ -92,7 +92,7 @@ CASES = [
     ([*TRAIN, "objective=facn"], "Unknown option 'facn' for objective: did you mean facm. The options are facm, flow_"),
     ([*TRAIN, "backbone=zebra"], "Unknown option 'zebra' for backbone: choose one of .*lightningdit"),
     ([*SAMPLE, "sampler=consistensy"], "Unknown option .* did you mean consistency"),
-    ([*EVAL, "metric=fid"], "Unknown option 'fid' for metric: choose one of inception, small"),
+    ([*EVAL, "metric=fid"], "Unknown option 'fid' for metric: choose one of inception, random, small"),
     ([*TRAIN, "teacher=null"], "teacher=null chooses no option: write teacher=OPTION"),
     ([*TRAIN, "~objective"], "cannot do without objective: leave out ~objective"),
     ([*TRAIN, "backbone._target_=nowhere.Net"], "backbone._target_ names nowhere.Net, which cannot be .*install"),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from flowanchor.data.digits import DigitsDataModule
@@ -20,3 +23,13 @@ def small_metric(tmp_path_factory):
 @pytest.fixture(scope="session")
 def evaluator(small_metric, digits):
     return Evaluator(small_metric, digits)
+
+
+@pytest.fixture(scope="session")
+def sources():
+    """Images and features of known moments, and a metric that looks at pixels alone: sources.py."""
+    spec = importlib.util.spec_from_file_location("metric_sources", Path(__file__).with_name("sources.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,62 +6,99 @@ import numpy as np
 import pytest
 import torch
 
+from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ArrayImages
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.metrics.evaluator import Evaluator, Features, frechet_distance
+from flowanchor.metrics.evaluator import Evaluator
+from flowanchor.metrics.reference import TrainSplit
 
 
-def with_moments(n, mean, covariance, seed=0):
-    """Samples [N, D] whose sample mean and covariance are exactly these."""
-    white = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    white = white - white.mean(0)
-    white = white @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T))).T
-    return white @ torch.linalg.cholesky(covariance).T + mean
-
-
-def test_frechet_distance_of_commuting_gaussians():
-    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2, by hand."""
-    first = with_moments(
-        500, torch.tensor([1.0, 0.0, -2.0]).double(), torch.diag(torch.tensor([4.0, 1.0, 9.0])).double()
-    )
-    second = with_moments(
-        300, torch.tensor([0.0, 2.0, -2.0]).double(), torch.diag(torch.tensor([1.0, 1.0, 16.0])).double(), seed=1
-    )
-    expected = (1 + 4 + 0) + ((2 - 1) ** 2 + 0 + (3 - 4) ** 2)
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_distance_of_rotated_gaussians():
-    """Covariances that do not commute, against the matrix square root by an eigendecomposition in numpy."""
-    generator = torch.Generator().manual_seed(3)
-    roots = [torch.randn(5, 5, generator=generator).double() for _ in range(2)]
-    covariances = [root @ root.T + torch.eye(5).double() for root in roots]
-    means = [torch.randn(5, generator=generator).double() for _ in range(2)]
-    samples = [with_moments(400, m, c, seed=i) for i, (m, c) in enumerate(zip(means, covariances, strict=True))]
-
-    def root_of(matrix):
-        values, vectors = np.linalg.eigh(matrix)
-        return vectors @ np.diag(np.sqrt(values)) @ vectors.T
-
-    a, b = (c.numpy() for c in covariances)
-    between = root_of(root_of(a) @ b @ root_of(a))
-    expected = float((means[0] - means[1]).square().sum()) + np.trace(a) + np.trace(b) - 2 * np.trace(between)
-    assert frechet_distance(*samples) == pytest.approx(expected, rel=1e-8)
-
-
-def test_scores_on_features_of_known_moments(small_metric, digits):
+def test_scores_on_features_of_known_moments(small_metric, digits, sources):
     evaluator = Evaluator(small_metric, digits)
-    covariance = torch.eye(8).double()
-    reference = with_moments(600, torch.zeros(8).double(), covariance)
-    evaluator._reference = Features(reference, torch.zeros(600, 10))
-    shifted = with_moments(600, torch.full((8,), 0.5).double(), covariance, seed=1)
-    certain = torch.eye(10).repeat(60, 1) * 100  # ten classes, each certain, in equal numbers
-    scores = evaluator.score_features(Features(shifted, certain))
+    wanted = evaluator.wanted(600)
+    reference = sources.with_moments(600, np.zeros(8), np.eye(8))
+    evaluator.reference = sources.as_reference(sources.collected(wanted, reference, np.zeros((600, 10))))
+    shifted = sources.with_moments(600, np.full(8, 0.5), np.eye(8), seed=1)
+    certain = np.tile(np.eye(10), (60, 1)) * 100  # ten classes, each certain, in equal numbers
+    scores = evaluator.score_collected(sources.collected(wanted, shifted, certain))
     assert scores.fd == pytest.approx(8 * 0.25, rel=1e-9)
     assert scores.inception_score == pytest.approx(10, rel=0.1) and scores.inception_score <= 10
+    assert scores.sfid is None and scores.features_n == 600
     # The polynomial kernel distance of two normal distributions is the squared distance of their moments up to order 3;
     # its leading part, 3 (m.m / d) + ..., is positive and far above the spread of the subsets.
     assert scores.kid > 3 * 0.25 and scores.kid > 3 * scores.kid_std
+
+
+def test_scores_are_torch_fidelitys_on_the_same_images(sources):
+    """FID, KID, inception score, precision and recall by its own functions, on features that it holds all at once."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    data = pixels_data(sources, 300, 50)
+    evaluator = Evaluator(sources.PixelMetric(), data, batch_size=64)
+    images = sources.noisy_images(210, seed=5) // 2 + 30
+    scores = evaluator.score(ArrayImages(images, None))
+    extractor = sources.PixelExtractor()
+    (ours, logits, corner), (theirs, _, their_corner) = (
+        extractor(x) for x in (images, data.images("train").stack(range(300)))
+    )
+
+    def distance(first, second):
+        both = [fid_features_to_statistics(features.double()) for features in (first, second)]
+        return fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+
+    assert scores.fd == pytest.approx(distance(ours, theirs), rel=1e-6)
+    assert scores.sfid == pytest.approx(distance(corner, their_corner), rel=1e-6)
+    inception = isc_features_to_metric(logits, splits=4)
+    assert scores.inception_score == pytest.approx(inception["inception_score_mean"], rel=1e-6)
+    assert scores.inception_score_std == pytest.approx(inception["inception_score_std"], rel=1e-4)
+    kid = kid_features_to_metric(ours, theirs, kid_subsets=100, kid_subset_size=20, verbose=False)
+    assert scores.kid == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-5)
+    near = prc_features_to_metric(ours.float(), theirs.float(), prc_neighborhood=3, prc_batch_size=100,
+                                  save_cpu_ram=True, verbose=False)  # fmt: skip
+    assert (scores.precision, scores.recall) == (pytest.approx(near["precision"]), pytest.approx(near["recall"]))
+    assert 0 < scores.precision < 1 or 0 < scores.recall < 1
+
+
+def pixels_data(sources, train, heldout):
+    class Pixels(FlowDataModule):
+        name, channels, size, num_classes = "pixels", 3, 8, 0
+
+        def load(self):
+            counts = {"train": train, "heldout": heldout}
+            return {k: ArrayImages(sources.noisy_images(n, seed=i), None) for i, (k, n) in enumerate(counts.items())}
+
+    return Pixels(batch_size=8)
+
+
+def test_kept_features_are_bounded_and_drawn_from_all_images(sources):
+    evaluator = Evaluator(sources.PixelMetric(feature_limit=100), pixels_data(sources, 300, 400), batch_size=50)
+    images = evaluator.data.images("heldout")
+    found = evaluator.measure(images)
+    everything = Evaluator(sources.PixelMetric(), evaluator.data).measure(images).kept_features()
+    kept = found.kept_features()
+    places = [int(np.flatnonzero((everything == row).all(1))[0]) for row in kept]
+    assert len(kept) == 100 and places == sorted(places) and places[49] > 150 and places[-1] > 350
+    assert evaluator.score_collected(found).features_n == 100 and evaluator.reference.kept.shape == (100, 12)
+    np.testing.assert_allclose(found.features.gaussian().mean, everything.mean(0), rtol=1e-5)  # of all 400
+
+
+@pytest.mark.parametrize("place", ["features", "logits"])
+def test_features_that_are_not_finite_are_named(sources, monkeypatch, place):
+    evaluator = Evaluator(sources.PixelMetric(), pixels_data(sources, 100, 50), batch_size=20)
+    look = Evaluator.look
+
+    def broken(self, images):
+        layers = look(self, images)
+        if len(images) == 10:  # the last batch of the held-out images
+            getattr(layers, place)[7, 1] = np.nan
+        return layers
+
+    monkeypatch.setattr(Evaluator, "look", broken)
+    with pytest.raises(DataError, match="image 47 are not finite"):
+        evaluator.floor(50)
 
 
 def test_a_set_against_itself(evaluator, digits):
@@ -101,14 +138,25 @@ def test_one_class_alone_loses_recall(evaluator, digits):
     assert ones.recall < 0.3 < 0.9 < ones.precision and ones.inception_score < 1.5
 
 
-def test_frechet_at_a_smaller_n(evaluator, digits):
+def test_frechet_of_the_first_images(evaluator, digits):
     images = digits.images("heldout")
-    found = evaluator.features(images)
-    assert evaluator.frechet_at(found, 100) == pytest.approx(evaluator.score(images.subset(range(100))).fd)
+    found = evaluator.measure(images, prefix=130)  # ends inside a batch
+    assert evaluator.frechet_of_prefix(found) == pytest.approx(evaluator.score(images.subset(range(130))).fd)
+    assert evaluator.score_collected(found).fd == pytest.approx(evaluator.score(images).fd)
+
+
+def test_no_floor_without_the_training_data(sources, tmp_path):
+    reference = TrainSplit(pixels_data(sources, 100, 50))
+    evaluator = Evaluator(sources.PixelMetric(), None, reference=reference)
+    assert evaluator.floor_size(50) is None
+    with pytest.raises(ConfigError, match="leave reference out"):
+        evaluator.floor(50)
+    with pytest.raises(ConfigError, match="reference=FOLDER"):
+        Evaluator(sources.PixelMetric(), None)
 
 
 def test_metric_may_be_a_config(small_metric, digits):
-    config = {"_target_": "flowanchor.metrics.small.SmallMetric", "cache_dir": small_metric.cache_dir}
+    config = {"_target_": "flowanchor.metrics.small.SmallMetric", "cache_dir": small_metric.classifier_dir}
     assert Evaluator(config, digits).label == "FD-digits"
 
 

@@ -35,11 +35,29 @@ def test_gray_images_are_repeated_and_the_number_is_called_fid(weights):
     metric = InceptionMetric(str(weights))
     evaluator = Evaluator(metric, DigitsDataModule(batch_size=8), batch_size=3)
     assert evaluator.label == "FID"
-    found = evaluator.features(evaluator.data.images("heldout").subset(range(6)))
-    assert found.features.shape == (6, 2048) and found.logits.shape == (6, 1008)
-    assert found.features.std(0).max() > 0  # it looks at the images
+    found = evaluator.look(evaluator.data.images("heldout").stack(range(6)))
+    assert (found.features.shape, found.logits.shape, found.spatial.shape) == ((6, 2048), (6, 1008), (6, 2023))
+    assert found.features.std(0).max() > 0 and found.spatial.std(0).max() > 0  # it looks at the images
     color = torch.zeros(3, 4, 4, dtype=torch.uint8)
     assert metric.prepare(color) is color and metric.prepare(color[:1]).shape == (3, 4, 4)
+
+
+def test_layers_are_those_of_torch_fidelity_and_of_adm(weights):
+    """Pooled features and logits as its own extractor gives them; spatial ones from its blocks, one by one."""
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = inception.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    found = Evaluator(InceptionMetric(str(weights)), DigitsDataModule(batch_size=8)).look(images)
+    for ours, expected in zip((found.features, found.logits), theirs(images), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), expected)
+    seen = {}
+    theirs.Mixed_6d.register_forward_hook(lambda module, inputs, output: seen.update(block=output))
+    theirs(images)
+    assert seen["block"].shape == (2, 768, 17, 17)  # its first branch, of 1 x 1 convolutions, comes first
+    row, column, channel = 4, 11, 6
+    place = (row * 17 + column) * 7 + channel  # TensorFlow's order of axes
+    torch.testing.assert_close(torch.from_numpy(found.spatial[:, place]), seen["block"][:, channel, row, column])
 
 
 def test_missing_and_foreign_files(tmp_path):

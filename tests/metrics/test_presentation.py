@@ -16,6 +16,8 @@ def make_report(**changes):
         "seconds": 12.34,
     }  # fmt: skip
     settings = {
+        "extractor": {"name": "small", "digest": "ee00"},
+        "reference": {"name": "digits, train split", "hash": "abcd", "n": 1297, "missing": {}},
         "checkpoint": "run/last.ckpt", "checkpoint_hash": "0123456789ab", "step": 30, "ema": "power_0.2",
         "data": "digits", "metric": "FD-digits", "num_samples": 1000, "protocol": "balanced", "seed": 5,
     }  # fmt: skip
@@ -47,3 +49,38 @@ def test_json_has_no_nan():
     nested = {"a": [1.0, float("nan"), {"b": float("inf")}], "c": "nan", "d": 3}
     assert finite_or_none(nested) == {"a": [1.0, None, {"b": None}], "c": "nan", "d": 3}
     json.dumps(finite_or_none(nested), allow_nan=False)
+
+
+def without_floor():
+    report = make_report(fd_at_floor_n=None, floor=None, sfid=4.567, kid=None, precision=None, recall=None)
+    report["floor"] = None
+    report["settings"]["metric"] = "FID"
+    missing = dict.fromkeys(("kid", "precision", "recall"), "the reference holds statistics, no images")
+    report["settings"]["reference"] = {"name": "fid-50k-256.npz", "hash": "f1d5", "n": None, "missing": missing}
+    return report
+
+
+def test_a_reference_of_statistics_without_a_floor(tmp_path):
+    out = io.StringIO()
+    Console(file=out, width=80).print(results_table(without_floor()))
+    text = " ".join(out.getvalue().split())
+    row = next(line for line in out.getvalue().splitlines() if line.startswith("flow-euler 50".split()[0]))
+    assert row.split() == "flow-euler 50 100 2.346 4.567 - - - 9.12 12.3".split()
+    for words in ("sFID", "fid-50k-256.npz (statistics, f1d5)", "no kid, precision, recall: the reference holds"):
+        assert words in text
+    assert "floor" not in text
+    quality_plot(without_floor(), tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_the_reference_stands_beside_the_numbers(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    quality_plot(make_report(), tmp_path / "quality.png")
+    assert "balanced labels" in titles[0] and "digits, train split abcd" in titles[0]
+    out = io.StringIO()
+    Console(file=out, width=80).print(results_table(make_report()))
+    text = " ".join(out.getvalue().split())
+    assert "digits, train split (1297 images, abcd)" in text and "extractor small ee00" in text

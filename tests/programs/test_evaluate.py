@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,46 +24,11 @@ from flowanchor.programs.launch import prepare
 from flowanchor.sampling import build_sampler, generate
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKBONE = {
-    "_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT",
-    "input_size": 8,
-    "patch_size": 4,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 1,
-    "num_heads": 2,
-    "num_classes": 10,
-}
-
-
-def save_checkpoint(path, kind="shortcut"):
-    torch.manual_seed(0)
-    network = instantiate(BACKBONE)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    sampler = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2}
-    config = {
-        "backbone": BACKBONE,
-        "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
-        "sampler": {"_target_": "flowanchor.sampling.FlowSampler", "steps": 2} if kind == "flow" else sampler,
-        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
-        "data": {
-            "_target_": "flowanchor.data.digits.DigitsDataModule",
-            "channels": 1,
-            "size": 8,
-            "num_classes": 10,
-            "batch_size": 64,
-        },
-    }
-    content = {
-        "state_dict": {f"student.{name}": value for name, value in network.state_dict().items()},
-        "ema": {"short": network.state_dict()},
-        "flowanchor": {"format": 1, "kind": kind, "step": 7, "config": config},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-    return path
+_spec = importlib.util.spec_from_file_location("tiny_checkpoint", Path(__file__).with_name("tiny_checkpoint.py"))
+assert _spec is not None and _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+save_checkpoint = _module.save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +93,7 @@ def test_scores_are_those_of_the_images(report, place, config, run, nfe):
     scores = evaluator.score(ArrayImages(pixels, None))
     line = next(line for line in report["results"] if line["nfe"] == nfe)
     for name, value in scores.as_dict().items():
-        assert line[name] == pytest.approx(value, rel=1e-4), name
+        assert line[name] == value or line[name] == pytest.approx(value, rel=1e-4), name
     assert line["fd_at_floor_n"] == pytest.approx(evaluator.score(ArrayImages(pixels[:500], None)).fd, rel=1e-4)
 
 
@@ -158,6 +124,8 @@ def test_the_samplers_own_steps(place, config):
         (["num_samples=0"], "num_samples=1000"),
         (["checkpoint=null"], "checkpoint=PATH"),
         (["+data_overrides.root=x"], "data_overrides has root.*batch_size"),
+        (["save_every=0"], "save_every=5000"),
+        (["reference=nowhere", "data=digits"], "takes the place of the data"),
     ],
 )
 def test_wrong_settings_are_told_before_any_work(place, config, overrides, message):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Tensor
-from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from flowanchor.data.base import FlowDataModule
@@ -18,38 +17,46 @@ class Metric(ABC):
         kid_subsets, kid_subset_size: of the kernel distance; a subset is never larger than half of the smaller set.
         neighborhood: k of the k nearest neighbours of precision and recall.
         isc_splits: parts over which the inception score is averaged; a part never has fewer than 50 samples.
+        feature_limit: so many features of each side are kept for the kernel distance, precision and recall.
+        cache_dir: where a reference's features are kept; None: nowhere.
+
+    Attributes:
+        feature_layer: of the Frechet and kernel distance, precision and recall.
+        logits_layer: of the inception score.
+        spatial_layer: of the spatial Frechet distance (sFID); None where the extractor has none.
+        biased_below: numbers of samples below which the distance is known to mislead; 0: not known.
     """
 
-    feature_layer: str  # of the Frechet and kernel distance, precision and recall
-    logits_layer: str  # of the inception score
+    feature_layer: str
+    logits_layer: str
+    spatial_layer: str | None = None
+    biased_below: int = 0
 
     def __init__(
-        self, kid_subsets: int = 100, kid_subset_size: int = 1000, neighborhood: int = 3, isc_splits: int = 10
+        self,
+        kid_subsets: int = 100,
+        kid_subset_size: int = 1000,
+        neighborhood: int = 3,
+        isc_splits: int = 10,
+        feature_limit: int = 10_000,
+        cache_dir: str | None = None,
     ) -> None:
         self.kid_subsets, self.kid_subset_size = kid_subsets, kid_subset_size
-        self.neighborhood, self.isc_splits = neighborhood, isc_splits
+        self.neighborhood, self.isc_splits, self.feature_limit = neighborhood, isc_splits, feature_limit
+        self.cache_dir = cache_dir
 
     @abstractmethod
-    def label(self, data: FlowDataModule) -> str:
+    def label(self, data: FlowDataModule | None) -> str:
         """What the Frechet distance is called. `FID` is reserved for Inception's features."""
 
     @abstractmethod
-    def extractor(self, data: FlowDataModule) -> FeatureExtractorBase:
-        """torch-fidelity's feature extractor with the two layers, ready for images of this data."""
+    def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
+        """torch-fidelity's feature extractor with the layers, ready for images of this data.
+
+        `data` is None where the reference is not the training data (`reference=`): a metric that cannot do without
+        raises `ConfigError`.
+        """
 
     def prepare(self, image: Tensor) -> Tensor:
         """A uint8 image [C, H, W] as the extractor wants it."""
         return image
-
-
-class Prepared(Dataset[Tensor]):
-    """Images as a metric's extractor wants them, one at a time."""
-
-    def __init__(self, images: Dataset[Tensor], metric: Metric) -> None:
-        self.images, self.metric = images, metric
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.metric.prepare(self.images[index])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,11 @@ from rich.table import Table
 
 def results_table(report: Mapping[str, Any]) -> Table:
     """One line per result of a `metrics.json`, with the circumstances of all of them in the caption."""
-    settings, floor = report["settings"], report["floor"]
-    metric = settings["metric"]
+    settings, floor, metric = report["settings"], report["floor"], report["settings"]["metric"]
+    spatial = any(line.get("sfid") is not None for line in report["results"])
     table = Table(
         title=f"{metric} of {settings['checkpoint']}",
-        caption=f"n = {settings['num_samples']}, {settings['protocol']} labels, seed {settings['seed']}, "
-        f"EMA {settings['ema']}, step {settings['step']}, checkpoint {settings['checkpoint_hash']}\n"
-        f"floor: {metric} of {floor['n']} held-out images of {settings['data']}; compare it with the column "
-        f"n={floor['n']}, the score of so many samples",
+        caption="\n".join(_circumstances(report)),
         box=SIMPLE,  # eleven columns in 80 characters
         collapse_padding=True,
         show_edge=False,
@@ -30,24 +27,42 @@ def results_table(report: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    shared = f"n={floor['n']}"
-    for name in ("sampler", "NFE", "calls", metric, shared, "floor", "KID", "prec", "rec", "IS", "sec"):
-        table.add_column(name, justify="left" if name == "sampler" else "right", overflow="fold")
+    columns = [("NFE", "nfe", "d"), ("calls", "network_calls", "d"), (metric, "fd", ".4g")]
+    if floor is not None:
+        columns += [(f"n={floor['n']}", "fd_at_floor_n", ".4g"), ("floor", "floor", ".4g")]
+    if spatial:
+        columns += [(f"s{metric}", "sfid", ".4g")]
+    columns += [("KID", "kid", ".3g"), ("prec", "precision", ".2f"), ("rec", "recall", ".2f")]
+    columns += [("IS", "inception_score", ".3g"), ("sec", "seconds", ".1f")]
+    table.add_column("sampler", justify="left", overflow="fold")
+    for name, _, _ in columns:
+        table.add_column(name, justify="right", overflow="fold")
     for line in report["results"]:
-        table.add_row(
-            line["sampler"],
-            _number(line["nfe"], "d"),
-            _number(line["network_calls"], "d"),
-            _number(line["fd"], ".4g"),
-            _number(line["fd_at_floor_n"], ".4g"),
-            _number(line["floor"], ".4g"),
-            _number(line["kid"], ".3g"),
-            _number(line["precision"], ".2f"),
-            _number(line["recall"], ".2f"),
-            _number(line["inception_score"], ".3g"),
-            _number(line["seconds"], ".1f"),
-        )
+        table.add_row(line["sampler"], *(_number(line.get(key), form) for _, key, form in columns))
     return table
+
+
+def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
+    """What has to stand beside the numbers, line by line."""
+    settings, floor, metric = report["settings"], report["floor"], report["settings"]["metric"]
+    yield (
+        f"n = {settings['num_samples']}, {settings['protocol']} labels, seed {settings['seed']}, "
+        f"EMA {settings['ema']}, step {settings['step']}, checkpoint {settings['checkpoint_hash']}"
+    )
+    reference, extractor = settings["reference"], settings["extractor"]
+    count = "statistics" if reference["n"] is None else f"{reference['n']} images"
+    yield (
+        f"against {reference['name']} ({count}, {reference['hash']}), "
+        f"extractor {extractor['name']} {extractor['digest']}"
+    )
+    if floor is not None:
+        yield (
+            f"floor: {metric} of {floor['n']} held-out images of {settings['data']}; compare it with the column "
+            f"n={floor['n']}, the score of so many samples"
+        )
+    for why in dict.fromkeys(reference["missing"].values()):
+        names = ", ".join(name for name, reason in reference["missing"].items() if reason == why)
+        yield f"no {names}: {why}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -55,30 +70,37 @@ def _number(value: float | None, form: str) -> str:
 
 
 def quality_plot(report: Mapping[str, Any], path: Path) -> None:
-    """Frechet distance against NFE, both axes logarithmic, the floor dashed."""
+    """Frechet distance against NFE, both axes logarithmic; at the number of images of the floor, where there is one."""
     settings, floor = report["settings"], report["floor"]
+    score, n = ("fd", settings["num_samples"]) if floor is None else ("fd_at_floor_n", floor["n"])
+    ground = None if floor is None else floor["fd"]
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
     for result in report["results"]:
-        if result["nfe"] is not None and result["fd_at_floor_n"] is not None:
-            lines.setdefault(result["sampler"], []).append((result["nfe"], result["fd_at_floor_n"]))
+        if result["nfe"] is not None and result[score] is not None:
+            lines.setdefault(result["sampler"], []).append((result["nfe"], result[score]))
     for sampler, points in lines.items():
         nfe, distance = zip(*sorted(points), strict=True)
         axes.plot(nfe, distance, marker="o", label=sampler)
-    if floor["fd"] is not None:
-        axes.axhline(floor["fd"], color="gray", linestyle="--", label="floor: held-out images")
+    if ground is not None:
+        axes.axhline(ground, color="gray", linestyle="--", label="floor: held-out images")
     axes.set_xscale("log", base=2)
-    if all(value > 0 for points in lines.values() for _, value in points) and (floor["fd"] or 0) > 0:
+    if lines and all(value > 0 for points in lines.values() for _, value in points) and (ground is None or ground > 0):
         axes.set_yscale("log")
     ticks = sorted({nfe for points in lines.values() for nfe, _ in points})
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
     axes.minorticks_off()
     axes.set_xlabel("NFE (velocity evaluations per sample)")
-    axes.set_ylabel(f"{settings['metric']} (n={floor['n']})")
-    axes.set_title(f"{settings['checkpoint_hash']}, EMA {settings['ema']}, {settings['protocol']} labels", fontsize=9)
-    axes.legend()
+    axes.set_ylabel(f"{settings['metric']} (n={n})")
+    axes.set_title(
+        f"{settings['checkpoint_hash']}, EMA {settings['ema']}, {settings['protocol']} labels\n"
+        f"against {settings['reference']['name']} {settings['reference']['hash']}",
+        fontsize=9,
+    )
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 

@@ -10,7 +10,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from flowanchor.data.base import FlowDataModule
-from flowanchor.errors import DataError
+from flowanchor.errors import ConfigError, DataError
 from flowanchor.metrics.base import Metric
 from flowanchor.metrics.classifier import (
     FEATURES,
@@ -58,19 +58,19 @@ class SmallMetric(Metric):
     The classifier is trained once on the train split (seconds for digits) and cached.
 
     Args:
-        cache_dir: folder of the trained classifiers.
+        cache_dir: folder of the trained classifiers, and of the references' features.
         seed, steps: of the classifier's training.
         statistics: see `Metric`.
     """
 
     feature_layer, logits_layer = LAYERS
 
-    def __init__(self, cache_dir: str, seed: int = 0, steps: int = 400, **statistics: int) -> None:
-        super().__init__(**statistics)
-        self.cache_dir, self.seed, self.steps = cache_dir, seed, steps
+    def __init__(self, cache_dir: str, seed: int = 0, steps: int = 400, **statistics: Any) -> None:
+        super().__init__(cache_dir=cache_dir, **statistics)
+        self.classifier_dir, self.seed, self.steps = cache_dir, seed, steps
 
-    def label(self, data: FlowDataModule) -> str:
-        return f"FD-{data.name}"
+    def label(self, data: FlowDataModule | None) -> str:
+        return f"FD-{_needed(data).name}"
 
     def classifier(self, data: FlowDataModule) -> TrainedClassifier:
         """The classifier of this data; raises `DataError` without labels."""
@@ -87,8 +87,17 @@ class SmallMetric(Metric):
             seed=self.seed,
             steps=self.steps,
         )
-        return cached_classifier(train, heldout, spec, self.cache_dir, data.name)
+        return cached_classifier(train, heldout, spec, self.classifier_dir, data.name)
 
-    def extractor(self, data: FlowDataModule) -> FeatureExtractorBase:
-        trained = self.classifier(data)
+    def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
+        trained = self.classifier(_needed(data))
         return create_feature_extractor(EXTRACTOR, list(LAYERS), cuda=False, verbose=False, classifier=trained.model)
+
+
+def _needed(data: FlowDataModule | None) -> FlowDataModule:
+    if data is None:
+        raise ConfigError(
+            "metric=small is trained on the images of the checkpoint's own data: leave reference out, or use "
+            "metric=inception (metric=random to try the program)."
+        )
+    return data

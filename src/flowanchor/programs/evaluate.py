@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +11,93 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec, Sampler
-from flowanchor.metrics.evaluator import Evaluator, Scores
+from flowanchor.metrics.evaluator import Evaluator
+from flowanchor.metrics.partial_results import PartialResults
 from flowanchor.metrics.presentation import finite_or_none, quality_plot, results_table
 from flowanchor.metrics.protocol import make_labels, parse_nfe
-from flowanchor.metrics.sample_file import SampleFile
-from flowanchor.metrics.stream import StreamedImages
-from flowanchor.programs.checks import check_whole_numbers, choose_device
+from flowanchor.metrics.reference import Shape, open_reference
+from flowanchor.metrics.storage import write_whole
+from flowanchor.programs.checks import check_whole_numbers
+from flowanchor.programs.evaluation import Evaluation, WatchedCodec, line_name, sampler_label
 from flowanchor.programs.launch import program
+from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_run_record
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel
 
 
-def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Evaluate as conf/eval.yaml says; writes metrics.json and quality.png into `folder` and returns the report."""
+def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """Evaluate as conf/eval.yaml says; writes metrics.json and quality.png into `folder` and returns the report.
+
+    Of several processes the first one does; the others return None.
+    """
     from flowanchor.checkpoints import load_model
     from flowanchor.codecs.load import load_codec
     from flowanchor.sampling import build_sampler
 
+    budgets = check_settings(cfg)
+    processes = Processes.join(cfg.device)
+    console = Console(quiet=not processes.first)
+    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=processes.device)
+    sampler = build_sampler(cfg.sampler, model)
+    samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
+    codec = load_codec(model, cfg.get("codec")).to(processes.device)
+    with processes.first_alone():
+        evaluator = build_evaluator(cfg, model, codec, processes.device)
+    floor_n = evaluator.floor_size(cfg.num_samples)
+    store = PartialResults(folder, processes.agree(identity(cfg, model, codec, evaluator) if processes.first else None))
+    run = Evaluation(cfg, model, WatchedCodec(codec), evaluator, processes, store, folder, console, floor_n)
+    if cfg.num_samples < evaluator.metric.biased_below:
+        console.print(
+            f"{evaluator.label} of {cfg.num_samples:,} samples is biased upwards: compare it with the same number "
+            "only; published values have num_samples=50000."
+        )
+    if processes.first:
+        store.begin(cfg.restart)
+        evaluator.reference  # noqa: B018 (looked at, and its errors told, before anything is generated)
+        run.floor = None if floor_n is None else evaluator.floor(cfg.num_samples)
+    processes.wait()
+    results = measure_all(run, samplers, console)
+    if not processes.first:
+        return None
+    floor = None if run.floor is None else run.floor.as_dict()
+    report: dict[str, Any] = finite_or_none({"settings": run.settings(), "floor": floor, "results": results})
+    write_whole(folder / "metrics.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    quality_plot(report, folder / "quality.png")
+    console.print(results_table(report))
+    console.print(f"metrics.json and quality.png are in {folder}", soft_wrap=True)
+    return report
+
+
+def measure_all(run: Evaluation, samplers: list[Sampler], console: Console) -> list[dict[str, Any]]:
+    """One line per sampler, those of an earlier run taken over; an empty list but for the first process."""
+    results, processes = [], run.processes
+    whose = "" if processes.count == 1 else f" (this process, 1 of {processes.count})"
+    with _progress(console) as progress:
+        for sampler in samplers:
+            line = processes.agree(run.finished(sampler) if processes.first else None)
+            if line is not None:
+                console.print(f"{line_name(sampler)}: measured by an earlier run (restart=true measures again)")
+            else:
+                task = progress.add_task(f"{sampler_label(sampler)}, NFE {sampler.nfe}{whose}", total=None)
+
+                def show(done: int, total: int, task: Any = task) -> None:
+                    progress.update(task, completed=done, total=total)
+
+                run.generate(sampler, show)
+                line = run.score(sampler) if processes.first else None
+            if line is not None and processes.first:
+                results.append(line)
+    return results
+
+
+def check_settings(cfg: DictConfig) -> list[int | None]:
+    """The numbers of network evaluations; raises `ConfigError` for a setting that cannot be used."""
     if not cfg.checkpoint:
         raise ConfigError(
             "Which model? Add checkpoint=PATH, the run folder or the .ckpt file that a training left "
@@ -46,40 +105,62 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         )
     budgets = parse_nfe(OmegaConf.to_container(cfg.nfe) if OmegaConf.is_config(cfg.nfe) else cfg.nfe)
     check_whole_numbers(cfg, num_samples=(1, 1000), batch_size=(1, 250), seed=0, metric__seed=0)
-    check_whole_numbers(cfg, metric__steps=(1, 400), metric__neighborhood=(1, 3))
+    check_whole_numbers(cfg, metric__steps=(1, 400), metric__neighborhood=(1, 3), save_every=(1, 5000))
     check_whole_numbers(cfg, metric__kid_subsets=(1, 100), metric__kid_subset_size=(2, 250))
+    check_whole_numbers(cfg, metric__isc_splits=(1, 10), metric__feature_limit=(100, 10_000))
     make_labels(cfg.protocol, cfg.num_samples, 0, cfg.seed)  # told before anything is read
-    device = choose_device(cfg.device)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
-    sampler = build_sampler(cfg.sampler, model)
-    samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
-    data = load_data(cfg, model)
-    codec = load_codec(model, cfg.get("codec")).to(device)
-    evaluator = Evaluator(cfg.metric, data, device, cfg.batch_size)
-
-    console = Console()
-    run = Evaluation(cfg, model, codec, evaluator, evaluator.floor(cfg.num_samples), device, folder)
-    results = []
-    with _progress(console) as progress:
-        for sampler in samplers:
-            task = progress.add_task(f"{_label(sampler)}, NFE {sampler.nfe}", total=cfg.num_samples)
-            results.append(run.measure(sampler, partial(progress.advance, task)))
-    report = finite_or_none({"settings": run.settings(), "floor": run.floor.as_dict(), "results": results})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    quality_plot(report, folder / "quality.png")
-    console.print(results_table(report))
-    console.print(f"metrics.json and quality.png are in {folder}", soft_wrap=True)
-    return report
+    if cfg.reference is not None and (cfg.get("data") is not None or cfg.data_overrides):
+        raise ConfigError("reference= takes the place of the data: leave out data= and data_overrides, or reference=.")
+    return budgets
 
 
-def load_data(cfg: DictConfig, model: LoadedModel) -> FlowDataModule:
+def build_evaluator(cfg: DictConfig, model: LoadedModel, codec: Codec, device: str) -> Evaluator:
+    """The metric with its reference: the one that is named (no data is looked for then), or the data's train split."""
+    shape = image_shape(model, codec)
+    if cfg.reference is None:
+        if codec.latent_channels is not None and cfg.get("data") is None:
+            raise ConfigError(
+                "The checkpoint was trained on latents, which are no images to compare with: add reference=FOLDER or "
+                "reference=FILE.npz (images, or statistics of Inception's features)."
+            )
+        return Evaluator(cfg.metric, load_data(cfg, model, shape), device, cfg.batch_size)
+    reference = open_reference(str(cfg.reference), shape, bool(cfg.reference_crop), cfg.metric.get("cache_dir"))
+    return Evaluator(cfg.metric, None, device, cfg.batch_size, reference)
+
+
+def image_shape(model: LoadedModel, codec: Codec) -> Shape:
+    """Channels, height and width of the decoded samples."""
+    channels, height, width = model.backbone.sample_shape
+    pixels = codec.downsampling
+    return (channels if codec.latent_channels is None else 3, height * pixels, width * pixels)
+
+
+def identity(cfg: DictConfig, model: LoadedModel, codec: Codec, evaluator: Evaluator) -> dict[str, Any]:
+    """Everything that a line of the report depends on, but its sampler's number of evaluations."""
+    named = ("num_samples", "protocol", "seed", "batch_size", "save_samples")
+    groups = ("sampler", "metric")
+    return {
+        **{name: cfg[name] for name in named},
+        **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in groups},
+        "checkpoint": model.digest,
+        "ema": model.ema,
+        "codec": [codec.fingerprint(), OmegaConf.to_container(cfg.codec) if cfg.get("codec") else None],
+        "extractor": evaluator.extractor_digest,
+        "reference": evaluator.source.digest,
+    }
+
+
+def load_data(cfg: DictConfig, model: LoadedModel, drawn: Shape) -> FlowDataModule:
     """The data of the training run, unless the command line names another; `data_overrides` change single settings."""
     from flowanchor.checkpoints.trusted import instantiate_trusted
 
     chosen = cfg.get("data")
     named = model.config["data"] if chosen is None else OmegaConf.to_container(chosen, resolve=True)
     settings: dict[str, Any] = dict(named)  # type: ignore[arg-type]
+    if "_target_" not in settings:
+        raise ConfigError(
+            f"{model.path} was imported and knows no data of its own: add data=OPTION, the images to compare with."
+        )
     unknown = sorted(key for key in cfg.data_overrides if key not in settings)
     if unknown:
         raise ConfigError(
@@ -89,87 +170,12 @@ def load_data(cfg: DictConfig, model: LoadedModel) -> FlowDataModule:
     settings.update(OmegaConf.to_container(cfg.data_overrides, resolve=True))  # type: ignore[arg-type]
     data = instantiate_trusted(settings) if chosen is None else instantiate(settings)
     sample = (data.channels, data.size, data.size)
-    trained = model.config["data"]
-    if sample[:2] != (trained["channels"], trained["size"]):
+    if sample != tuple(drawn):
         raise ConfigError(
-            f"The checkpoint draws {trained['channels']} x {trained['size']} x {trained['size']} samples and the data "
+            f"The checkpoint draws {' x '.join(map(str, drawn))} samples and the data "
             f"has {' x '.join(map(str, sample))}: leave out data=..., or evaluate a checkpoint trained on this data."
         )
     return data
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One checkpoint under one metric: what all lines of the report share."""
-
-    cfg: DictConfig
-    model: LoadedModel
-    codec: Codec
-    evaluator: Evaluator
-    floor: Scores
-    device: str
-    folder: Path
-
-    def measure(self, sampler: Sampler, advance: Callable[[int], Any]) -> dict[str, Any]:
-        """Generate, stream to the extractor, score: one line of the report."""
-        from flowanchor.sampling import generate
-
-        cfg, model, count = self.cfg, self.model, self.cfg.num_samples
-        labels = make_labels(cfg.protocol, count, model.backbone.num_classes, cfg.seed)
-        with ExitStack() as stack:
-            file = None
-            if cfg.save_samples:
-                path = self.folder / "samples" / f"nfe{sampler.nfe or _label(sampler)}.npz"
-                file = stack.enter_context(SampleFile(path, count, None if labels is None else labels.numpy()))
-
-            def on_chunk(chunk: Tensor) -> None:
-                advance(len(chunk))
-                if file is not None:
-                    file.add(chunk)
-
-            chunks = partial(generate, model.backbone, model.interval, sampler, self.codec, labels, cfg.seed)
-            images = StreamedImages(partial(chunks, cfg.batch_size, self.device, count), count, on_chunk)
-            found = self.evaluator.features(images)
-        scores = self.evaluator.score_features(found)
-        same_n = scores.n == self.floor.n
-        return {
-            "sampler": _label(sampler),
-            "nfe": sampler.nfe,
-            "network_calls": getattr(sampler, "network_calls", sampler.nfe),
-            **scores.as_dict(),
-            "fd_at_floor_n": scores.fd if same_n else self.evaluator.frechet_at(found, self.floor.n),
-            "floor": self.floor.fd,
-            "floor_n": self.floor.n,
-            "protocol": cfg.protocol,
-            "seed": cfg.seed,
-            "ema": model.ema,
-            "checkpoint_hash": model.digest,
-            "seconds": images.seconds,  # of generation
-        }
-
-    def settings(self) -> dict[str, Any]:
-        """What all lines of the report have in common."""
-        cfg, model = self.cfg, self.model
-        return {
-            "checkpoint": str(model.path),
-            "checkpoint_hash": model.digest,
-            "step": model.step,
-            "ema": model.ema,
-            "kind": model.kind,
-            "data": self.evaluator.data.name,
-            "metric": self.evaluator.label,
-            "metric_settings": OmegaConf.to_container(cfg.metric, resolve=True),
-            "reference": {"split": "train", "n": len(self.evaluator.reference)},
-            "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
-            "num_samples": cfg.num_samples,
-            "protocol": cfg.protocol,
-            "seed": cfg.seed,
-            "batch_size": cfg.batch_size,
-        }
-
-
-def _label(sampler: Sampler) -> str:
-    return getattr(sampler, "label", type(sampler).__name__)
 
 
 def _progress(console: Console) -> Progress:
@@ -183,4 +189,6 @@ def main(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_run_record(folder, cfg)
     report = evaluate(cfg, folder)
+    if report is None:
+        return None
     return min(report["results"], key=lambda line: line["nfe"] or 0)["fd"]

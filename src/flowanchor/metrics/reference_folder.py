@@ -1,0 +1,79 @@
+"""A folder of images as the reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor
+
+from flowanchor.encoding.crop import center_crop
+from flowanchor.errors import DataError
+from flowanchor.metrics.reference import Reference, Shape
+from flowanchor.metrics.storage import write_whole
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+
+
+class ImageTree(Reference):
+    """All image files below a folder, in the order of their names; gray or RGB as the evaluated images are."""
+
+    def __init__(self, root: Path, shape: Shape, crop: bool = False, cache_dir: str | None = None) -> None:
+        self.root, self.name, self.shape, self.crop = root, root.resolve().name, shape, crop
+        self._cache = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not self.files:
+            raise DataError(f"There are no images in reference={root}: give a folder with {', '.join(IMG_EXTENSIONS)}.")
+        self._read(self.files[0])  # an image of another size is told before anything is generated
+
+    @property
+    def n(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of names, contents and crop. Remembered by names, sizes and times: a large folder is not read twice."""
+        names = [path.relative_to(self.root).as_posix() for path in self.files]
+        stats = [path.stat() for path in self.files]
+        marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+        stamp = hashlib.sha256(json.dumps([str(self.root.resolve()), marks]).encode()).hexdigest()
+        note = None if self._cache is None else self._cache / f"folder-{stamp[:16]}.json"
+        if note is not None and note.is_file():
+            content = str(json.loads(note.read_text())["content"])
+        else:
+            found = hashlib.sha256()
+            for name, path in zip(names, self.files, strict=True):
+                found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+            content = found.hexdigest()
+            if note is not None:
+                write_whole(note, json.dumps({"content": content}).encode())
+        return hashlib.sha256(f"{content} {self.shape} {self.crop}".encode()).hexdigest()
+
+    def chunks(self, batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(self.files), batch_size):
+            yield torch.stack([self._read(path) for path in self.files[start : start + batch_size]])
+
+    def _read(self, path: Path) -> Tensor:
+        channels, height, width = self.shape
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("L" if channels == 1 else "RGB")
+        except UNREADABLE as error:
+            raise DataError(
+                f"{path} cannot be read as an image: repair it, or remove it from reference={self.root}."
+            ) from error
+        if self.crop:
+            image = center_crop(image, height)
+        if image.size != (width, height):
+            raise DataError(
+                f"{path} has {image.width} x {image.height} pixels and the samples have {width} x {height}: give a "
+                "reference of that size, or cut its images by reference_crop=true."
+            )
+        return pil_to_tensor(image)

@@ -1,0 +1,50 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from flowanchor.errors import ConfigError
+
+# What reading a file raises that is cut off or foreign.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def write_whole(path: Path, content: bytes | Mapping[str, np.ndarray]) -> None:
+    """Write bytes, or arrays as an .npz, beside the target and rename: nobody reads half a file.
+
+    Raises `ConfigError` where the disk is full or the folder cannot be written; an earlier file stays as it was.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.savez(file, **content)  # type: ignore[arg-type]
+        os.replace(draft, path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"{path} cannot be written ({reason}): make room, or choose other folders by hydra.run.dir=FOLDER and "
+            "metric.cache_dir=FOLDER; the same command goes on from what was written before."
+        ) from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz of ours; None where it is not there or damaged."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except DAMAGED:
+        return None

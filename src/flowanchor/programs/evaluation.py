@@ -1,0 +1,211 @@
+"""One checkpoint under one metric: generates, looks, and goes on where an earlier run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from flowanchor.errors import DataError
+from flowanchor.interfaces import Codec, Sampler
+from flowanchor.metrics.collected import Collected, Range, Wanted, remaining, share
+from flowanchor.metrics.evaluator import Evaluator, Scores
+from flowanchor.metrics.partial_results import PartialResults, merge
+from flowanchor.metrics.protocol import make_labels
+from flowanchor.metrics.sample_file import SampleFile
+from flowanchor.programs.processes import Processes
+
+if TYPE_CHECKING:
+    from flowanchor.checkpoints import LoadedModel
+
+
+class WatchedCodec(Codec):
+    """A codec that notes the first image of the last batch that is not finite; `None`: all are."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.codec = codec
+        self.broken: int | None = None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self.codec.decode(latents)
+        finite = images.isfinite().flatten(1).all(1)
+        self.broken = None if bool(finite.all()) else int((~finite).nonzero()[0])
+        return images
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.codec.encode(images)
+
+
+@dataclass
+class Evaluation:
+    """What all lines of a report share."""
+
+    cfg: DictConfig
+    model: LoadedModel
+    codec: WatchedCodec
+    evaluator: Evaluator
+    processes: Processes
+    store: PartialResults
+    folder: Path
+    console: Console
+    floor_n: int | None
+    floor: Scores | None = None  # known to the first process
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        self.labels = make_labels(cfg.protocol, cfg.num_samples, self.model.backbone.num_classes, cfg.seed)
+        self.wanted: Wanted = self.evaluator.wanted(cfg.num_samples, self.floor_n)
+
+    def finished(self, sampler: Sampler) -> dict[str, Any] | None:
+        """The line of an earlier run, where it is still whole."""
+        line = self.store.line(line_name(sampler))
+        return None if self.cfg.save_samples and not self._sample_path(sampler).is_file() else line
+
+    def generate(self, sampler: Sampler, on_images: Callable[[int, int], None]) -> None:
+        """This process' share of the images that are missing, into `store`.
+
+        `on_images` is called with (images of this process' share so far, all of them).
+        """
+        cfg, name = self.cfg, line_name(sampler)
+        file = self._sample_file(sampler)
+        if self.processes.first and file is not None and not file.draft.is_file():
+            self.store.forget(name)  # the images of what was collected are gone
+        self.processes.wait()
+        parts = self.store.parts(name, self.wanted)
+        todo = remaining(self.wanted.n, [r for part in parts for r in part.ranges])
+        if parts:
+            done = sum(part.n for part in parts)
+            self.console.print(f"{name}: going on, {done:,} of {self.wanted.n:,} images are measured already")
+        mine = merge(parts[self.processes.index :: self.processes.count], self.wanted)
+        self.processes.wait()  # before anyone replaces a part
+        own = share(todo, cfg.batch_size, self.processes.index, self.processes.count)
+        total = mine.n + sum(stop - start for start, stop in own)
+        saved = mine.n
+        on_images(mine.n, total)
+        for start, stop in own:
+            for chunk, first in self._chunks(sampler, (start, stop), mine):
+                if file is not None:
+                    file.write(first, chunk)
+                mine.add(first, self.evaluator.look(chunk.permute(0, 3, 1, 2)))
+                on_images(mine.n, total)
+                if mine.n - saved >= cfg.save_every:
+                    self._save(name, mine, file)
+                    saved = mine.n
+        self._save(name, mine, file)
+        if file is not None:
+            file.close()
+        self.processes.wait()
+
+    def score(self, sampler: Sampler) -> dict[str, Any]:
+        """The line of the report, once every process has generated its share; by the first process."""
+        cfg, model, name = self.cfg, self.model, line_name(sampler)
+        found = self.store.merged(name, self.wanted)
+        missing = remaining(self.wanted.n, found.ranges)
+        if missing:
+            raise DataError(
+                f"Images {missing[0][0]} ... {missing[0][1] - 1} of NFE {sampler.nfe} are in no file below "
+                f"{self.store.folder}: all processes must share the run folder; run the same command again."
+            )
+        scores = self.evaluator.score_collected(found)
+        line = {
+            "sampler": sampler_label(sampler),
+            "nfe": sampler.nfe,
+            "network_calls": getattr(sampler, "network_calls", sampler.nfe),
+            **scores.as_dict(),
+            "fd_at_floor_n": None if self.floor_n is None else self.evaluator.frechet_of_prefix(found),
+            "floor": None if self.floor is None else self.floor.fd,
+            "floor_n": self.floor_n,
+            "protocol": cfg.protocol,
+            "seed": cfg.seed,
+            "ema": model.ema,
+            "checkpoint_hash": model.digest,
+            "seconds": found.seconds,  # of generation, summed over processes
+        }
+        file = self._sample_file(sampler)
+        if file is not None:
+            file.finish()
+        self.store.finish(name, line)
+        return line
+
+    def settings(self) -> dict[str, Any]:
+        """What all lines of the report have in common."""
+        cfg, model, reference = self.cfg, self.model, self.evaluator.reference
+        source = self.evaluator.source
+        return {
+            "checkpoint": str(model.path),
+            "checkpoint_hash": model.digest,
+            "step": model.step,
+            "ema": model.ema,
+            "kind": model.kind,
+            "data": source.name if self.evaluator.data is None else self.evaluator.data.name,
+            "metric": self.evaluator.label,
+            "metric_settings": OmegaConf.to_container(cfg.metric, resolve=True),
+            "extractor": {"name": self.evaluator.extractor_name, "digest": self.evaluator.extractor_digest[:12]},
+            "reference": {
+                "name": source.name,
+                "hash": source.digest[:12],
+                "n": reference.n,
+                "split": "train" if cfg.reference is None else None,
+                "missing": reference.missing(self.evaluator.metric.spatial_layer),
+            },
+            "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
+            "num_samples": cfg.num_samples,
+            "protocol": cfg.protocol,
+            "seed": cfg.seed,
+            "batch_size": cfg.batch_size,
+        }
+
+    def _chunks(self, sampler: Sampler, part: Range, timed: Collected) -> Any:
+        """Images of a range, uint8 [b, H, W, C], each chunk with its first index; raises `DataError` for a NaN."""
+        from flowanchor.sampling import generate
+
+        (start, stop), cfg, model = part, self.cfg, self.model
+        labels = None if self.labels is None else self.labels[start:stop]
+        chunks = generate(
+            model.backbone, model.interval, sampler, self.codec, labels, cfg.seed, cfg.batch_size,
+            self.processes.device, stop - start, start,
+        )  # fmt: skip
+        started = perf_counter()
+        for chunk in chunks:
+            timed.seconds += perf_counter() - started
+            if self.codec.broken is not None:
+                index = start + self.codec.broken
+                label = "" if self.labels is None else f", label {int(self.labels[index])}"
+                raise DataError(
+                    f"Sample {index} (seed {cfg.seed}{label}, NFE {sampler.nfe}) is not finite: the weights have "
+                    "diverged, or the codec overflows; try an earlier checkpoint, or codec.dtype=float32."
+                )
+            yield chunk, start
+            start += len(chunk)
+            started = perf_counter()
+
+    def _save(self, name: str, mine: Collected, file: SampleFile | None) -> None:
+        if file is not None:
+            file.flush()  # first: what is recorded must be there
+        self.store.save(name, self.processes.index, mine)
+
+    def _sample_path(self, sampler: Sampler) -> Path:
+        return self.folder / "samples" / f"nfe{sampler.nfe or sampler_label(sampler)}.npz"
+
+    def _sample_file(self, sampler: Sampler) -> SampleFile | None:
+        if not self.cfg.save_samples:
+            return None
+        labels = None if self.labels is None else self.labels.numpy()
+        return SampleFile(self._sample_path(sampler), self.cfg.num_samples, labels)
+
+
+def sampler_label(sampler: Sampler) -> str:
+    """What a table calls it."""
+    return getattr(sampler, "label", type(sampler).__name__)
+
+
+def line_name(sampler: Sampler) -> str:
+    """Names the files of one line of the report."""
+    return f"{sampler_label(sampler)}-nfe{sampler.nfe}"
