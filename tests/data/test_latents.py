@@ -159,6 +159,21 @@ def test_values_that_are_not_finite(write_latents, samples):
     assert labels == [index % 3 for index in seen]
 
 
+def test_a_bad_sample_counts_once_however_often_it_comes(write_latents):
+    folder = write_latents([8])
+    content = {name: values.clone() for name, values in load_file(first_file(folder)).items()}  # no view of the file
+    content["latents"][2, 1, 0, 3] = content["latents_flip"][2, 0, 1, 1] = float("inf")
+    change(first_file(folder), **content)
+    with pytest.warns(UserWarning, match=r"Sample 2 of .*left out \(1 so far, at most 1\)") as heard:
+        batches = epoch(module(folder, max_bad=1, repeat=3))
+    assert len(batches) == 6 and all(batch.x1.isfinite().all() for batch in batches)
+    assert sum("left out" in str(warning.message) for warning in heard) == 1
+    content["latents"][5, 1, 0, 3] = content["latents_flip"][5, 0, 1, 1] = float("inf")
+    change(first_file(folder), **content)
+    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"data\.max_bad=2 \(now 1\)"):
+        epoch(module(folder, max_bad=1))
+
+
 def test_statistics_of_other_latents(write_latents):
     folder = write_latents([5])
     torch.save({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}, folder / "latents_stats.pt")

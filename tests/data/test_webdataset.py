@@ -136,10 +136,31 @@ def test_pipes_too(write_tars, samples):
     assert [samples(b) for b in epoch(module(piped, **options))] == [samples(b) for b in epoch(module(folder))]
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:aws s3 cp s3://bucket/shard-{000000..000003}.tar -",
+        "pipe:curl -s 'https://host/shard-{000000..000003}.tar?key=a/b.c' | cat",
+        "https://host/shard-{000000..000003}.tar?signature=a%2Fb/c&x=1",
+        "gs://bucket/folder/shard-{000000..000003}.tar",
+    ],
+)
+def test_the_index_knows_a_tar_by_its_name_in_any_url(write_tars, url):
+    assert count_samples(expand(url), str(write_tars(COUNTS) / "index.json")) == COUNTS
+    with pytest.raises(DataError, match="does not list .*shard-000004.tar"):
+        count_samples(expand(url.replace("000003", "000004")), str(write_tars(COUNTS, name="more") / "index.json"))
+
+
 def test_local_tars_are_counted_without_an_index(write_tars):
     folder = write_tars(COUNTS, index_file=False)
     assert count_samples(expand(str(folder)), None) == COUNTS
     assert count_samples(expand(f"{folder}/shard-{{000001..000002}}.tar"), None) == COUNTS[1:3]
+
+
+def test_a_file_url_is_a_path(write_tars, samples):
+    folder = write_tars(COUNTS)
+    for url in (f"file:{folder}", f"file://{folder}/shard-{{000000..000003}}.tar"):
+        assert [samples(b) for b in epoch(module(url))] == [samples(b) for b in epoch(module(folder))]
 
 
 def test_tars_of_other_programs(tmp_path):

@@ -65,7 +65,10 @@ class StoredLatents:
         if not self.statistics.mean:
             return
         plain = LatentStatistics(self.statistics.mean, self.statistics.std)
-        normalised = plain.normalise(stored[:, : self.shape[0]].double())
+        finite = stored[stored.flatten(1).isfinite().all(1)]  # the others are counted when they are trained on
+        if not len(finite):
+            return
+        normalised = plain.normalise(finite[:, : self.shape[0]].double())
         std, mean = normalised.std((0, 2, 3)), normalised.mean((0, 2, 3)).abs()
         wrong = (mean > 2) | (std > FAR) | (std < 1 / FAR)
         if bool(wrong.any()):
@@ -80,11 +83,12 @@ class StoredLatents:
 class BadSamples:
     """Samples that cannot be trained on: counted and replaced up to a limit, by name; then the run stops.
 
-    Each process, and each of its loader workers, counts by itself.
+    Each process, and each of its loader workers, counts by itself, a sample that comes in every pass once.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+        self.limit = limit
+        self.left_out: set[str] = set()
 
     def mend(self, stored: Tensor, labels: np.ndarray, describe: Callable[[int], str]) -> None:
         """Replace rows that are not finite by other rows of the batch; raises `DataError` beyond the limit.
@@ -96,19 +100,22 @@ class BadSamples:
         good = stored.flatten(1).isfinite().all(1).numpy()
         rows = np.flatnonzero(good)
         for row in np.flatnonzero(~good):
-            self.count += 1
-            if self.count > self.limit or not len(rows):
+            name = describe(int(row))
+            known, count = name in self.left_out, len(self.left_out | {name})
+            if count > self.limit or not len(rows):
                 raise DataError(
-                    f"{describe(int(row))}: repair it, or let up to {max(1, self.count)} such samples be left out by "
-                    f"data.max_bad={max(1, self.count)} (now {self.limit})."
+                    f"{name}: repair it, or let up to {count} such samples be left out by data.max_bad={count} "
+                    f"(now {self.limit})."
                 )
             other = int(rows[int(row) % len(rows)])
             stored[row], labels[row] = stored[other], labels[other]
-            warnings.warn(
-                f"{describe(int(row))}: left out ({self.count} so far, at most {self.limit}), another one of its batch "
-                "takes its place.",
-                stacklevel=2,
-            )
+            self.left_out.add(name)
+            if not known:
+                warnings.warn(
+                    f"{name}: left out ({count} so far, at most {self.limit}), another one of its batch takes its "
+                    "place.",
+                    stacklevel=2,
+                )
 
 
 def read_description(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class TarSample(NamedTuple):
 
 def expand(root: str) -> list[str]:
     """The tars of a folder, or of a path or URL with braces; raises `DataError`."""
+    root = root.removeprefix("file:")
     folder = Path(root).expanduser()
     if folder.is_dir():
         found = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -62,11 +64,11 @@ def count_samples(urls: list[str], index: str | None) -> list[int]:
         if remote:
             raise ConfigError(f"How many samples are in {remote[0]} is not known: add data.index=FILE or URL.")
         return [sum(1 for _ in read_shard(url)) for url in urls]
-    known = {Path(shard["url"]).name: int(shard["nsamples"]) for shard in _read_index(index)}
-    missing = [url for url in urls if Path(url).name not in known]
+    known = {_tar_name(shard["url"]): int(shard["nsamples"]) for shard in _read_index(index)}
+    missing = [url for url in urls if _tar_name(url) not in known]
     if missing:
         raise DataError(f"{index} does not list {missing[0]}: use the index that was written with these tars.")
-    return [known[Path(url).name] for url in urls]
+    return [known[_tar_name(url)] for url in urls]
 
 
 def read_shard(url: str) -> Iterator[TarSample]:
@@ -143,7 +145,7 @@ def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _is_plain(url: str) -> bool:
     """Whether a local tar starts as those that `_mapped` reads; others have long names or are compressed."""
     try:
-        with open(url.removeprefix("file:"), "rb") as file:
+        with open(url, "rb") as file:
             header = file.read(BLOCK)
     except OSError as error:
         raise DataError(f"{url} cannot be read ({error}): correct data.root.") from error
@@ -152,7 +154,7 @@ def _is_plain(url: str) -> bool:
 
 def _mapped(url: str) -> Iterator[tuple[str, Content]]:
     """Names and contents of a local tar's files; the contents are views of the file."""
-    with open(url.removeprefix("file:"), "rb") as file:
+    with open(url, "rb") as file:
         whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     offset, name = 0, ""
     while offset + BLOCK <= len(whole):
@@ -201,6 +203,12 @@ def _read_index(index: str) -> list[Mapping[str, Any]]:
         return content
     except Exception as error:  # whatever the transport raises
         raise DataError(f"{index} cannot be read as an index of tars ({_first(error)}): give encode.py's.") from error
+
+
+def _tar_name(url: str) -> str:
+    """The name of the tar in a path, a URL with a query, or a command (`pipe:aws s3 cp s3://data/000.tar -`)."""
+    names = re.findall(r"[^/\s?#&=]+\.(?:tar|tgz)(?:\.\w+)?(?=$|[\s?#&])", url)
+    return names[0] if names else Path(url).name
 
 
 def _first(error: Exception) -> str:

@@ -75,8 +75,8 @@ class WebDatasetDataModule(FlowDataModule):
             )
         if window < 1 or max_bad < 0:
             raise ConfigError(f"data.window={window} must be at least 1 and data.max_bad={max_bad} at least 0.")
-        self.root, self.index = root, index
-        self.folder = None if is_remote(root) else _folder_of(Path(root).expanduser())
+        self.root, self.index = root.removeprefix("file:"), index
+        self.folder = None if is_remote(self.root) else _folder_of(Path(self.root).expanduser())
         self.name = Path(root).name.partition(".")[0] if self.folder is None else self.folder.resolve().name
         self.channels, self.size, self.num_classes = channels, size, num_classes
         self.flips, self.window, self.max_bad = flips, window, max_bad

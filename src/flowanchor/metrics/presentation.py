@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def quality_plot(report: Mapping[str, Any], path: Path) -> None:
-    """Frechet distance against NFE, both axes logarithmic; at the number of images of the floor, where there is one."""
+    """Frechet distance against NFE, on a logarithmic axis where it spans a decade; at the floor's number of images."""
     settings, floor = report["settings"], report["floor"]
     score, n = ("fd", settings["num_samples"]) if floor is None else ("fd_at_floor_n", floor["n"])
     ground = None if floor is None else floor["fd"]
@@ -87,11 +88,12 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
     if ground is not None:
         axes.axhline(ground, color="gray", linestyle="--", label="floor: held-out images")
     axes.set_xscale("log", base=2)
-    if lines and all(value > 0 for points in lines.values() for _, value in points) and (ground is None or ground > 0):
+    shown = [value for points in lines.values() for _, value in points] + ([] if ground is None else [ground])
+    if shown and max(shown) > 10 * min(shown) > 0:  # within a decade a logarithmic axis may bear no number
         axes.set_yscale("log")
     ticks = sorted({nfe for points in lines.values() for nfe, _ in points})
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("NFE (velocity evaluations per sample)")
     axes.set_ylabel(f"{settings['metric']} (n={n})")
     axes.set_title(

@@ -39,6 +39,7 @@ LIBRARY_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`torch\.jit\.\w+` is deprecated",
     r"Found \d+ module\(s\) in eval mode",  # the frozen teacher
+    r"Your `IterableDataset` has `__len__` defined",  # its workers share the batches (data=webdataset)
     r"Checkpoint directory .* exists and is not empty",  # that is how a run resumes
 )
 
