@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from flowanchor.callbacks.sample_grid import SampleGrid
 from flowanchor.codecs.identity import Identity
+from flowanchor.codecs.kl import KLCodec
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, StageContext
@@ -68,7 +69,10 @@ class Module(pl.LightningModule):
 
 def train(folder: Path, *callbacks: pl.Callback, classes: int = 3) -> Module:
     torch.manual_seed(0)
-    module = Module(classes)
+    return train_module(folder, Module(classes), *callbacks)
+
+
+def train_module(folder: Path, module: Module, *callbacks: pl.Callback) -> Module:
     pl.Trainer(
         max_steps=5, max_epochs=-1, default_root_dir=folder, callbacks=list(callbacks), accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -77,7 +81,8 @@ def train(folder: Path, *callbacks: pl.Callback, classes: int = 3) -> Module:
 
 
 def grid(**options: Any) -> SampleGrid:
-    return SampleGrid(ConsistencySampler(), Identity(), every_n_steps=2, nfe=[1, 2, 4], per_class=2, **options)
+    options = {"codec": Identity(), "every_n_steps": 2, "nfe": [1, 2, 4], "per_class": 2, **options}
+    return SampleGrid(ConsistencySampler(), **options)
 
 
 def test_files_and_undisturbed_training(tmp_path: Path) -> None:
@@ -134,3 +139,18 @@ def test_loggers_get_the_picture(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [image.step for image in events.Images("samples")] == [2]
+
+
+def test_latents_without_their_codec_are_not_drawn(tmp_path: Path) -> None:
+    module = Module()
+    module.student.sample_shape = (4, 6, 6)
+    with pytest.warns(UserWarning, match="samples of 4 x 6 x 6 are no images; choose the codec"):
+        train_module(tmp_path, module, grid())
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_codec_without_weights_draws_nothing(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="add codec.weights=FILE to see samples"):
+        callback = grid(codec=KLCodec("vavae", 32, 16))
+    train(tmp_path, callback)
+    assert not (tmp_path / "samples").exists()

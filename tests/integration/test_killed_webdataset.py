@@ -1,4 +1,4 @@
-"""Two processes train from tars, are killed by SIGKILL in the middle of an epoch and go on as if nothing had been."""
+"""Two processes on WebDataset shards, killed with SIGKILL in the middle of an epoch and resumed: the same batches."""
 
 from __future__ import annotations
 
@@ -16,102 +16,131 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-SAMPLES, BATCH, STEPS = 60, 4, 18  # seven batches an epoch on two processes, 18 steps end in the third
-KILL_AFTER, SAVE_EVERY = 10, 4
+SHAPE, CLASSES, SHARDS, BATCH, PROCESSES = (2, 4, 4), 3, [11, 6, 14, 9], 3, 2
+EPOCH = sum(SHARDS) // (BATCH * PROCESSES)  # 6 joint batches of 6, of 40 samples
+STEPS, SAVED_EVERY, KILLED_AT = 13, 2, 9  # two epochs and a batch; killed in the second one, a step past a checkpoint
 
 SPY = '''
-"""Writes down which samples each rank trains on, by the number that their first value is, and waits a little."""
-import os, time
+"""A callback that writes down which samples each step of each process is made of, and stands still where it is told."""
+import json
+import os
+import time
+from pathlib import Path
 import lightning.pytorch as pl
 
 class Spy(pl.Callback):
-    def on_train_start(self, trainer, module):
-        with open(f"{os.environ['SPY']}_pid_{trainer.global_rank}", "w") as file:
-            file.write(str(os.getpid()))
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        numbers = (batch.x1[:, 0, 0, 0] * 100).round().int().tolist()
-        with open(f"{os.environ['SPY']}_{trainer.global_rank}", "a") as file:
-            print(trainer.global_step, *numbers, file=file, flush=True)
-        time.sleep(float(os.environ.get("DAWDLE", 0)))
+    def on_train_batch_start(self, trainer, module, batch, batch_index):
+        with open(f"{os.environ['SPY']}.{trainer.global_rank}", "a") as file:
+            mirrored = (batch.x1[:, 0, 0, 1] < 0).tolist()
+            samples = [round(float(v) * 100) for v in batch.x1[:, 0, 0, 0]]
+            print(json.dumps([trainer.global_step, samples, mirrored, batch.cond.tolist()]), file=file)
+        if trainer.global_step == int(os.environ.get("STAND_STILL_AT", -1)):
+            Path(f"{os.environ['SPY']}.{trainer.global_rank}.still").touch()
+            time.sleep(600)
 '''
 
 
-def write_tars(folder: Path) -> None:
+def write_tars(folder: Path) -> Path:
+    """Every latent tells its sample, and whether it is the mirrored one, by its first two values."""
     folder.mkdir()
-    shards = []
-    for number in range(3):
+    index = 0
+    for number, count in enumerate(SHARDS):
         with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in range(20 * number, 20 * number + 20):
-                values = np.random.default_rng(index).standard_normal((2, 2, 4, 4)).astype(np.float32)
-                values[:, 0, 0, 0] = index / 100
+            for sample in range(index, index + count):
+                values = np.random.default_rng(sample).standard_normal((2, *SHAPE), dtype=np.float32)
+                values[:, 0, 0, 0], values[:, 0, 0, 1] = sample / 100, (1.0, -1.0)
                 buffer = io.BytesIO()
                 np.save(buffer, values)
-                for name, content in ((f"{index:08d}.npy", buffer.getvalue()), (f"{index:08d}.cls", b"1")):
-                    header = tarfile.TarInfo(name)
-                    header.size = len(content)
-                    tar.addfile(header, io.BytesIO(content))
-        shards.append({"url": f"shard-{number:06d}.tar", "nsamples": 20})
+                for name, content in (("npy", buffer.getvalue()), ("cls", str(sample % CLASSES).encode())):
+                    member = tarfile.TarInfo(f"{sample:08d}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        index += count
+    shards = [{"url": f"shard-{n:06d}.tar", "nsamples": count} for n, count in enumerate(SHARDS)]
     (folder / "index.json").write_text(json.dumps({"shardlist": shards}))
-    torch.save({"mean": torch.zeros(1, 2, 1, 1), "std": torch.ones(1, 2, 1, 1)}, folder / "latents_stats.pt")
+    return folder
 
 
-def start(folder: Path, spy: str, name: str, dawdle: float = 0.0) -> subprocess.Popen:
+def start(folder: Path, name: str, spy: Path, stand_still_at: int = -1) -> subprocess.Popen:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "src/train.py"),
-        "data=webdataset", "data.root=tars", "data.channels=2", "data.size=4", "data.num_classes=3", "data.window=7",
-        f"data.batch_size={BATCH}", "data.num_workers=2", "objective=flow_matching", "strategy=ddp", "logger=none",
-        "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2", "trainer.devices=2", "ema=none",
-        "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", "trainer.limit_val_batches=0", "callbacks=default",
-        "~callbacks.sample_grid", "~callbacks.best", f"callbacks.last.every_n_train_steps={SAVE_EVERY}",
-        "+callbacks.spy._target_=spy.Spy", f"name={name}",
+        sys.executable, str(ROOT / "src" / "train.py"), "data=webdataset", f"data.root={folder / 'tars'}",
+        "data.statistics={multiplier: 1.0}", f"data.channels={SHAPE[0]}", f"data.size={SHAPE[1]}",
+        f"data.num_classes={CLASSES}", f"data.batch_size={BATCH}", "data.window=5", "data.num_workers=2",
+        "codec=identity", "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2",
+        "~callbacks.sample_grid", f"callbacks.last.every_n_train_steps={SAVED_EVERY}",
+        "+callbacks.spy._target_=spy.Spy",
+        f"name={name}", "strategy=ddp", f"trainer.devices={PROCESSES}", "trainer.accelerator=cpu",
+        f"trainer.max_steps={STEPS}",
     ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "SPY": spy, "DAWDLE": str(dawdle)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "SPY": str(spy),
+        "STAND_STILL_AT": str(stand_still_at),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    with (folder / f"{spy.name}.log").open("w") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
-def finish(process: subprocess.Popen) -> None:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
+def finish(process: subprocess.Popen, log: Path) -> None:
+    try:
+        assert process.wait(timeout=240) == 0, log.read_text()
+    finally:
+        kill(process)
 
 
-def seen(folder: Path, spy: str) -> dict[int, list[list[int]]]:
-    """Step -> the samples of rank 0 and of rank 1; of a step that was taken twice, the second time."""
-    found: dict[int, list[list[int]]] = {}
-    for rank in (0, 1):
-        for line in (folder / f"{spy}_{rank}").read_text().splitlines():
-            step, *numbers = map(int, line.split())
-            found.setdefault(step, [[], []])[rank] = numbers
-    return found
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to every process of the run: its ranks and their loaders' workers."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # all of them have gone
+    process.wait(timeout=60)
 
 
-def test_killed_in_the_middle_of_an_epoch(tmp_path):
+def steps(spy: Path, rank: int) -> list:
+    """What a process wrote down: step, samples, which of them mirrored, labels."""
+    return [json.loads(line) for line in Path(f"{spy}.{rank}").read_text().splitlines()]
+
+
+def test_killed_and_resumed_the_batches_are_those_of_an_uninterrupted_run(tmp_path):
     (tmp_path / "spy.py").write_text(SPY)
     write_tars(tmp_path / "tars")
-    finish(start(tmp_path, "whole", "whole"))
-    whole = seen(tmp_path, "whole")
-    assert sorted(whole) == list(range(STEPS))
-    first_epoch = [number for step in range(7) for rank in whole[step] for number in rank]
-    assert len(first_epoch) == len(set(first_epoch)) == 56, "every sample once, but for the rest"
+    whole, killed, resumed = tmp_path / "whole", tmp_path / "killed", tmp_path / "resumed"
 
-    killed = start(tmp_path, "before", "killed", dawdle=0.1)
-    latest = time.monotonic() + 120
-    while time.monotonic() < latest and killed.poll() is None:
-        log = tmp_path / "before_0"
-        if log.exists() and len(log.read_text().splitlines()) > KILL_AFTER:
-            break
-        time.sleep(0.02)
-    ranks = [int((tmp_path / f"before_pid_{rank}").read_text()) for rank in (0, 1)]
-    for pid in (killed.pid, *ranks):  # the launcher first: it would end the ranks by itself, and more gently
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate(timeout=60)
-    before = seen(tmp_path, "before")
-    assert KILL_AFTER <= max(before) < STEPS - 1, "it was killed at the wrong moment"
+    finish(start(tmp_path, "whole", whole), tmp_path / "whole.log")
+    process = start(tmp_path, "parts", killed, stand_still_at=KILLED_AT)
+    try:
+        deadline = time.monotonic() + 240
+        while not all(Path(f"{killed}.{rank}.still").exists() for rank in range(PROCESSES)):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+            time.sleep(0.1)
+    finally:
+        kill(process)
+    assert process.returncode == -signal.SIGKILL
+    finish(start(tmp_path, "parts", resumed), tmp_path / "resumed.log")
 
-    finish(start(tmp_path, "after", "killed"))
-    after = seen(tmp_path, "after")
-    saved = min(after)
-    assert saved % SAVE_EVERY == 0 and 7 < saved <= max(before), "it goes on from a checkpoint within the second epoch"
-    assert {**before, **after} == whole
+    saved = KILLED_AT - KILLED_AT % SAVED_EVERY
+    assert EPOCH < saved < KILLED_AT < 2 * EPOCH, "killed within an epoch, and within the steps of a checkpoint"
+    for rank in range(PROCESSES):
+        uninterrupted = steps(whole, rank)
+        assert [step for step, *_ in uninterrupted] == list(range(STEPS))
+        assert steps(killed, rank) == uninterrupted[: KILLED_AT + 1]
+        assert steps(resumed, rank) == uninterrupted[saved:]
+
+    for epoch in range(STEPS // EPOCH):  # and what they see is the data
+        seen = [step for rank in range(PROCESSES) for step in steps(whole, rank)[epoch * EPOCH : (epoch + 1) * EPOCH]]
+        samples = [sample for _, samples, *_ in seen for sample in samples]
+        assert len(samples) == len(set(samples)) == EPOCH * BATCH * PROCESSES
+        assert [label for *_, labels in seen for label in labels] == [sample % CLASSES for sample in samples]
+        assert samples != sorted(samples) and len({flip for _, _, flips, _ in seen for flip in flips}) == 2
+
+    last = [torch.load(tmp_path / f"outputs/train/{n}/checkpoints/last.ckpt", weights_only=True)
+            for n in ("whole", "parts")]  # fmt: skip
+    assert last[0]["global_step"] == last[1]["global_step"] == STEPS
+    for name, value in last[0]["state_dict"].items():
+        assert torch.equal(value, last[1]["state_dict"][name]), name

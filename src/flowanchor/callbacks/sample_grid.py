@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flowanchor.codecs.identity import Identity
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec, Sampler
@@ -66,6 +67,15 @@ class SampleGrid(pl.Callback):
         if not codec.usable:
             rank_zero_warn(
                 f"No sample grids: codec={codec.name} was not told its weights; add codec.weights=FILE to see samples."
+            )
+            self.samplers = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shape = pl_module.student.sample_shape  # type: ignore[union-attr]
+        if self.samplers and isinstance(self.codec, Identity) and (len(shape) != 3 or shape[0] not in (1, 3)):
+            rank_zero_warn(
+                f"No sample grids: samples of {' x '.join(map(str, shape))} are no images; choose the codec that they "
+                "are latents of (codec=vavae, codec=sd_vae)."
             )
             self.samplers = {}
 

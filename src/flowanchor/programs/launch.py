@@ -40,6 +40,7 @@ LIBRARY_WARNINGS = (
     r"`torch\.jit\.\w+` is deprecated",
     r"Found \d+ module\(s\) in eval mode",  # the frozen teacher
     r"Your `IterableDataset` has `__len__` defined",  # its workers share the batches (data=webdataset)
+    r"Total length of `list` across ranks is zero",  # data without held-out samples
     r"Checkpoint directory .* exists and is not empty",  # that is how a run resumes
 )
 
