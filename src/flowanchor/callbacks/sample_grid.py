@@ -71,7 +71,7 @@ class SampleGrid(pl.Callback):
             self.samplers = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shape = pl_module.student.sample_shape  # type: ignore[union-attr]
+        shape: tuple[int, ...] = pl_module.student.sample_shape  # type: ignore[union-attr,assignment]
         if self.samplers and isinstance(self.codec, Identity) and (len(shape) != 3 or shape[0] not in (1, 3)):
             rank_zero_warn(
                 f"No sample grids: samples of {' x '.join(map(str, shape))} are no images; choose the codec that they "

@@ -25,16 +25,18 @@ from flowanchor.module import FlowModule
 from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
+from flowanchor.programs.score import check_score, measure_score
 from flowanchor.provenance import check_same_run, write_run_record
 from flowanchor.sampling.generate import check_sampler
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train one run in Hydra's output folder; returns the validation loss, for sweeps."""
+    """Train one run in Hydra's output folder; returns what a sweep compares: `score`, else the validation loss."""
     check_whole_numbers(cfg, seed=0, threads=1, max_nonfinite_steps=(1, 10), log_every_n_steps=(0, 50))
     check_whole_numbers(cfg, trainer__max_steps=(-1, 3000))  # -1: no limit
     check_whole_numbers(cfg, data__batch_size=(1, 128), data__num_workers=0, data__repeat=1)
     check_batch(cfg)
+    check_score(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     resumed = None if cfg.trainer.fast_dev_run else latest_checkpoint(folder)
     if resumed is not None:
@@ -56,11 +58,13 @@ def train(cfg: DictConfig) -> float | None:
         done = read_checkpoint(resumed)["flowanchor"]["step"]
         if 0 < trainer.max_steps <= done:
             rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
-            return None
+            return measure_score(cfg, folder) if cfg.score else None
         rank_zero_info(f"Resuming {folder} from step {done}.")
         if resumed.is_dir() and not getattr(strategy, "reads_sharded_checkpoints", False):
             trainer.strategy.checkpoint_io = ShardedCheckpointIO()
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if cfg.score:
+        return measure_score(cfg, folder)
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
 
