@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from flowanchor.interfaces import (
     Anchor,
     Backbone,
     Batch,
-    Dual,
     Interval,
     JointEngine,
     Objective,
@@ -21,7 +20,9 @@ from flowanchor.interfaces import (
     TangentEngine,
     TermResult,
     TimeDistribution,
+    Times,
     VelocityField,
+    Weight,
 )
 
 
@@ -39,11 +40,13 @@ class ComposedObjective(Objective):
         shortcut: Shortcut | None = None,
         anchor_weight: float = 1.0,
         shortcut_weight: float = 1.0,
+        weight: Weight | None = None,
     ) -> None:
         super().__init__()
         # A config group `none` arrives as a dict: empty, or with the settings that others laid over it.
         anchor = None if isinstance(anchor, dict) else anchor
         shortcut = None if isinstance(shortcut, dict) else shortcut
+        weight = None if isinstance(weight, dict) else weight
         if anchor is None and shortcut is None:
             raise ConfigError(
                 "The objective has neither anchor nor shortcut: choose objective/anchor= or objective/shortcut=."
@@ -55,6 +58,20 @@ class ComposedObjective(Objective):
         self.anchor_weight = anchor_weight
         self.shortcut_weight = shortcut_weight
         self.kind = "shortcut" if self.shortcut is not None else "flow"
+        if self.shortcut is not None and weight is not None:
+            self.shortcut.weight = weight
+        self._weight_is_idle = self.shortcut is None and weight is not None
+
+    def draw(self, size: int, device: torch.device | str | None = None) -> Times:
+        first = self.time.sample(size, device)
+        if self.shortcut is None or not self.shortcut.draws_end:
+            return Times(first)
+        second, coin = self.time.sample(size, device), torch.rand(size, device=device)
+        return Times(*self.shortcut.times(first, second, coin, self.interval))
+
+    def at_step(self, step: int) -> None:
+        if self.shortcut is not None:
+            self.shortcut.step = step
 
     def forward(
         self,
@@ -64,10 +81,12 @@ class ComposedObjective(Objective):
         engine: TangentEngine,
         noise: Tensor | None = None,
         t: Tensor | None = None,
+        end: Tensor | None = None,
     ) -> ObjectiveResult:
         x1, cond = batch
         noise = torch.randn_like(x1) if noise is None else noise
-        t = self.time.sample(x1.shape[0], x1.device) if t is None else t
+        if t is None:
+            t, end = self.draw(x1.shape[0], x1.device)
         if student.training:
             cond = student.drop_condition(cond)  # once: every branch must see the same labels
         times = t.view(-1, *[1] * (x1.ndim - 1))
@@ -75,18 +94,24 @@ class ComposedObjective(Objective):
         flow = x1 - noise
         v = velocity(x_t, t, cond, flow, student, self.interval)
 
-        dual, anchored, end = self._ask(student, engine, x_t, t, cond, v)
+        if end is None and self.shortcut is not None:
+            end = self.shortcut.end(t)
+        anchored, answer = self._ask(student, engine, x_t, t, end, cond, v)
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         if self.anchor is not None and anchored is not None:
             term = self.anchor.loss(at_least_float32(anchored), v, t)
             losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
         prediction = tangent = None
-        if self.shortcut is not None and dual is not None:
-            prediction, tangent = at_least_float32(dual.prediction), at_least_float32(dual.tangent)
-            term = self.shortcut.loss(prediction, tangent, v, t, end)
+        if self.shortcut is not None and answer is not None:
+            prediction, second = at_least_float32(answer.prediction), at_least_float32(answer.second)
+            if answer.discrete:
+                term = self.shortcut.discrete_loss(prediction, second, v, t)  # type: ignore[operator]
+            else:
+                tangent = second
+                term = self.shortcut.loss(prediction, tangent, v, t, end)
+                diagnostics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean()
             losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", term, diagnostics)
-            diagnostics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean()
         return ObjectiveResult(
             loss=torch.stack(list(losses.values())).sum(),
             terms={name: loss.detach() for name, loss in losses.items()},
@@ -97,9 +122,16 @@ class ComposedObjective(Objective):
         )
 
     def _ask(
-        self, student: Backbone, engine: TangentEngine, x_t: Tensor, t: Tensor, cond: Any, v: Tensor
-    ) -> tuple[Dual | None, Tensor | None, Tensor | None]:
-        """The shortcut's prediction and tangent, the anchor's prediction, and where the shortcut ends.
+        self,
+        student: Backbone,
+        engine: TangentEngine,
+        x_t: Tensor,
+        t: Tensor,
+        end: Tensor | None,
+        cond: Any,
+        v: Tensor,
+    ) -> tuple[Tensor | None, _Answer | None]:
+        """The anchor's prediction; the shortcut's, with its tangent or, at some steps, another opinion of the network.
 
         Both terms ask the network about the same `x_t`, so an engine that can asks in one walk: a sharded network is
         then gathered, and its gradient reduced, once for both.
@@ -110,15 +142,30 @@ class ComposedObjective(Objective):
             plain = self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
         if self.shortcut is None:
             assert plain is not None
-            return None, student.predict(x_t, plain.t, cond, plain.r), None
-        end = self.shortcut.end(t)
+            return student.predict(x_t, plain.t, cond, plain.r), None
         told = self.interval.shortcut(t, end)
+        later = None if end is None else self.shortcut.ahead(t, end)
+        if later is not None:
+            assert end is not None
+            anchored = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
+            prediction = student.predict(x_t, told.t, cond, told.r)
+            with torch.no_grad():
+                there = self.interval.shortcut(later, end)
+                x_later = x_t + (later - t).view(-1, *[1] * (x_t.ndim - 1)) * v
+                opinion = student.predict(x_later, there.t, cond, there.r)
+            return anchored, _Answer(prediction, opinion, discrete=True)
+        along = v
+        if self.shortcut.direction == "own":
+            with torch.no_grad():
+                own = self.interval.anchor(t)
+                along = student.predict(x_t, own.t, cond, own.r).to(v.dtype)
         ones = torch.ones_like(t)
         if plain is not None and isinstance(engine, JointEngine):
-            dual, anchored = engine.joint(student, x_t, told.t, cond, v, ones, plain, told.r)
-            return dual, anchored, end
-        asked = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
-        return engine(student, x_t, told.t, cond, v, ones, told.r), asked, end
+            dual, anchored = engine.joint(student, x_t, told.t, cond, along, ones, plain, told.r)
+        else:
+            anchored = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
+            dual = engine(student, x_t, told.t, cond, along, ones, told.r)
+        return anchored, _Answer(dual.prediction, dual.tangent)
 
     @staticmethod
     def _collect(name: str, term: TermResult, diagnostics: dict[str, Tensor]) -> Tensor:
@@ -129,10 +176,25 @@ class ComposedObjective(Objective):
 
     def check(self, backbone: Backbone) -> None:
         super().check(backbone)
+        if self.shortcut is not None:
+            self.shortcut.check(self.interval)
+        if self._weight_is_idle:
+            raise ConfigError(
+                "objective/weight= weighs the shortcut's error, and this objective has no shortcut: leave it out, or "
+                "add a shortcut."
+            )
         if self.anchor is None and self.anchor_weight != 1.0 or self.shortcut is None and self.shortcut_weight != 1.0:
             raise ConfigError(
                 "A weight is set for a term that the objective does not have: remove the weight or add the term."
             )
+
+
+class _Answer(NamedTuple):
+    """The shortcut's prediction, and its tangent or (`discrete`) the network's opinion elsewhere, without gradient."""
+
+    prediction: Tensor
+    second: Tensor
+    discrete: bool = False
 
 
 def at_least_float32(value: Tensor) -> Tensor:

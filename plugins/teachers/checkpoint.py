@@ -71,8 +71,8 @@ class CheckpointVelocity(VelocityField):
         if self.asked_interval is not None:
             told = self.asked_interval.anchor(t)
         else:
-            told = Condition(t, t if self.network.takes_end_time else None)
-        return self.guidance.velocity(self.network, x, told, cond, t).to(flow.dtype)
+            told = Condition(t)
+        return self.guidance.velocity(self.network, x, told.for_network(self.network), cond, t).to(flow.dtype)
 
     def check(self, student: Backbone) -> None:
         """Raise `CheckpointError` where teacher and student do not speak of the same samples."""

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -198,21 +198,34 @@ class JointEngine(TangentEngine, Protocol):
 # ------------------------------------------------------------------------------------------- intervals and times
 
 
+class Times(NamedTuple):
+    """Training times of a batch: `t` [B] and, where they are drawn, the times at which averages end, [B]."""
+
+    t: Tensor
+    end: Tensor | None = None
+
+
 class Condition(NamedTuple):
     """The times that a network is told: `t` [B] and, for networks with a second embedder, `r` [B]."""
 
     t: Tensor
     r: Tensor | None = None
 
+    def for_network(self, network: Backbone) -> Condition:
+        """The same for a network that embeds `r` and an interval that does not know it: `r = t`, an instant."""
+        return self._replace(r=self.t) if network.takes_end_time and self.r is None else self
+
 
 class Interval(ABC):
     """Which times tell the network that it is asked as a shortcut, and which that it is asked as a flow model."""
 
     needs_end_time: bool = False  # whether the backbone must embed `r`
+    tells_end: bool = False  # whether a shortcut may end anywhere; otherwise at 1, or at `t` itself where it separates
+    separates: bool = True  # whether shortcut and anchor are told different things
 
     @abstractmethod
     def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        """Condition of the average velocity from `t` to `end` (1 where not given)."""
+        """Condition of the average velocity from `t` to `end` (None: 1; `t` itself: the instantaneous one)."""
 
     @abstractmethod
     def anchor(self, t: Tensor) -> Condition:
@@ -269,12 +282,55 @@ class Anchor(nn.Module, ABC):
         """[B, *], [B, *], [B] -> per-sample loss."""
 
 
+class Weight(nn.Module, ABC):
+    """What a sample's error is worth; may have parameters of its own, which are trained with the network."""
+
+    @abstractmethod
+    def forward(self, error: Tensor, t: Tensor) -> Tensor:
+        """Errors [B] (with gradient), times [B] -> losses [B]."""
+
+
 class Shortcut(nn.Module, ABC):
-    """The term that learns the jump: it sees the prediction, its tangent along the flow, and the velocity."""
+    """The term that learns the jump: it sees the prediction, its tangent along the flow, and the velocity.
+
+    Attributes:
+        draws_end: whether `times` draws where the averages end, from two draws of the time distribution.
+        direction: what the tangent goes along: the target `velocity`, or the network's `own` instantaneous one.
+        weight: what replaces the shortcut's own adaptive weight; None: nothing does.
+        step: the training step, for schedules.
+    """
+
+    draws_end: bool = False
+    direction: str = "velocity"
+    weight: Weight | None
+    weight_power: float = 0.0
+    weight_epsilon: float = 1e-3
+    step: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = None  # of the instance: a module under the name of a class attribute would never be found
 
     def end(self, t: Tensor) -> Tensor | None:
-        """Where the average velocity from `t` ends, [B]; None means 1 (the data)."""
+        """Where the average velocity from `t` ends, [B]; None means 1 (the data). Not asked where ends are drawn."""
         return None
+
+    def times(self, first: Tensor, second: Tensor, coin: Tensor, interval: Interval) -> tuple[Tensor, Tensor]:
+        """Two draws of the time distribution and a uniform one, [B] each -> times and ends; where `draws_end`."""
+        raise NotImplementedError
+
+    def check(self, interval: Interval) -> None:  # noqa: B027 - most shortcuts fit every interval
+        """Raise `ConfigError` if this shortcut cannot be learned under this interval."""
+
+    def ahead(self, t: Tensor, end: Tensor) -> Tensor | None:
+        """Where the network's own opinion takes the place of a tangent at this step, [B]; None: a tangent is asked."""
+        return None
+
+    def weighted(self, error: Tensor, t: Tensor) -> Tensor:
+        """The loss [B] of errors [B]: by `weight`, else `e / sg(e + weight_epsilon)^weight_power`."""
+        if self.weight is not None:
+            return cast(Tensor, self.weight(error, t))
+        return error / (error.detach() + self.weight_epsilon) ** self.weight_power
 
     @abstractmethod
     def loss(
@@ -307,11 +363,18 @@ class VelocityField(nn.Module, ABC):
 
 
 class Objective(nn.Module, ABC):
-    """A training loss. With `noise` and `t` given it is a pure function of its inputs."""
+    """A training loss. With `noise`, `t` and `end` given it is a pure function of its inputs and the step."""
 
     interval: Interval
     time: TimeDistribution
     kind: str = "shortcut"  # "shortcut" or "flow": which samplers the trained network supports
+
+    def draw(self, size: int, device: torch.device | str | None = None) -> Times:
+        """Training times of `size` samples."""
+        return Times(self.time.sample(size, device))
+
+    def at_step(self, step: int) -> None:  # noqa: B027 - most objectives do not change
+        """Told before each training step, so that what follows a schedule is where it was after a resume."""
 
     @abstractmethod
     def forward(
@@ -322,6 +385,7 @@ class Objective(nn.Module, ABC):
         engine: TangentEngine,
         noise: Tensor | None = None,
         t: Tensor | None = None,
+        end: Tensor | None = None,
     ) -> ObjectiveResult: ...
 
     def check(self, backbone: Backbone) -> None:
@@ -336,6 +400,7 @@ class Sampler(ABC):
     """Draws samples with a trained network. The state is kept in float64, the network sees float32 (or autocast)."""
 
     kind: str = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
+    needs_end: bool = False  # whether it asks for averages that end anywhere, which not every interval can tell
 
     @abstractmethod
     def sample(

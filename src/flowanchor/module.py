@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.errors import ConfigError, NonFiniteLossError
-from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, VelocityField
+from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, Times, VelocityField
 from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
 
@@ -85,17 +85,18 @@ class FlowModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        noise, t = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        result = self.objective(self.student, batch, self.velocity, self.engine, noise, t)
+        self.objective.at_step(self.trainer.global_step)
+        noise, times = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
         self._seen_terms.append(result.terms)
         self._log_result("train", result, batch)
         return result.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        noise, t = self._draw(batch, VALIDATION_STREAM, batch_idx)
-        self._log_result("val", self.objective(self.student, batch, self.velocity, self.engine, noise, t), batch)
+        noise, times = self._draw(batch, VALIDATION_STREAM, batch_idx)
+        self._log_result("val", self.objective(self.student, batch, self.velocity, self.engine, noise, *times), batch)
 
-    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Times]:
         """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows."""
         x1 = batch.x1
         seeds = np.random.SeedSequence((self.seed, stream, step)).generate_state(2)
@@ -103,9 +104,9 @@ class FlowModule(pl.LightningModule):
         mine = slice(rank * size, (rank + 1) * size)
         torch.manual_seed(int(seeds[0]))
         noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:], device=x1.device)[mine].to(x1.dtype)
-        t = self.objective.time.sample(self.trainer.world_size * size, x1.device)[mine]
+        t, end = self.objective.draw(self.trainer.world_size * size, x1.device)
         torch.manual_seed(int(seeds[1]) + rank)
-        return noise, t
+        return noise, Times(t[mine], None if end is None else end[mine])
 
     def _log_result(self, stage: str, result: ObjectiveResult, batch: Batch) -> None:
         validating = stage == "val"

@@ -165,8 +165,8 @@ def test_budgets():
 
 def test_a_shortcut_sampler_needs_a_shortcut():
     with pytest.raises(ConfigError, match="use sampler=flow"):
-        check_sampler(ConsistencySampler(), "flow")
-    check_sampler(FlowSampler(), "shortcut")
+        check_sampler(ConsistencySampler(), "flow", ExpandedInterval())
+    check_sampler(FlowSampler(), "shortcut", ExpandedInterval())
 
 
 def test_second_time_reaches_the_network():

@@ -18,6 +18,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -38,6 +41,7 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.programs.launch import prepare
 from flowanchor.strategies import ChainJVPStrategy
 from flowanchor.strategies.sharding import shard_backbone
 
@@ -106,6 +110,17 @@ def network(deferred: bool = False, **settings: Any) -> Network:
         return Network(**{**NETWORK, **settings})
 
 
+def composed(name: str) -> Any:
+    """An objective as its option composes it; tangents and schedules in their middle, not at their start."""
+    prepare()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("flowanchor.conf", version_base="1.3"):
+        cfg = compose("train", overrides=[f"objective={name}"])
+    settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2}}.get(name, {})
+    cfg.objective.shortcut.merge_with(settings)
+    return instantiate(cfg.objective, _convert_="all")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
@@ -124,11 +139,18 @@ def fit(
     clip: float = 0.5,
     save: bool = False,
     validate: bool = True,
+    objective: str | None = None,
+    ddp: bool = False,
 ) -> dict[str, Any]:
-    """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process."""
+    """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
+
+    `objective`: by the name of its option, on a network with a second time embedder.
+    """
     deferred = sharded is not None
-    objective = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
-    student = network(deferred)
+    loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
+    if objective is not None:
+        loss = composed(objective)
+    student = network(deferred, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()
@@ -136,14 +158,15 @@ def fit(
         with defer_loading() if deferred else nullcontext():
             velocity = CheckpointVelocity(teacher)
     module = FlowModule(
-        student, Weighted() if weighted else objective, velocity, Chain(),
+        student, Weighted() if weighted else loss, velocity, Chain(),
         lambda parameters: torch.optim.AdamW(parameters, lr=0.1, eps=0.1), config=CONFIG, seed=3,
     )  # fmt: skip
     data = DigitsDataModule(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)
+    strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else "ddp" if ddp else "auto"
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        strategy=ChainJVPStrategy(**sharded) if sharded is not None else "auto", accumulate_grad_batches=accumulate,
+        strategy=strategy, accumulate_grad_batches=accumulate,
         gradient_clip_val=clip, callbacks=[ema, record], logger=False, enable_checkpointing=False, log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         plugins=None if deferred else [ShardedCheckpointIO()],

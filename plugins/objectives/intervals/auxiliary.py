@@ -12,6 +12,7 @@ class AuxiliaryInterval(Interval):
     """Shortcut on `(t, r = end)`, anchor on `(t, r = t)`; the backbone must embed `r` (FACM's ablation, MeanFlow)."""
 
     needs_end_time = True
+    tells_end = True
 
     def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
         return Condition(t, torch.ones_like(t) if end is None else end)

@@ -12,7 +12,7 @@ class ExpandedInterval(Interval):
     """Shortcut on `t` in [0, 1], anchor on `2 - t` in [1, 2] (FACM, arXiv 2507.03738)."""
 
     def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        return Condition(t)
+        return Condition(t if end is None else torch.where(end == t, 2 - t, t))
 
     def anchor(self, t: Tensor) -> Condition:
         return Condition(2 - t)

@@ -10,6 +10,8 @@ from flowanchor.interfaces import Condition, Interval
 class PlainInterval(Interval):
     """Both branches are conditioned on `t` in [0, 1] (sCM, ordinary flow matching)."""
 
+    separates = False
+
     def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
         return Condition(t)
 

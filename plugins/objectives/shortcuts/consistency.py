@@ -53,7 +53,7 @@ class ConsistencyShortcut(Shortcut):
         relaxation = 1.0 if self.relaxation_exponent is None else 1 - times**self.relaxation_exponent
         target = fixed - relaxation * residual
         error = (prediction - target).square().flatten(1).mean(1)  # [B]
-        loss = error / (error.detach() + self.weight_epsilon) ** self.weight_power
+        loss = self.weighted(error, t)
         if self.time_weight:
             loss = torch.cos(t * (math.pi / 2)) * loss
         return TermResult(loss, {"error": error.detach()}, diagnostics)

@@ -140,7 +140,7 @@ def check_samples(cfg: DictConfig, student: Backbone, data: Any) -> None:
 def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: Any) -> pl.Trainer:
     """Lightning's trainer with the callbacks and the logger of the config."""
     sampler = instantiate(cfg.sampler, _convert_="all")
-    check_sampler(sampler, module.objective.kind)
+    check_sampler(sampler, module.objective.kind, module.objective.interval)
     # Settings of a callback that was left out (callbacks=none) remain without a class.
     callbacks = [instantiate(item) for item in (cfg.callbacks or {}).values() if item and "_target_" in item]
     if cfg.ema and "_target_" in cfg.ema:

@@ -3,5 +3,6 @@
 from flowanchor.sampling.consistency import ConsistencySampler
 from flowanchor.sampling.flow import FlowSampler
 from flowanchor.sampling.generate import build_sampler, generate
+from flowanchor.sampling.meanflow import MeanFlowSampler
 
-__all__ = ["ConsistencySampler", "FlowSampler", "build_sampler", "generate"]
+__all__ = ["ConsistencySampler", "FlowSampler", "MeanFlowSampler", "build_sampler", "generate"]

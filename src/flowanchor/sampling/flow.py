@@ -112,9 +112,7 @@ class FlowSampler(Sampler):
             t = torch.full((noise.shape[0],), time, device=noise.device, dtype=torch.float64)
             told = interval.anchor(t)
             told = told._replace(t=told.t.to(dtype), r=None if told.r is None else told.r.to(dtype))
-            if backbone.takes_end_time and told.r is None:
-                told = told._replace(r=told.t)
-            return self.guidance.velocity(backbone, x.to(dtype), told, cond, t).double()
+            return self.guidance.velocity(backbone, x.to(dtype), told.for_network(backbone), cond, t).double()
 
         x = noise.double()
         if self.solver not in ("euler", "heun"):

@@ -62,12 +62,17 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
         sampler: Sampler = instantiate(chosen, _convert_="all")
     else:
         sampler = instantiate_trusted({**model.config["sampler"], **chosen})
-    check_sampler(sampler, model.kind)
+    check_sampler(sampler, model.kind, model.interval)
     return sampler
 
 
-def check_sampler(sampler: Sampler, kind: str) -> None:
-    """Raise `ConfigError` for a shortcut sampler on a network that never learned a shortcut."""
+def check_sampler(sampler: Sampler, kind: str, interval: Interval) -> None:
+    """Raise `ConfigError` for a sampler that asks the network what it never learned."""
+    if sampler.needs_end and not interval.tells_end:
+        raise ConfigError(
+            f"sampler=meanflow asks for averages between any two times, and {type(interval).__name__} cannot tell the "
+            "network where they end: use sampler=consistency, or train with objective/interval=auxiliary."
+        )
     if sampler.kind == "shortcut" and kind == "flow":
         raise ConfigError(
             "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, "

@@ -1,0 +1,1 @@
+"""What a sample's error is worth (`objective/weight=`)."""
