@@ -1,0 +1,225 @@
+"""`make ablation`: which part of an objective keeps a few-step generator from forgetting the flow, put to the test.
+
+    python benchmarks/ablation.py                    # digits; at most 90 minutes on 2 cores; goes on where it stopped
+    python benchmarks/ablation.py --jobs 4           # four runs at once
+    python benchmarks/ablation.py --quick            # two rows, a few steps: shows that it runs, writes no page
+
+Every row distils the same teacher, starts from its weights and spends the same number of network evaluations per
+sample: a teacher call, an anchor, a shortcut with its tangent and a further opinion of the network count one each, so
+that an objective with fewer of them trains for more steps. What comes out is written into docs/results/ablation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, ROOT, machine, markdown, refresh, write_json
+
+sys.path.insert(0, str(ROOT / "src"))
+
+from flowanchor.reporting.ablation_figure import ablation_figure
+from flowanchor.reporting.runs import read_series
+
+R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
+NFE = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An objective: its settings, and how often a step asks a network about a sample."""
+
+    name: str
+    words: tuple[str, ...]
+    calls: int
+
+
+# Warm-up and schedule are shares of the run, as they are of the papers' much longer ones.
+ROWS = (
+    Row("FACM, expanded interval", ("objective=facm",), 3),
+    Row("FACM, auxiliary interval", ("objective=facm", "objective/interval=auxiliary", *R_EMBEDDER), 3),
+    Row("FACM without anchor", ("objective=facm", "objective/anchor=none"), 2),
+    Row("FACM without relaxation", ("objective=facm", "objective.shortcut.relaxation_exponent=null"), 3),
+    Row("FACM without clamp", ("objective=facm", "objective.shortcut.clamp=null"), 3),
+    Row("FACM without time weight", ("objective=facm", "objective.shortcut.time_weight=false"), 3),
+    Row("MeanFlow, r = t share 0", ("objective=meanflow", "objective.shortcut.share=0.0", *R_EMBEDDER), 2),
+    Row("MeanFlow, r = t share 0.75", ("objective=meanflow", *R_EMBEDDER), 2),
+    Row("sCM", ("objective=scm", "objective.shortcut.warmup_steps={quarter}"), 2),
+    Row("sCM without warm-up", ("objective=scm", "objective.shortcut.warmup_steps=0"), 2),
+    Row(
+        "sCM without normalisation",
+        ("objective=scm", "objective.shortcut.warmup_steps={quarter}", "objective.shortcut.normalisation=null"),
+        2,
+    ),
+    Row("iMF", ("objective=imf", *R_EMBEDDER), 3),
+    Row("alpha-Flow", ("objective=alpha_flow", "objective.shortcut.end={half}", *R_EMBEDDER), 3),
+)
+
+
+@dataclass
+class Ablation:
+    """The whole sweep in one folder."""
+
+    folder: Path
+    budget: int
+    seeds: int
+    jobs: int
+    samples: int
+    teacher_steps: int
+    rows: tuple[Row, ...]
+
+    def steps(self, row: Row) -> int:
+        return self.budget // row.calls
+
+    def run(self, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """One of the programs, on one thread, with what it says kept for the message of a failure."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "src" / program), *words]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+    def teacher(self) -> Path:
+        """Train the teacher, unless it is there."""
+        folder = self.folder / "teacher"
+        done = self.run(
+            "train.py", "experiment=digits_teacher", f"trainer.max_steps={self.teacher_steps}",
+            "callbacks.sample_grid=null", f"hydra.run.dir={folder}",
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return folder
+
+    def measure(self, row: Row, seed: int, teacher: Path) -> dict[str, Any]:
+        """Train and evaluate one row with one seed; finished parts are found and kept."""
+        steps = self.steps(row)
+        folder = self.folder / "runs" / f"{_slug(row.name)}_{seed}"
+        words = [word.format(quarter=steps // 4, half=steps // 2) for word in row.words]
+        trained = self.run(
+            "train.py", "experiment=digits_facm", *words, f"teacher.checkpoint={teacher}", f"seed={seed}",
+            f"trainer.max_steps={steps}", "callbacks.sample_grid=null", "callbacks.best=null", "log_every_n_steps=10",
+            "trainer.limit_val_batches=0", "callbacks.last.every_n_train_steps=100", f"hydra.run.dir={folder}",
+        )  # fmt: skip
+        broke = trained.returncode != 0 and "was not finite" in trained.stderr
+        if trained.returncode and not broke:
+            raise SystemExit(f"{row.name}, seed {seed}: {trained.stderr}")
+        found: dict[str, Any] = {"row": row.name, "seed": seed, "steps": steps, "broke": broke, "fd": {}}
+        if not broke:
+            done = self.run(
+                "eval.py", f"checkpoint={folder}", f"nfe={list(NFE)}".replace(" ", ""), "seed=0",
+                f"num_samples={self.samples}", f"hydra.run.dir={folder / 'score'}",
+            )  # fmt: skip
+            if done.returncode and "not finite" not in done.stderr:
+                raise SystemExit(f"{row.name}, seed {seed}: {done.stderr}")
+            if done.returncode == 0:
+                report = json.loads((folder / "score" / "metrics.json").read_text())
+                found["fd"] = {str(r["nfe"]): r["fd_at_floor_n"] for r in report["results"]}
+                found["floor"] = report["floor"]["fd"]
+        logged = folder / "csv" / "metrics.csv"
+        series = read_series(logged) if logged.is_file() else {}
+        rates = series.get("images_per_second", ([], []))[1]
+        found["seconds_per_step"] = 64 / statistics.median(rates) if rates else None
+        found["curves"] = {
+            name: series[key]
+            for name, key in (("loss", "train/loss"), ("tangent_norm", "train/tangent_norm"))
+            if key in series
+        }
+        print(f"{row.name}, seed {seed}: {found['fd'] or 'no score'}", flush=True)
+        return found
+
+    def reference(self, teacher: Path) -> dict[str, Any]:
+        """The teacher itself, by Euler steps."""
+        self.run(
+            "eval.py", f"checkpoint={teacher}", "sampler=flow", "nfe=[1,2,4,50]", f"num_samples={self.samples}",
+            f"hydra.run.dir={teacher / 'score'}",
+        )  # fmt: skip
+        report = json.loads((teacher / "score" / "metrics.json").read_text())
+        return {"fd": {str(r["nfe"]): r["fd_at_floor_n"] for r in report["results"]}, "floor": report["floor"]}
+
+    def all(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        teacher = self.teacher()
+        reference = self.reference(teacher)
+        todo = [(row, seed) for seed in range(self.seeds) for row in self.rows]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return reference, list(pool.map(lambda job: self.measure(*job, teacher), todo))
+
+
+def table(rows: tuple[Row, ...], found: list[dict[str, Any]], reference: dict[str, Any]) -> str:
+    """A line per row: mean and spread over the seeds, runs that failed, cost per step against the first row."""
+    worst = reference["fd"][
+        "1"
+    ]  # a student that is no better in one step than its untrained teacher has learned nothing
+    first = [f["seconds_per_step"] for f in found if f["row"] == rows[0].name and f["seconds_per_step"]]
+    lines = []
+    for row in rows:
+        own = [f for f in found if f["row"] == row.name]
+        cells = [_spread([f["fd"][str(nfe)] for f in own if str(nfe) in f["fd"]]) for nfe in NFE]
+        failed = sum(f["broke"] or not f["fd"] or f["fd"].get("1", math.inf) >= worst for f in own)
+        costs = [f["seconds_per_step"] for f in own if f["seconds_per_step"]]
+        cost = f"{statistics.median(costs) / statistics.median(first):.2f}" if costs and first else "-"
+        lines.append([row.name, str(own[0]["steps"]), *cells, f"{failed} of {len(own)}", cost])
+    teacher = ["teacher, Euler steps", "", *(f"{reference['fd'][str(nfe)]:.2f}" for nfe in NFE), "", ""]
+    header = ("objective", "steps", *(f"NFE {nfe}" for nfe in NFE), "diverged", "cost per step")
+    return markdown(header, [*lines, teacher])
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the objectives on digits.")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "ablation")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=1800, help="network evaluations per sample of a batch")
+    parser.add_argument("--quick", action="store_true", help="two rows, one seed, a few steps; refreshes nothing")
+    arguments = parser.parse_args()
+    rows, folder = ROWS, arguments.folder.absolute()
+    if arguments.quick:
+        rows, folder = (ROWS[0], ROWS[8]), folder.with_name("ablation_quick")
+        shutil.rmtree(folder, ignore_errors=True)
+        sweep = Ablation(folder, 12, 1, arguments.jobs, 60, 4, rows)
+    else:
+        sweep = Ablation(folder, arguments.budget, arguments.seeds, arguments.jobs, 1000, 3000, rows)
+    reference, found = sweep.all()
+    about = machine()
+    floor = reference["floor"]
+    text = "\n\n".join(
+        [
+            table(rows, found, reference),
+            "Frechet distance on the features of a small classifier (FD-digits), mean ± standard deviation over "
+            f"{sweep.seeds} seeds, of {floor['n']} images with balanced labels; floor (held-out images): "
+            f"{floor['fd']:.2f}. Diverged: a run that stopped on values that are not finite, or whose one-step "
+            f"distance is no better than the teacher's. Cost per step: against the first row, median. {sweep.budget} "
+            f"network evaluations per sample of a batch of 64. Measured by `make ablation` on {about['cpu']}, torch "
+            f"{about['torch']}, {about['date']}, commit {about['commit']}.",
+        ]
+    )
+    print(text)
+    if not arguments.quick:
+        write_json(RESULTS / "ablation_digits.json", {"machine": about, "teacher": reference, "runs": found})
+        ablation_figure({row.name: [f["curves"] for f in found if f["row"] == row.name] for row in rows}).savefig(
+            ROOT / "docs" / "images" / "ablation.png", dpi=110
+        )
+        refresh(ROOT / "docs" / "results" / "ablation.md", "ablation table", text)
+
+
+if __name__ == "__main__":
+    main()
