@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench compatibility docs clean
+.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation compatibility docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,9 @@ bench: $(STAMP) ## measure engines and data loading against their bars, on the C
 	$(BIN)/python benchmarks/engines.py $(ARGS)
 	$(BIN)/python benchmarks/data_loading.py
 	@test ! -e outputs/demo/results.json || $(BIN)/python benchmarks/demo.py
+
+ablation: $(STAMP) ## compare the objectives on digits, at most 90 minutes on 2 cores; goes on where it stopped
+	$(BIN)/python benchmarks/ablation.py $(ARGS)
 
 gpu-check: $(STAMP) ## run the tests that need a GPU and measure on it, under 10 minutes; refreshes the README's table
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

@@ -52,6 +52,7 @@ class LightningDiT(Backbone):
         learn_sigma: twice the output channels, the second half of which is dropped (released checkpoints of DiT, SiT).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
         disable_label_dropout: keep the null class but drop no label.
+        pixel_norm: normalise the blocks' shifts and scales over the channels, as sCM does against collapse.
     """
 
     presets = PRESETS
@@ -75,6 +76,7 @@ class LightningDiT(Backbone):
         learn_sigma: bool = False,
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
+        pixel_norm: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
@@ -100,7 +102,7 @@ class LightningDiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
         self.feat_rope = RotaryPositions(hidden_size // num_heads, self.side) if use_rope else None
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift)
+            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, pixel_norm)
             for _ in range(depth)
         )
         out_channels = 2 * in_channels if learn_sigma else in_channels

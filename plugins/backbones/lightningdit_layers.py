@@ -162,6 +162,11 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     return out if shift is None else out + shift[:, None]
 
 
+def unit_size(values: Tensor, eps: float = 1e-4) -> Tensor:
+    """Pixel norm of shifts and scales [B, D]: root mean square 1 over the channels (sCM, arXiv 2410.11081)."""
+    return values * torch.rsqrt(values.square().mean(1, keepdim=True) + eps)
+
+
 def make_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
     return RMSNorm(dim) if use_rmsnorm else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
@@ -192,10 +197,11 @@ class Block(nn.Module):
         use_swiglu: bool,
         use_rmsnorm: bool,
         wo_shift: bool,
+        pixel_norm: bool = False,
     ) -> None:
         super().__init__()
         hidden = int(hidden_size * mlp_ratio)
-        self.wo_shift = wo_shift
+        self.wo_shift, self.pixel_norm = wo_shift, pixel_norm
         self.norm1 = make_norm(hidden_size, use_rmsnorm)
         self.attn = Attention(hidden_size, num_heads, use_qknorm, use_rmsnorm)
         self.norm2 = make_norm(hidden_size, use_rmsnorm)
@@ -210,6 +216,9 @@ class Block(nn.Module):
             scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=1)
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        if self.pixel_norm:
+            scale1, scale2 = unit_size(scale1), unit_size(scale2)
+            shift1, shift2 = (None if shift is None else unit_size(shift) for shift in (shift1, shift2))
         rope = (context.fixed[0], context.fixed[1]) if context.fixed else None
         tokens = tokens + gate1[:, None] * self.attn(modulate(self.norm1(tokens), shift1, scale1), rope)
         return tokens + gate2[:, None] * self.mlp(modulate(self.norm2(tokens), shift2, scale2))

@@ -15,14 +15,24 @@ from flowanchor.sampling.guidance import Guidance
 class SelfVelocity(VelocityField):
     """`teacher=self`: `v_u + scale (v_c - v_u)`, `v_c = x1 - x0`, `v_u` from the student's anchor.
 
+    With `mix` kappa the student's own conditional velocity takes a part of it, as in MeanFlow (arXiv 2505.13447):
+    `scale v_c + kappa u_c + (1 - scale - kappa) v_u`.
+
     Guided for `low <= t <= high` only, `x1 - x0` elsewhere.
 
     The null class must be trained: label dropout is on, and a sample whose label was dropped keeps `x1 - x0` as its
     target, so that the null class learns the unguided velocity.
     """
 
-    def __init__(self, guidance_scale: float = 1.75, guidance_low: float = 0.125, guidance_high: float = 1.0) -> None:
+    def __init__(
+        self,
+        guidance_scale: float = 1.75,
+        guidance_low: float = 0.125,
+        guidance_high: float = 1.0,
+        mix: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.mix = mix
         Guidance(guidance_scale, guidance_low, guidance_high)  # refuses an empty interval
         self.guidance_scale = guidance_scale
         self.guidance_low = guidance_low
@@ -30,7 +40,7 @@ class SelfVelocity(VelocityField):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
-        if self.guidance_scale == 1:
+        if self.guidance_scale == 1 and not self.mix:
             return flow
         if cond is None:
             raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
@@ -38,13 +48,15 @@ class SelfVelocity(VelocityField):
         told = interval.anchor(t)
         unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
         guided = unconditional + self.guidance_scale * (flow - unconditional)
+        if self.mix:
+            guided = guided + self.mix * (student.predict(x, told.t, cond, told.r).to(flow.dtype) - unconditional)
         dropped = (cond == null).reshape(t.shape[0], -1).all(1)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
         return torch.where(inside.view(-1, *[1] * (flow.ndim - 1)), guided, flow)
 
     def check(self, student: Backbone) -> None:
         """Raise `ConfigError` where the student's null class is never trained."""
-        if self.guidance_scale != 1 and student.condition_dropout <= 0:
+        if (self.guidance_scale != 1 or self.mix) and student.condition_dropout <= 0:
             raise ConfigError(
                 "teacher=self takes the unconditional velocity from the student's null class, which is never trained "
                 "here: set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 "

@@ -70,6 +70,23 @@ def test_every_switch_runs_forward_and_backward(switches):
     assert not without
 
 
+def test_pixel_norm_gives_shifts_and_scales_unit_size():
+    """The size of what is added and multiplied does not depend on the size of the modulation's weights; gates do."""
+    plain, normed = (awake(LightningDiT(**{**TINY, "pixel_norm": on})).eval() for on in (False, True))
+    normed.load_state_dict(plain.state_dict())
+    inputs = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 5])
+    assert not torch.allclose(plain(*inputs), normed(*inputs))
+    before = {network: network(*inputs) for network in (plain, normed)}
+    with torch.no_grad():
+        for network in (plain, normed):
+            for block in network.blocks:
+                for layer in (block.adaLN_modulation[1].weight, block.adaLN_modulation[1].bias):
+                    parts = layer.view(6, -1, *layer.shape[1:])
+                    parts[[0, 1, 3, 4]] *= 1000  # shifts and scales
+    assert torch.allclose(normed(*inputs), before[normed], rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(plain(*inputs), before[plain], rtol=1e-1, atol=1e-1)
+
+
 def test_forward_is_the_loop_over_the_stages():
     network = awake(LightningDiT(**TINY, **RELEASED)).eval()
     x, t, y = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 4])

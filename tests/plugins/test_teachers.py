@@ -104,6 +104,17 @@ def test_self_guidance_asks_the_anchor_branch(interval, settings):
     assert not v.requires_grad
 
 
+def test_self_guidance_can_mix_in_its_own_conditional_velocity():
+    """MeanFlow's: omega v + kappa u(c) + (1 - omega - kappa) u(null), on the branch r = t."""
+    student, interval = network(1, auxiliary_time_cond=True), AuxiliaryInterval()
+    x, t, y, flow = inputs()
+    v = SelfVelocity(1.2, 0.0, 1.0, mix=0.5)(x, t, y, flow, student, interval)
+    own, null = student.predict(x, t, y, t), student.predict(x, t, torch.full_like(y, NULL), t)
+    torch.testing.assert_close(v, 1.2 * flow + 0.5 * own + (1 - 1.2 - 0.5) * null)
+    with pytest.raises(ConfigError, match="disable_label_dropout=false"):
+        SelfVelocity(1.0, mix=0.5).check(network(disable_label_dropout=True))
+
+
 def test_self_guidance_needs_label_dropout():
     with pytest.raises(ConfigError, match="disable_label_dropout=false"):
         SelfVelocity().check(network(disable_label_dropout=True))

@@ -1,0 +1,265 @@
+"""Anchor, shortcut, interval and weight combine freely: each legal combination trains, each illegal one is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Batch
+from flowanchor.jvp import Chain, Full, TwoPass
+from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
+from flowanchor.plugins.objectives.composed import ComposedObjective
+from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
+from flowanchor.plugins.objectives.intervals.plain import PlainInterval
+from flowanchor.plugins.objectives.shortcuts.alpha_flow import AlphaFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
+from flowanchor.plugins.objectives.shortcuts.imf import ImprovedMeanFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.scm import SCMShortcut
+from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.objectives.weights.log_variance import LogVarianceWeight
+from flowanchor.plugins.objectives.weights.none import NoWeight
+from flowanchor.plugins.objectives.weights.power import PowerWeight
+from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.sampling import ConsistencySampler, MeanFlowSampler
+from flowanchor.sampling.generate import check_sampler
+
+INTERVALS = {"expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval, "plain": PlainInterval}
+SHORTCUTS = {
+    "consistency": ConsistencyShortcut, "meanflow": MeanFlowShortcut, "imf": ImprovedMeanFlowShortcut,
+    "alpha_flow": AlphaFlowShortcut, "scm": lambda: SCMShortcut(warmup_steps=10), "none": lambda: None,
+}  # fmt: skip
+ANCHORS = {"flow_matching": FlowMatchingAnchor, "none": lambda: None}
+WEIGHTS = {"shortcut": lambda: None, "power": PowerWeight, "log_variance": LogVarianceWeight, "none": NoWeight}
+AVERAGES = ("meanflow", "imf", "alpha_flow")  # of any length
+COMBINATIONS = list(itertools.product(INTERVALS, SHORTCUTS, ANCHORS, WEIGHTS))
+
+
+def refused(interval: str, shortcut: str, anchor: str, weight: str) -> str | None:
+    """Why a combination is illegal, None where it is not: the rule, written down apart from the code."""
+    if shortcut == anchor == "none":
+        return "neither anchor nor shortcut"
+    if shortcut == "none" and weight != "shortcut":
+        return "has no shortcut"
+    if shortcut in AVERAGES and interval == "plain":
+        return "choose objective/interval=auxiliary .* or objective/interval=expanded"
+    return None
+
+
+def network(interval: str, seed: int = 1) -> LightningDiT:
+    torch.manual_seed(seed)
+    backbone = LightningDiT(
+        input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3,
+        auxiliary_time_cond=interval == "auxiliary", disable_label_dropout=True, use_swiglu=True, use_rmsnorm=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return backbone
+
+
+def build(interval: str, shortcut: str, anchor: str, weight: str) -> ComposedObjective:
+    return ComposedObjective(
+        INTERVALS[interval](), Uniform(), ANCHORS[anchor](), SHORTCUTS[shortcut](), weight=WEIGHTS[weight]()
+    )
+
+
+def batch() -> Batch:
+    torch.manual_seed(3)
+    return Batch(torch.randn(6, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("interval, shortcut, anchor, weight", COMBINATIONS)
+def test_each_combination_trains_or_is_refused(interval, shortcut, anchor, weight):
+    why = refused(interval, shortcut, anchor, weight)
+    backbone = network(interval)
+    if why is not None:
+        with pytest.raises(ConfigError, match=why):
+            build(interval, shortcut, anchor, weight).check(backbone)
+        return
+    objective = build(interval, shortcut, anchor, weight)
+    objective.check(backbone)
+    parameters = [*backbone.parameters(), *objective.parameters()]
+    optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1e-3)
+    before = [p.detach().clone() for p in parameters]
+    objective.at_step(5)
+    result = objective(backbone, batch(), DataVelocity(), Chain())
+    result.loss.backward()
+    optimizer.step()
+    assert math.isfinite(float(result.loss.detach()))
+    assert set(result.terms) == {n for n, c in (("anchor", anchor), ("shortcut", shortcut)) if c != "none"}
+    moved = [not torch.equal(a, b.detach()) for a, b in zip(before, parameters, strict=True) if b.requires_grad]
+    assert sum(moved) > 0.8 * len(moved)
+    if weight == "log_variance":
+        assert objective.shortcut.weight.linear.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shortcut", [name for name in SHORTCUTS if name != "none"])
+@pytest.mark.parametrize("interval", ["expanded", "auxiliary"])
+def test_every_engine_gives_the_same_loss_and_gradients(interval, shortcut):
+    found = {}
+    for name, engine in {"full": Full(), "chain": Chain(), "two_pass": TwoPass()}.items():
+        for anchor in ("none", "flow_matching"):
+            backbone, objective = network(interval).double(), build(interval, shortcut, anchor, "shortcut")
+            objective.at_step(2000)  # alpha-Flow's tangent has taken over
+            x1, cond = batch()
+            torch.manual_seed(7)
+            times = objective.draw(6)
+            noise = torch.randn(x1.shape, dtype=torch.float64)
+            given = [None if v is None else v.double() for v in times]
+            result = objective(backbone, Batch(x1.double(), cond), DataVelocity(), engine, noise, *given)
+            result.loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
+            found[name, anchor] = (result.loss.detach(), gradients)
+    for (_name, anchor), (loss, gradients) in found.items():
+        wanted = found["full", anchor]
+        assert abs(loss - wanted[0]) <= 1e-10 * abs(wanted[0])
+        assert (gradients - wanted[1]).norm() <= 1e-9 * wanted[1].norm()
+
+
+# ---------------------------------------------------------------------------------------------------- what they mean
+
+
+def test_times_of_meanflow():
+    """A share has r = t; the others r > t, and 1 where the interval knows no other end."""
+    torch.manual_seed(0)
+    first, second, coin = torch.rand(3, 4000)
+    t, end = MeanFlowShortcut(share=0.75).times(first, second, coin, AuxiliaryInterval())
+    assert bool((end >= t).all()) and abs(float((end == t).float().mean()) - 0.75) < 0.03
+    assert torch.equal(t, torch.minimum(first, second))
+    t, end = MeanFlowShortcut(share=0.25).times(first, second, coin, ExpandedInterval())
+    assert set(end[end != t].tolist()) == {1.0} and abs(float((end == t).float().mean()) - 0.25) < 0.03
+    told = ExpandedInterval().shortcut(t, end).t
+    assert torch.equal(told, torch.where(end == t, 2 - t, t))
+
+
+def test_with_r_equal_to_t_meanflow_is_flow_matching():
+    backbone, objective = network("auxiliary"), build("auxiliary", "meanflow", "none", "none")
+    x1, cond = batch()
+    t = torch.linspace(0.1, 0.9, 6)
+    noise = torch.randn_like(x1)
+    result = objective(backbone, Batch(x1, cond), DataVelocity(), Chain(), noise, t, t)
+    times = t.view(-1, 1, 1, 1)
+    plain = backbone.predict((1 - times) * noise + times * x1, t, cond, t)
+    torch.testing.assert_close(result.loss, (plain - (x1 - noise)).square().mean())
+
+
+def test_alpha_flow_goes_from_flow_matching_to_meanflow():
+    backbone, shortcut = network("auxiliary").double(), AlphaFlowShortcut(start=0, end=1000)
+    objective = ComposedObjective(AuxiliaryInterval(), Uniform(), shortcut=shortcut, weight=NoWeight())
+    mean = ComposedObjective(AuxiliaryInterval(), Uniform(), shortcut=MeanFlowShortcut(), weight=NoWeight())
+    x1, cond = batch()
+    x1, noise = x1.double(), torch.randn(x1.shape, dtype=torch.float64)
+    t, end = torch.linspace(0.1, 0.6, 6).double(), torch.linspace(0.5, 0.9, 6).double()
+
+    def gradient(which, step):
+        backbone.zero_grad()
+        which.at_step(step)
+        which(backbone, Batch(x1, cond), DataVelocity(), Chain(), noise, t, end).loss.backward()
+        return torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
+
+    alphas = []
+    for step in (0, 300, 500, 700, 1000):
+        objective.at_step(step)
+        alphas.append(shortcut.alpha())
+    assert alphas == sorted(alphas, reverse=True) and alphas[0] == 1 and alphas[2] == 0.5 and alphas[-1] == 0
+    target = gradient(mean, 0)
+    assert torch.equal(gradient(objective, 1000), target)
+    near = [float((gradient(objective, step) - target).norm() / target.norm()) for step in (0, 500, 690)]
+    assert near[0] > near[1] > near[2] and near[2] < 0.05  # at a small alpha it is MeanFlow's to first order
+
+
+def test_imf_goes_along_the_networks_own_velocity():
+    backbone, objective = network("auxiliary").double(), build("auxiliary", "imf", "none", "none")
+    x1, cond = batch()
+    x1, noise = x1.double(), torch.randn(x1.shape, dtype=torch.float64)
+    t, end = torch.full((6,), 0.3).double(), torch.full((6,), 0.8).double()
+    asked = []
+
+    def engine(network, x, time, cond, tangent_x, tangent_t, r=None, tangent_r=None):
+        asked.append(tangent_x)
+        return Full()(network, x, time, cond, tangent_x, tangent_t, r)
+
+    result = objective(backbone, Batch(x1, cond), DataVelocity(), engine, noise, t, end)
+    x_t = 0.7 * noise + 0.3 * x1
+    torch.testing.assert_close(asked[0], backbone.predict(x_t, t, cond, t).detach())
+    value = result.prediction - 0.5 * result.tangent
+    torch.testing.assert_close(result.loss.detach(), (value - (x1 - noise)).square().mean())
+
+
+def test_scm_by_hand():
+    shortcut = SCMShortcut(warmup_steps=100, normalisation=0.1)
+    shortcut.step = 25
+    prediction, tangent, velocity = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+    prediction.requires_grad_()
+    t = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)
+    loss = shortcut.loss(prediction, tangent, velocity, t).loss
+    for i, time in enumerate(t.tolist()):
+        g = math.cos(math.pi * time / 2) * (prediction[i] - velocity[i] - (1 - time) * 0.25 * tangent[i]).detach()
+        g = g / (g.square().mean().sqrt() + 0.1)
+        torch.testing.assert_close(loss[i].detach(), g.square().mean())
+        (gradient,) = torch.autograd.grad(loss[i], prediction, retain_graph=True)
+        torch.testing.assert_close(gradient[i], 2 * g / g.numel())  # the prediction is moved along -g
+
+
+def test_the_learned_weight_is_per_sample():
+    weight = LogVarianceWeight(features=16).double()
+    with torch.no_grad():
+        weight.linear.weight.normal_()
+    t = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    error = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    w = weight.log_variance(t)
+    assert w.shape == (2,) and w[0] != w[1]
+    torch.testing.assert_close(weight(error, t), error / w.exp() + w)
+    # Its minimum is at w = log(error): trained, it is the logarithm of the error.
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.05)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        weight(error, t).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(weight.log_variance(t).exp().detach(), error, rtol=2e-2, atol=2e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_the_meanflow_sampler_follows_average_velocities():
+    """For the exact averages of the flow to a point, any number of steps arrives."""
+    aim = torch.randn(2, 3, dtype=torch.float64)
+
+    class Exact(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+            self.asked = []
+
+        def predict(self, x, t, cond, r=None):
+            self.asked.append((float(t[0]), float(r[0])))
+            return (aim - x) / (1 - t[:, None])  # the flow to a point is straight: every average is this
+
+    for steps in (1, 2, 5):
+        network = Exact()
+        sampler = MeanFlowSampler().with_nfe(steps)
+        drawn = sampler.sample(network, torch.randn(2, 3), None, AuxiliaryInterval())
+        torch.testing.assert_close(drawn, aim)
+        assert network.asked == [(i / steps, (i + 1) / steps) for i in range(steps)]
+        assert sampler.nfe == sampler.network_calls == steps
+
+
+def test_samplers_that_do_not_fit_are_refused():
+    check_sampler(MeanFlowSampler(), "shortcut", AuxiliaryInterval())
+    check_sampler(ConsistencySampler(), "shortcut", AuxiliaryInterval())
+    for interval in (ExpandedInterval(), PlainInterval()):
+        with pytest.raises(ConfigError, match="use sampler=consistency, or train with objective/interval=auxiliary"):
+            check_sampler(MeanFlowSampler(), "shortcut", interval)
+
+
+def test_an_objective_that_needs_r_says_so():
+    with pytest.raises(ConfigError, match="backbone.auxiliary_time_cond=true"):
+        build("auxiliary", "meanflow", "none", "shortcut").check(network("expanded"))
