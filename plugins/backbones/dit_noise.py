@@ -13,19 +13,24 @@ the data which the last level predicts, and finite.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
+import numpy as np
 import torch
 from torch import Tensor
 
 LEVELS = 1000
 
 
-@lru_cache(maxsize=8)
+def _table() -> np.ndarray:
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
+    return 0.5 * np.log((1 - kept) / kept)
+
+
+_LOG_RATIOS = _table()  # of NumPy: a tensor that is kept would remember the mode (fake, inference) it was made in
+
+
 def _log_ratios(device: torch.device) -> Tensor:
     """log(noise / signal) of each level, float64 [1000], increasing."""
-    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64, device="cpu"), 0)
-    return (0.5 * torch.log((1 - kept) / kept)).to(device)
+    return torch.from_numpy(_LOG_RATIOS).to(device)
 
 
 def trained_range(device: torch.device | None = None) -> tuple[Tensor, Tensor]:

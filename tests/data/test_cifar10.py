@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -55,6 +56,40 @@ def test_without_labels(tmp_path):
     data = module(tmp_path / "cifar-10-batches-bin", num_classes=0)
     data.setup("fit")
     assert next(iter(data.train_dataloader())).cond is None
+
+
+def as_published(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A file as Python 2 and the NumPy of its time pickled it: byte strings, and NumPy's names of then."""
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR(K\x03" + text(b"|") + b"NNN"
+    dtype += b"J\xff\xff\xff\xff" * 2 + b"K\x00tb"
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text(b"b") + b"tR"
+    content = b"T" + struct.pack("<I", pixels.size) + pixels.tobytes()
+    shape = b"(M" + struct.pack("<H", len(pixels)) + b"M" + struct.pack("<H", 3072) + b"t"
+    array = empty + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + text(b"data") + array + text(b"labels") + numbers + b"u."
+
+
+def test_the_files_of_python_2(tmp_path):
+    kept = write(tmp_path, "py")
+    for name, (pixels, labels) in kept.items():
+        path = tmp_path / "cifar-10-batches-py" / name
+        path.write_bytes(as_published(pixels.reshape(-1, 3072), labels.tolist()))
+    images = module(tmp_path).images("train")
+    assert torch.equal(images[25], torch.from_numpy(kept["data_batch_2"][0][5]))
+    assert images.labels[25] == kept["data_batch_2"][1][5]
+
+
+def test_a_label_beyond_the_tenth_is_refused(tmp_path):
+    write(tmp_path, "bin")
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_4.bin"
+    path.write_bytes(bytes([10]) + path.read_bytes()[1:])
+    with pytest.raises(DataError, match="data_batch_4.bin is damaged .* labels up to 10"):
+        module(tmp_path).setup("fit")
 
 
 def test_a_malicious_pickle_runs_nothing(tmp_path):

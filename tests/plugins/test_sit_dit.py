@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 
 import pytest
 import torch
@@ -79,17 +81,29 @@ def test_sit_is_lightningdit_with_its_switches_off():
     assert torch.equal(ours.predict(x, t, y), theirs.eval().predict(x, t, y))
 
 
+def test_the_second_half_of_the_channels_is_dropped():
+    """The output layer writes, for each pixel of a patch, 4 channels of velocity and then 4 that are left out."""
+    whole = filled(SiT(**SMALL))
+    half = SiT(**SMALL, learn_sigma=False).double().eval()
+    rows = [8 * pixel + channel for pixel in range(4) for channel in range(4)]
+    weights = whole.state_dict()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = weights[name][rows]
+    half.load_state_dict(weights, strict=True)
+    x, t, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.rand(3, dtype=torch.float64), torch.tensor([0, 5, 2])
+    torch.testing.assert_close(whole.predict(x, t, y), half.predict(x, t, y))
+
+
 # ------------------------------------------------------------------------------------------------- noise to velocity
 
 
-def kept(level: int) -> float:
-    """prod(1 - beta) up to a level, by hand."""
-    return math.prod(1 - (1e-4 + (0.02 - 1e-4) * s / 999) for s in range(level + 1))
+# prod(1 - beta) up to each level, by hand.
+KEPT = list(itertools.accumulate((1 - (1e-4 + (0.02 - 1e-4) * s / 999) for s in range(1000)), operator.mul))
 
 
 @pytest.mark.parametrize("level", [0, 1, 37, 500, 998, 999])
 def test_a_level_is_where_its_signal_to_noise_ratio_is(level):
-    a = kept(level)
+    a = KEPT[level]
     t = torch.tensor([math.sqrt(a) / (math.sqrt(a) + math.sqrt(1 - a))], dtype=torch.float64)
     torch.testing.assert_close(dit_noise.noise_level(t), torch.tensor([float(level)], dtype=torch.float64))
     torch.testing.assert_close((t * dit_noise.unit_scale(t)).item(), math.sqrt(a))
@@ -100,6 +114,41 @@ def test_the_level_falls_and_ends():
     levels = dit_noise.noise_level(torch.linspace(0, 1, 5001, dtype=torch.float64))
     assert levels[0] == 999 and levels[-1] == 0
     assert bool((levels.diff() <= 0).all())
+
+
+@pytest.fixture(scope="module")
+def network_and_trunk():
+    """A DiT of random weights, and the network of the release around the same weights: (z, level, label) -> noise."""
+    network = filled(DiT(**SMALL))
+    trunk = LightningDiT(**SMALL, in_channels=4, learn_sigma=True).double().eval()
+    trunk.load_state_dict(network.state_dict(), strict=True)
+    return network, trunk
+
+
+@pytest.mark.parametrize("level", [0, 37, 500, 999])
+@pytest.mark.parametrize("reflected", [False, True])
+def test_the_trunk_is_asked_as_dit_was_trained(network_and_trunk, level, reflected):
+    """At a trained level, by hand: x = t x1 + (1 - t) eps is a multiple of z = sqrt(a) x1 + sqrt(1 - a) eps."""
+    network, trunk = network_and_trunk
+    a = KEPT[level]
+    t = math.sqrt(a) / (math.sqrt(a) + math.sqrt(1 - a))
+    x, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 5])
+    told = torch.full((2,), float(-level if reflected else level), dtype=torch.float64)
+    eps = trunk.predict(x * math.sqrt(a) / t, told, y)
+    asked = torch.full((2,), 2 - t if reflected else t, dtype=torch.float64)
+    torch.testing.assert_close(network.predict(x, asked, y), (x - eps) / t, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.003])
+def test_nearer_to_the_noise_the_last_level_predicts_the_data(network_and_trunk, t):
+    network, trunk = network_and_trunk
+    a = KEPT[999]
+    x, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 5])
+    z = x / math.sqrt(t**2 + (1 - t) ** 2)
+    eps = trunk.predict(z, torch.full((2,), 999.0, dtype=torch.float64), y)
+    data = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    found = network.predict(x, torch.full((2,), t, dtype=torch.float64), y)
+    torch.testing.assert_close(found, (data - x) / (1 - t), rtol=1e-7, atol=1e-7)
 
 
 class AnalyticDiT(DiT):
@@ -113,7 +162,7 @@ class AnalyticDiT(DiT):
         level = dit_noise.noise_level(physical)
         z = x * dit_noise.unit_scale(physical).view(-1, 1, 1, 1)
         whole, share = level.long().clamp(max=998), level - level.long().clamp(max=998)
-        table = torch.tensor([0.5 * math.log((1 - kept(s)) / kept(s)) for s in range(1000)], dtype=torch.float64)
+        table = torch.tensor([0.5 * math.log((1 - KEPT[s]) / KEPT[s]) for s in range(1000)], dtype=torch.float64)
         ratio = (table[whole] + share * (table[whole + 1] - table[whole])).exp()  # noise / signal
         signal = torch.rsqrt(1 + ratio.square()).view(-1, 1, 1, 1)
         noise = ratio.view(-1, 1, 1, 1) * signal

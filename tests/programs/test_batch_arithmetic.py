@@ -46,6 +46,15 @@ def test_what_multiplies_to_the_batch_passes(values):
         ({"devices": 3}, r"384 samples: .*use 8 processes \(trainer\.devices, trainer\.num_nodes\), or global_"),
         ({"devices": 8, "nodes": 8}, r"8192 samples: .*use data\.batch_size=16, or 8 processes"),
         ({"devices": "all"}, "trainer.devices=all is no number"),
+        ({"devices": 0}, "trainer.devices=0 is no number of devices: use for example 8"),
+        ({"devices": -2, "wanted": None}, "trainer.devices=-2 is no number of devices"),
+        ({"devices": []}, r"trainer.devices=\[\] is no number of devices"),
+        ({"nodes": 0}, "trainer.num_nodes=0 is too small"),
+        ({"accumulate": "often"}, "trainer.accumulate_grad_batches=often is not a whole number"),
+        ({"wanted": "1k"}, "global_batch_size=1k is not a whole number: use for example global_batch_size=1024"),
+        ({"wanted": 1024.5}, "global_batch_size=1024.5 is not a whole number"),
+        ({"wanted": 0}, "global_batch_size=0 is too small"),
+        ({"reference": "usual"}, "reference_batch_size=usual is not a whole number"),
     ],
 )  # fmt: skip
 def test_what_does_not_is_refused_with_a_way_out(values, sentence):

@@ -11,14 +11,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.errors import ConfigError
+from flowanchor.programs.checks import check_whole_numbers
 
 
 def check_batch(cfg: DictConfig) -> None:
     """Compare `data.batch_size` x processes x `trainer.accumulate_grad_batches` with what the settings promise.
 
-    Raises `ConfigError` where `global_batch_size` is set and is not that; warns where the learning rate is stated for
-    another batch (`reference_batch_size`).
+    Raises `ConfigError` where `global_batch_size` is set and is not that, or where a setting is no count; warns where
+    the learning rate is stated for another batch (`reference_batch_size`).
     """
+    check_whole_numbers(cfg, global_batch_size=(1, 1024), reference_batch_size=(1, 1024))
+    check_whole_numbers(cfg, trainer__num_nodes=1, trainer__accumulate_grad_batches=(0, 1))  # 0: Lightning refuses it
     batch = OmegaConf.select(cfg, "data.batch_size")
     if batch is None:
         return
@@ -34,7 +37,7 @@ def check_batch(cfg: DictConfig) -> None:
         )
     reference = cfg.get("reference_batch_size")
     rate = OmegaConf.select(cfg, "optimizer.lr")
-    if reference and rate and samples != int(reference):
+    if reference and isinstance(rate, int | float) and samples != int(reference):
         ratio = samples / int(reference)
         rank_zero_warn(
             f"optimizer.lr={rate:g} is stated for a batch of {reference} and a step of this run has {samples}: scaled "
@@ -48,10 +51,14 @@ def count_processes(devices: Any, num_nodes: int, accelerator: str) -> int:
     launched = os.environ.get("TORCHELASTIC_RUN_ID") is not None or os.environ.get("SLURM_NTASKS") is not None
     if launched and os.environ.get("WORLD_SIZE"):
         return int(os.environ["WORLD_SIZE"])
-    return _devices(devices, accelerator) * int(num_nodes)
+    count = _devices(devices, accelerator)
+    if count < 1:
+        raise ConfigError(f"trainer.devices={devices} is no number of devices: use for example 8 or auto.")
+    return count * int(num_nodes)
 
 
 def _devices(devices: Any, accelerator: str) -> int:
+    """Devices of one machine; below 1 where that is not what was asked for."""
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
     text = str(devices).strip()
@@ -60,10 +67,7 @@ def _devices(devices: Any, accelerator: str) -> int:
     if text in ("auto", "-1"):
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         return torch.cuda.device_count() if on_gpu else 1
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(f"trainer.devices={devices} is no number of devices: use for example 8 or auto.") from error
+    return int(text) if text.isdecimal() else 0
 
 
 def _suggestions(wanted: int, batch: int, processes: int, accumulated: int) -> str:
