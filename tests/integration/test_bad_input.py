@@ -89,7 +89,10 @@ def the_sentence(stderr: str) -> str:
 
 CASES = [
     # options, plugins, keys
-    ([*TRAIN, "objective=facn"], "Unknown option 'facn' for objective: did you mean facm. The options are alpha_flow, facm, "),
+    (
+        [*TRAIN, "objective=facn"],
+        "Unknown option 'facn' for objective: did you mean facm. The options are alpha_flow, facm, ",
+    ),
     ([*TRAIN, "backbone=zebra"], "Unknown option 'zebra' for backbone: choose one of .*lightningdit"),
     ([*SAMPLE, "sampler=consistensy"], "Unknown option .* did you mean consistency"),
     ([*EVAL, "metric=fid"], "Unknown option 'fid' for metric: choose one of inception, random, small"),
