@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def check_whole_numbers(cfg: DictConfig, **least: int | tuple[int, int]) -> None
             raise ConfigError(f"{key}={value} is not a whole number: use for example {key}={example}.")
         if value < bound:
             raise ConfigError(f"{key}={value} is too small: it must be at least {bound} (for example {key}={example}).")
+
+
+def own_device(name: Any) -> str:
+    """The device of this process: a GPU of its own, where torchrun started several."""
+    device = choose_device(name)
+    local = os.environ.get("LOCAL_RANK")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"cuda:{local}" if device == "cuda" and several and local is not None else device
 
 
 def choose_device(name: Any) -> str:

@@ -22,7 +22,7 @@ from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
 from flowanchor.latents.manifest import MANIFEST, Manifest
-from flowanchor.programs.checks import check_whole_numbers, choose_device
+from flowanchor.programs.checks import check_whole_numbers, own_device
 from flowanchor.programs.launch import program
 
 VALUES = ("sample", "moments")
@@ -140,13 +140,6 @@ def read_encoding(cfg: DictConfig) -> Encoding:
         shuffle=shuffle,
         seed=cfg.seed,
     )
-
-
-def own_device(name: str | None) -> str:
-    """The device of this process: one GPU each under torchrun."""
-    device = choose_device(name)
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 def describe(manifest: Manifest) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from flowanchor.programs.checks import choose_device
+from flowanchor.programs.checks import own_device
 
 T = TypeVar("T")
 
@@ -28,13 +28,10 @@ class Processes:
     def join(cls, device: str | None) -> Processes:
         """As torchrun's environment says; one process without it. Each gets a GPU of its own."""
         index, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        chosen = choose_device(device)
-        if chosen == "cuda" and count > 1:
-            chosen = f"cuda:{os.environ.get('LOCAL_RANK', index)}"
         if count > 1 and not dist.is_initialized():
             # A day: processes wait for the slowest one, and torchrun ends them all when one fails.
             dist.init_process_group("gloo", timeout=timedelta(days=1))
-        return cls(index, count, chosen)
+        return cls(index, count, own_device(device))
 
     @property
     def first(self) -> bool:

@@ -1,0 +1,61 @@
+"""What samplers share that ask a shortcut network once at each time of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Sampler
+from flowanchor.sampling.grid import time_grid
+from flowanchor.sampling.guidance import Guidance
+
+Self = TypeVar("Self", bound="GridSampler")
+
+
+class GridSampler(Sampler):
+    """Steps along a grid of times, one network call each; a subclass says what a step does.
+
+    Args:
+        steps: number of steps.
+        grid: explicit times of the steps instead of a uniform grid, increasing, in [0, 1).
+        timestep_shift: shift of the uniform grid; 0 for none.
+        guidance_scale, guidance_low, guidance_high: extra guidance; 1 for networks whose guidance is baked in.
+    """
+
+    kind = "shortcut"
+
+    def __init__(
+        self,
+        steps: int = 2,
+        grid: Sequence[float] | None = None,
+        timestep_shift: float = 0.0,
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
+    ) -> None:
+        self.times = time_grid(steps, timestep_shift, grid)
+        self.timestep_shift = timestep_shift
+        self.grid = None if grid is None else list(grid)
+        self.guidance = Guidance(guidance_scale, guidance_low, guidance_high)
+
+    @property
+    def nfe(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def network_calls(self) -> int:
+        """Network calls per sample, guided evaluations counted twice."""
+        asked = self.times[:-1]
+        inside = (asked >= self.guidance.low) & (asked <= self.guidance.high)
+        return int((1 + inside.long() * (self.guidance.calls - 1)).sum())
+
+    def with_nfe(self: Self, nfe: int) -> Self:
+        if nfe < 1:
+            raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
+        if self.grid is not None and nfe != self.nfe:
+            raise ConfigError(
+                f"sampler.grid has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the grid or that nfe."
+            )
+        g = self.guidance
+        return type(self)(nfe, self.grid, self.timestep_shift, g.scale, g.low, g.high)
