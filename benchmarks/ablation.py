@@ -3,6 +3,8 @@
     python benchmarks/ablation.py                    # digits; at most 90 minutes on 2 cores; goes on where it stopped
     python benchmarks/ablation.py --jobs 4           # four runs at once
     python benchmarks/ablation.py --quick            # two rows, a few steps: shows that it runs, writes no page
+    python benchmarks/ablation.py --rows 0 7 8 --folder outputs/fashion --settings data=fashion_mnist data.root=FOLDER
+                                                     # another data set: prints its table, writes no page
 
 Every row distils the same teacher, starts from its weights and spends the same number of network evaluations per
 sample: a teacher call, an anchor, a shortcut with its tangent and a further opinion of the network count one each, so
@@ -77,6 +79,7 @@ class Ablation:
     samples: int
     teacher_steps: int
     rows: tuple[Row, ...]
+    settings: tuple[str, ...] = ()
 
     def steps(self, row: Row) -> int:
         return self.budget // row.calls
@@ -92,7 +95,7 @@ class Ablation:
         folder = self.folder / "teacher"
         done = self.run(
             "train.py", "experiment=digits_teacher", f"trainer.max_steps={self.teacher_steps}",
-            "callbacks.sample_grid=null", f"hydra.run.dir={folder}",
+            "callbacks.sample_grid=null", f"hydra.run.dir={folder}", *self.settings,
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -107,6 +110,7 @@ class Ablation:
             "train.py", "experiment=digits_facm", *words, f"teacher.checkpoint={teacher}", f"seed={seed}",
             f"trainer.max_steps={steps}", "callbacks.sample_grid=null", "callbacks.best=null", "log_every_n_steps=10",
             "trainer.limit_val_batches=0", "callbacks.last.every_n_train_steps=100", f"hydra.run.dir={folder}",
+            *self.settings,
         )  # fmt: skip
         broke = trained.returncode != 0 and "was not finite" in trained.stderr
         if trained.returncode and not broke:
@@ -189,15 +193,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=1800, help="network evaluations per sample of a batch")
+    parser.add_argument("--rows", type=int, nargs="+", help="these rows only, counted from 0; refreshes nothing")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], help="for every training, such as data=; refreshes nothing"
+    )
     parser.add_argument("--quick", action="store_true", help="two rows, one seed, a few steps; refreshes nothing")
     arguments = parser.parse_args()
     rows, folder = ROWS, arguments.folder.absolute()
+    if arguments.rows:
+        rows = tuple(ROWS[number] for number in arguments.rows)
     if arguments.quick:
         rows, folder = (ROWS[0], ROWS[8]), folder.with_name("ablation_quick")
         shutil.rmtree(folder, ignore_errors=True)
         sweep = Ablation(folder, 12, 1, arguments.jobs, 60, 4, rows)
     else:
         sweep = Ablation(folder, arguments.budget, arguments.seeds, arguments.jobs, 1000, 3000, rows)
+        sweep.settings = tuple(arguments.settings)
     reference, found = sweep.all()
     about = machine()
     floor = reference["floor"]
@@ -213,7 +224,7 @@ def main() -> None:
         ]
     )
     print(text)
-    if not arguments.quick:
+    if not (arguments.quick or arguments.rows or arguments.settings):
         write_json(RESULTS / "ablation_digits.json", {"machine": about, "teacher": reference, "runs": found})
         ablation_figure({row.name: [f["curves"] for f in found if f["row"] == row.name] for row in rows}).savefig(
             ROOT / "docs" / "images" / "ablation.png", dpi=110

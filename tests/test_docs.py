@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,39 +101,65 @@ def steps() -> list[Step]:
     return found
 
 
+def clone(folder: Path) -> Path:
+    """A copy of what the programs need."""
+    made = folder / "flowanchor"
+    hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in ("src", "plugins", "conf", "examples"):
+        shutil.copytree(ROOT / name, made / name, ignore=hidden)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, made / name)
+    return made
+
+
 @pytest.fixture(scope="module")
-def clones(tmp_path_factory: pytest.TempPathFactory):
-    """Page -> its own copy of the repository, made when its first step runs."""
-    made: dict[Path, Path] = {}
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Step -> what went wrong, nothing where it went well. The steps of a page in order, two pages at a time."""
+    pages: dict[Path, list[Step]] = {}
+    for item in request.session.items:
+        step = getattr(item, "callspec", None) and item.callspec.params.get("step")
+        if isinstance(step, Step) and not step.block.not_run:
+            pages.setdefault(step.page, []).append(step)
+    folders = {page: tmp_path_factory.mktemp("page") for page in pages}
+    found: dict[str, str] = {}
 
-    def clone_of(page: Path) -> Path:
-        if page not in made:
-            clone = tmp_path_factory.mktemp("page") / "flowanchor"
-            hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-            for name in ("src", "plugins", "conf", "examples"):
-                shutil.copytree(ROOT / name, clone / name, ignore=hidden)
-            for name in ("pyproject.toml", "setup.py", "constraints.txt", "Makefile", "README.md", "LICENSE"):
-                shutil.copy(ROOT / name, clone / name)
-            made[page] = clone
-        return made[page]
+    def run_page(page: Path) -> None:
+        copy = clone(folders[page])
+        for step in pages[page]:
+            try:
+                wrong = attempt(step, copy)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                wrong = str(error) or "an assertion"
+            found[str(step)] = found.get(str(step)) or wrong  # a block may say the same twice
 
-    return clone_of
+    longest_first = sorted(pages, key=lambda page: -len(pages[page]))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run_page, longest_first))
+    return found
 
 
-@pytest.mark.parametrize("step", steps(), ids=str)
-def test_commands_run(step: Step, clones):
-    if step.block.not_run:
-        pytest.skip(step.block.not_run)
-    clone = clones(step.page)
+def attempt(step: Step, copy: Path) -> str:
+    """Run one step in a clone; returns what went wrong."""
     for block in step.first:
         assert block.file is not None
-        (clone / block.file).parent.mkdir(parents=True, exist_ok=True)
-        (clone / block.file).write_text(block.text)
-    for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, clone):
-        paths = [clone.parent / "installed", clone / "src", os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
-        done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        (copy / block.file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / block.file).write_text(block.text)
+    paths = [copy.parent / "installed", copy / "src", os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+    for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, copy):
+        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=280)
+        if done.returncode:
+            return f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return ""
+
+
+@pytest.mark.timeout(1800)  # the first one runs them all
+@pytest.mark.parametrize("step", steps(), ids=str)
+def test_commands_run(step: Step, request: pytest.FixtureRequest):
+    if step.block.not_run:
+        pytest.skip(step.block.not_run)
+    wrong = request.getfixturevalue("outcomes")[str(step)]
+    assert not wrong, wrong
 
 
 def runnable(command: str, clone: Path) -> list[list[str]]:
