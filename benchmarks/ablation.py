@@ -21,17 +21,28 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
 from harness import RESULTS, ROOT, machine, markdown, refresh, write_json
 
 sys.path.insert(0, str(ROOT / "src"))
 
+from flowanchor.checkpoints import initialise_student, load_model
+from flowanchor.interfaces import Batch
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+from flowanchor.programs.launch import prepare
 from flowanchor.reporting.ablation_figure import ablation_figure
 from flowanchor.reporting.runs import read_series
+from flowanchor.sampling.guidance import Guidance
 
 R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
 NFE = (1, 2, 4)
@@ -129,8 +140,6 @@ class Ablation:
                 found["floor"] = report["floor"]["fd"]
         logged = folder / "csv" / "metrics.csv"
         series = read_series(logged) if logged.is_file() else {}
-        rates = series.get("images_per_second", ([], []))[1]
-        found["seconds_per_step"] = 64 / statistics.median(rates) if rates else None
         found["curves"] = {
             name: series[key]
             for name, key in (("loss", "train/loss"), ("tangent_norm", "train/tangent_norm"))
@@ -157,20 +166,45 @@ class Ablation:
             return reference, list(pool.map(lambda job: self.measure(*job, teacher), todo))
 
 
-def table(rows: tuple[Row, ...], found: list[dict[str, Any]], reference: dict[str, Any]) -> str:
+def measure_costs(rows: tuple[Row, ...], teacher: Path, rounds: int = 9) -> dict[str, float]:
+    """CPU seconds of forward and backward on a batch of 64, median; the rows take turns in this process."""
+    torch.set_num_threads(1)
+    prepare()
+    model, cases = load_model(teacher), {}
+    for row in rows:
+        GlobalHydra.instance().clear()
+        with initialize_config_module("flowanchor.conf", version_base="1.3"):
+            words = [word.format(quarter=1, half=1) for word in row.words]
+            cfg = compose("train", overrides=["experiment=digits_facm", *words])
+        student = instantiate(cfg.backbone)
+        initialise_student(student, teacher)
+        velocity = CheckpointVelocity.of_network(model.backbone, Guidance())
+        cases[row.name] = (student.train(), instantiate(cfg.objective, _convert_="all"), velocity, instantiate(cfg.jvp))
+    batch = Batch(torch.randn(64, 1, 8, 8), torch.arange(64) % 10)
+    seconds: dict[str, list[float]] = {row.name: [] for row in rows}
+    for number in range(rounds + 1):
+        for name, (student, objective, velocity, engine) in cases.items():
+            start = time.process_time()
+            objective(student, batch, velocity, engine).loss.backward()
+            if number:  # the first one warms up
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def table(
+    rows: tuple[Row, ...], found: list[dict[str, Any]], reference: dict[str, Any], costs: dict[str, float]
+) -> str:
     """A line per row: mean and spread over the seeds, runs that failed, cost per step against the first row."""
     worst = reference["fd"][
         "1"
     ]  # a student that is no better in one step than its untrained teacher has learned nothing
-    first = [f["seconds_per_step"] for f in found if f["row"] == rows[0].name and f["seconds_per_step"]]
     lines = []
     for row in rows:
         own = [f for f in found if f["row"] == row.name]
         cells = [_spread([f["fd"][str(nfe)] for f in own if str(nfe) in f["fd"]]) for nfe in NFE]
         failed = sum(f["broke"] or not f["fd"] or f["fd"].get("1", math.inf) >= worst for f in own)
-        costs = [f["seconds_per_step"] for f in own if f["seconds_per_step"]]
-        cost = f"{statistics.median(costs) / statistics.median(first):.2f}" if costs and first else "-"
-        lines.append([row.name, str(own[0]["steps"]), *cells, f"{failed} of {len(own)}", cost])
+        cost = costs[row.name] / costs[rows[0].name]
+        lines.append([row.name, str(own[0]["steps"]), *cells, f"{failed} of {len(own)}", f"{cost:.2f}"])
     teacher = ["teacher, Euler steps", "", *(f"{reference['fd'][str(nfe)]:.2f}" for nfe in NFE), "", ""]
     header = ("objective", "steps", *(f"NFE {nfe}" for nfe in NFE), "diverged", "cost per step")
     return markdown(header, [*lines, teacher])
@@ -210,22 +244,26 @@ def main() -> None:
         sweep = Ablation(folder, arguments.budget, arguments.seeds, arguments.jobs, 1000, 3000, rows)
         sweep.settings = tuple(arguments.settings)
     reference, found = sweep.all()
+    costs = measure_costs(rows, folder / "teacher")
     about = machine()
     floor = reference["floor"]
     text = "\n\n".join(
         [
-            table(rows, found, reference),
+            table(rows, found, reference, costs),
             "Frechet distance on the features of a small classifier (FD-digits), mean ± standard deviation over "
             f"{sweep.seeds} seeds, of {floor['n']} images with balanced labels; floor (held-out images): "
             f"{floor['fd']:.2f}. Diverged: a run that stopped on values that are not finite, or whose one-step "
-            f"distance is no better than the teacher's. Cost per step: against the first row, median. {sweep.budget} "
-            f"network evaluations per sample of a batch of 64. Measured by `make ablation` on {about['cpu']}, torch "
-            f"{about['torch']}, {about['date']}, commit {about['commit']}.",
+            "distance is no better than the teacher's. Cost per step: CPU time of forward and backward against the "
+            f"first row, taking turns. {sweep.budget} network evaluations per sample of a batch of 64. Measured by "
+            f"`make ablation` on {about['cpu']}, torch {about['torch']}, {about['date']}, commit {about['commit']}.",
         ]
     )
     print(text)
     if not (arguments.quick or arguments.rows or arguments.settings):
-        write_json(RESULTS / "ablation_digits.json", {"machine": about, "teacher": reference, "runs": found})
+        write_json(
+            RESULTS / "ablation_digits.json",
+            {"machine": about, "teacher": reference, "cpu_seconds": costs, "runs": found},
+        )
         ablation_figure({row.name: [f["curves"] for f in found if f["row"] == row.name] for row in rows}).savefig(
             ROOT / "docs" / "images" / "ablation.png", dpi=110
         )

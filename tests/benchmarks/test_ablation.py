@@ -41,20 +41,21 @@ def test_every_row_is_a_legal_objective_of_its_own():
 def test_the_table():
     rows = ablation.ROWS[:3]
 
-    def run(row, fd, broke=False, seconds=0.1):
-        return {"row": row.name, "steps": 9, "fd": fd, "broke": broke, "seconds_per_step": seconds, "curves": {}}
+    def run(row, fd, broke=False):
+        return {"row": row.name, "steps": 9, "fd": fd, "broke": broke, "curves": {}}
 
     good = {"1": 2.0, "2": 1.5, "4": 1.0}
     found = [
-        run(rows[0], good), run(rows[0], {**good, "1": 4.0}), run(rows[1], {**good, "1": 30.0}, seconds=0.05),
-        run(rows[1], good, seconds=0.05), run(rows[2], {}, broke=True, seconds=None),
+        run(rows[0], good), run(rows[0], {**good, "1": 4.0}), run(rows[1], {**good, "1": 30.0}), run(rows[1], good),
+        run(rows[2], {}, broke=True),
     ]  # fmt: skip
+    costs = {rows[0].name: 0.1, rows[1].name: 0.05, rows[2].name: 0.07}
     reference = {"fd": {"1": 20.0, "2": 9.0, "4": 3.0, "50": 1.0}}
-    lines = ablation.table(rows, found, reference).splitlines()
+    lines = ablation.table(rows, found, reference, costs).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert cells[0] == [rows[0].name, "9", "3.00 ± 1.41", "1.50 ± 0.00", "1.00 ± 0.00", "0 of 2", "1.00"]
     assert cells[1][-2:] == ["1 of 2", "0.50"]
-    assert cells[2] == [rows[2].name, "9", "-", "-", "-", "1 of 1", "-"]
+    assert cells[2] == [rows[2].name, "9", "-", "-", "-", "1 of 1", "0.70"]
     assert cells[3][2] == "20.00"
 
 

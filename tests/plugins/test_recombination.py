@@ -10,7 +10,7 @@ import torch
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Batch
-from flowanchor.jvp import Chain, Full, TwoPass
+from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -104,7 +104,8 @@ def test_each_combination_trains_or_is_refused(interval, shortcut, anchor, weigh
 @pytest.mark.parametrize("interval", ["expanded", "auxiliary"])
 def test_every_engine_gives_the_same_loss_and_gradients(interval, shortcut):
     found = {}
-    for name, engine in {"full": Full(), "chain": Chain(), "two_pass": TwoPass()}.items():
+    engines = {"full": Full(), "chain": Chain(), "two_pass": TwoPass(), "finite_difference": FiniteDifference()}
+    for name, engine in engines.items():
         for anchor in ("none", "flow_matching"):
             backbone, objective = network(interval).double(), build(interval, shortcut, anchor, "shortcut")
             objective.at_step(2000)  # alpha-Flow's tangent has taken over
@@ -117,10 +118,10 @@ def test_every_engine_gives_the_same_loss_and_gradients(interval, shortcut):
             result.loss.backward()
             gradients = torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
             found[name, anchor] = (result.loss.detach(), gradients)
-    for (_name, anchor), (loss, gradients) in found.items():
-        wanted = found["full", anchor]
-        assert abs(loss - wanted[0]) <= 1e-10 * abs(wanted[0])
-        assert (gradients - wanted[1]).norm() <= 1e-9 * wanted[1].norm()
+    for (name, anchor), (loss, gradients) in found.items():
+        wanted, exact = found["full", anchor], name != "finite_difference"
+        assert abs(loss - wanted[0]) <= (1e-10 if exact else 1e-4) * abs(wanted[0])
+        assert (gradients - wanted[1]).norm() <= (1e-9 if exact else 1e-4) * wanted[1].norm()
 
 
 # ---------------------------------------------------------------------------------------------------- what they mean
