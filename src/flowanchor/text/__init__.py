@@ -1,0 +1,1 @@
+"""Text encoders: prompts to the embeddings that a text-conditioned backbone reads."""
