@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 
@@ -54,6 +55,7 @@ class Backbone(nn.Module, ABC):
 
     blocks: nn.ModuleList
     sample_shape: tuple[int, ...]  # shape of one sample, without the batch
+    any_size: bool = False  # whether samples of other sizes, with the same channels, fit too
     num_classes: int = 0  # 0: not class-conditional
     takes_end_time: bool = False  # whether `r` has an embedder of its own
     condition_dropout: float = 0.0  # share of conditions that `drop_condition` replaces in training
@@ -122,6 +124,11 @@ class Backbone(nn.Module, ABC):
         """Modules whose parameters and arithmetic stay in float32 when the rest is bfloat16 (time, modulation)."""
         return []
 
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """Small trained parameters that a sharding strategy leaves whole, as they are stored: those that must stay in
+        float32 and belong to no module of their own."""
+        return []
+
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
         tokens, context = self.embed(x, t, cond, r)
@@ -139,6 +146,10 @@ class Backbone(nn.Module, ABC):
             f"{type(self).__name__} has no unconditional branch, so guidance cannot be used with it: "
             "set teacher.guidance_scale=1 (or sampler.guidance_scale=1)."
         )
+
+    def stack_conditions(self, first: Any, second: Any) -> Any:
+        """Two batches of conditions as one of `B + B'` samples."""
+        return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, first, second)
 
     def drop_condition(self, cond: Any) -> Any:
         """Replace a random share of the conditions by the null condition (for guidance). Default: none."""

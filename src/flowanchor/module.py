@@ -121,10 +121,13 @@ class FlowModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        networks = (self.student, self.objective)
-        trained = [[p for p in network.parameters() if p.requires_grad] for network in networks]
-        # The objective's own parameters, if any, make a group: a strategy may shard the student's and not these.
-        groups = [{"params": parameters} for parameters in trained] if trained[1] else trained[0]
+        # A strategy may shard the student's parameters, but not all of them, and not the objective's own.
+        whole = [p for p in self.student.whole_parameters() if p.requires_grad]
+        kept = {id(p) for p in whole}
+        rest = [p for p in self.student.parameters() if p.requires_grad and id(p) not in kept]
+        own = [p for p in self.objective.parameters() if p.requires_grad]
+        trained = [parameters for parameters in (rest, whole, own) if parameters]
+        groups = [{"params": parameters} for parameters in trained] if len(trained) > 1 else trained[0]
         try:
             return self.make_optimizer(groups)
         except ValueError as error:  # PyTorch's own check of rates, decays and betas

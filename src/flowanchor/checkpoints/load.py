@@ -17,6 +17,7 @@ from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published, read_safetensors
 from flowanchor.checkpoints.sharded import is_sharded, read_sharded, superseded
 from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_wan
 from flowanchor.deferred import is_deferred, loading_context
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, Interval
@@ -49,10 +50,16 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint behind a path: the file or sharded folder itself, the last one of a run folder, the weights of a
-    folder that convert.py published."""
+    folder that convert.py published, a folder with the released weights of Wan."""
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = path if is_sharded(path) else path / WEIGHTS if is_published(path) else latest_checkpoint(path)
+        inside = (
+            path
+            if is_sharded(path) or is_wan(path)
+            else path / WEIGHTS
+            if is_published(path)
+            else latest_checkpoint(path)
+        )
         if inside is None:
             raise CheckpointError(
                 f"The folder {path} holds no checkpoints/last.ckpt: "
@@ -104,6 +111,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Any:
+    if is_wan(file):
+        return read_wan(file)
     if file.is_dir():
         return read_sharded(file)
     if file.suffix == SUFFIX:
@@ -133,8 +142,8 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
     """Load the network of a run.
 
     Args:
-        path: a .ckpt file, a sharded checkpoint, a .safetensors file of `convert.py consolidate`, or a run folder (its
-            `checkpoints/last.ckpt`).
+        path: a .ckpt file, a sharded checkpoint, a .safetensors file of `convert.py consolidate`, a run folder (its
+            `checkpoints/last.ckpt`), or a folder with the weights of Wan, as released or of diffusers.
         ema: name of an EMA profile; None for the run's default one (raw weights where it kept none); "none" for the raw
             weights; "posthoc:0.15" for an average of that relative width, synthesised from the run's snapshots.
         device: where the network goes. Within `defer_loading` it goes nowhere: its weights stay in the file until
@@ -219,8 +228,12 @@ def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = N
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file, hex; of a sharded checkpoint, that of its files' names and contents."""
+    """sha256 of a file, hex; of a sharded checkpoint, that of its files' names and contents; of Wan, their headers."""
     path, digest = Path(path), hashlib.sha256()
+    if is_wan(path):
+        for line in folder_digest_lines(path):
+            digest.update(line)
+        return digest.hexdigest()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition
@@ -61,7 +60,7 @@ class Guidance:
 
 def _side_by_side(network: Backbone, x: Tensor, told: Condition, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
     """The network under two conditions in one call."""
-    both = tree_map(lambda c, n: torch.cat([c, n]) if isinstance(c, Tensor) else c, cond, null)
+    both = network.stack_conditions(cond, null)
     r = None if told.r is None else torch.cat([told.r, told.r])
     first, second = network.predict(torch.cat([x, x]), torch.cat([told.t, told.t]), both, r).chunk(2)
     return first, second

@@ -209,8 +209,7 @@ class ChainJVPStrategy(ModelParallelStrategy):
 
 def average_plain_gradients(module: nn.Module) -> None:
     """Average, over all processes, the gradients of trained parameters that FSDP does not reduce (one collective)."""
-    reduced = {id(p) for unit in module.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
-    plain = [p for p in module.parameters() if p.requires_grad and id(p) not in reduced]
+    plain = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if not plain or dist.get_world_size() == 1:
         return
     # A process on which a parameter was not used has no gradient for it, and must take part all the same.

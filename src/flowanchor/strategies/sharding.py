@@ -32,7 +32,8 @@ def shard_backbone(
         mesh: one dimension (shards), or two (replicas x shards: HSDP).
         param_dtype: in which parameters are gathered and used; None: as they are stored. The network's
             `float32_modules` stay as stored: they become units inside the stage's unit. A forward under autocast casts
-            the activations, so inputs are not cast here: a time in bfloat16 would lose its digits.
+            the activations, so inputs are not cast here: a time in bfloat16 would lose its digits. The network's
+            `whole_parameters` are not sharded then: who trains must average their gradients over the processes.
         reduce_dtype: in which gradients are reduced; None: `param_dtype`.
         prefetch: gather the next stage while one runs.
 
@@ -45,15 +46,16 @@ def shard_backbone(
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     wide = set(backbone.float32_modules()) if param_dtype is not None else set()
+    kept = set(backbone.whole_parameters()) if param_dtype is not None else set()
     stages = [stage for stage in backbone.stage_modules() if stage]
     for stage in stages:
         for module in _nested(stage, wide):
             fully_shard(module, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
         policy = exact if wide & set(stage) else low
         unit: Any = stage if len(stage) > 1 else stage[0]
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=kept)
     tables = {p for p in backbone.parameters(recurse=False) if not p.requires_grad}
-    fully_shard(backbone, mesh=mesh, mp_policy=exact, ignored_params=tables)
+    fully_shard(backbone, mesh=mesh, mp_policy=exact, ignored_params=tables | kept)
     embed, *_, head = backbone.stage_modules()
     backbone.__dict__["embed"] = UnitMethod(backbone.embed, _units(embed))
     backbone.__dict__["head"] = UnitMethod(backbone.head, _units(head))

@@ -40,4 +40,3 @@ def pad_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
     for row, embedding in zip(out, embeddings, strict=True):
         row[: embedding.shape[0]] = embedding
     return out
-

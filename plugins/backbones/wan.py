@@ -1,0 +1,307 @@
+"""Wan 2.1 and 2.2 (arXiv 2503.20314) as a chain of stages, of the layers of `diffusers.WanTransformer3DModel`.
+
+State-dict keys are diffusers'; `checkpoints/wan_folder.py` opens released and diffusers folders. What is ours is the
+language spoken outside: time 0 is noise and 1 is data, and the prediction is the velocity. `timesteps` and `head` are
+where that is translated into Wan's: sigma = 1 - t, timesteps 1000 sigma, noise minus data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformerBlock,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, StageContext
+
+WAN_TIMESTEPS = 1000.0
+
+# The sizes of the released networks. A14B: each of its two experts.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 256, "num_layers": 6, "freq_dim": 64},
+    "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "5B": {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30},
+    "A14B": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+}
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """Times t [B] -> Wan's timesteps `1000 (1 - t)` [B]; the anchor's half (1, 2] becomes negative ones."""
+    return WAN_TIMESTEPS * (1 - t)
+
+
+class Wan(Backbone):
+    """Velocity network of Wan on latents [B, C, F, h, w]; an image is one frame. Conditioned on text [B, L, text_dim].
+
+    Args:
+        in_channels: of a latent (Wan 2.1 and A14B: 16; TI2V-5B: 48).
+        frames, height, width: of the latents it draws unless told otherwise; any other size works too.
+        num_attention_heads, attention_head_dim, ffn_dim, num_layers, freq_dim, text_dim, patch_size, cross_attn_norm,
+            qk_norm, eps, rope_max_seq_len: as in diffusers.
+        text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
+        condition_dropout: share of prompts that training replaces by the negative prompt (`null_context`).
+        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+
+    Raises `ConfigError` for sizes that do not fit together.
+    """
+
+    presets = PRESETS
+    any_size = True
+
+    def __init__(
+        self,
+        in_channels: int = 16,
+        frames: int = 1,
+        height: int = 60,
+        width: int = 104,
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        text_len: int = 512,
+        patch_size: Sequence[int] = (1, 2, 2),
+        cross_attn_norm: bool = True,
+        qk_norm: str = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        rope_max_seq_len: int = 1024,
+        condition_dropout: float = 0.0,
+        auxiliary_time_cond: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
+        self.text_len, self.text_dim = text_len, text_dim
+        self.condition_dropout = condition_dropout
+        self.takes_end_time = auxiliary_time_cond
+        self.sample_shape = (in_channels, frames, height, width)
+        _check_sizes(self.sample_shape, self.patch_size, attention_head_dim, num_layers, condition_dropout)
+        # What a stock network of the same weights is built with (`transformer`).
+        self.settings = {
+            "patch_size": self.patch_size, "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim, "in_channels": in_channels, "out_channels": in_channels,
+            "text_dim": text_dim, "freq_dim": freq_dim, "ffn_dim": ffn_dim, "num_layers": num_layers,
+            "cross_attn_norm": cross_attn_norm, "qk_norm": qk_norm, "eps": eps, "rope_max_seq_len": rope_max_seq_len,
+        }  # fmt: skip
+
+        dim = num_attention_heads * attention_head_dim
+        self.rope = WanRotaryPosEmbed(attention_head_dim, self.patch_size, rope_max_seq_len)
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, 6 * dim, text_dim)
+        self.r_embedder = TimestepEmbedding(freq_dim, dim) if auxiliary_time_cond else None
+        self.blocks = nn.ModuleList(
+            WanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, in_channels * math.prod(self.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
+        self.null_context: Tensor
+        self.register_buffer("null_context", torch.zeros(1, text_dim), persistent=False)
+        self.initialise()
+
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> Wan:
+        """A size by name (`nano`, `1.3B`, `5B`, `A14B`); any setting that is not None replaces the preset's value."""
+        if preset not in cls.presets:
+            raise ConfigError(f"Unknown {cls.__name__} preset '{preset}': choose one of {', '.join(cls.presets)}.")
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return cls(**{**cls.presets[preset], **chosen})
+
+    def transformer(self) -> WanTransformer3DModel:
+        """A stock diffusers network that shares these weights; what the embedder of `r` adds is not in it."""
+        with torch.device("meta"):
+            stock: Any = WanTransformer3DModel(**self.settings)
+        stock.rope = self.rope  # its tables are no weights
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("r_embedder.")}
+        stock.load_state_dict(own, assign=True)
+        return cast(WanTransformer3DModel, stock.eval())
+
+    # ----------------------------------------------------------------------------------------------------- stages
+
+    def embed(self, x: Tensor, t: Tensor, cond: Tensor, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+        """x [B, C, F, h, w], t [B], text [B, L, text_dim], r [B] -> tokens [B, N, D] and the context.
+
+        Context: what the time adds to the head [B, D] and to every block [B, 6, D]; text [B, text_len, D], rotary
+        tables, tokens per axis.
+        """
+        if x.ndim != 5:
+            raise ConfigError(f"Wan reads latents [B, C, frames, h, w], and these have shape {tuple(x.shape)}.")
+        if any(size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)):
+            raise ConfigError(
+                f"Latents of {' x '.join(map(str, x.shape[2:]))} cannot be cut into patches of "
+                f"{' x '.join(map(str, self.patch_size))}: choose images whose sides are multiples of 16."
+            )
+        grid = tuple(size // patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True))
+        with _exact(x):
+            tokens = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+            added = self._time(t, r)
+            text = self.condition_embedder.text_embedder(self._padded(cond, x))
+            cos, sin = self.rope(x)
+        modulation = self._modulation(added)
+        return tokens, StageContext(carried=(added, modulation), fixed=(text, cos, sin, grid))
+
+    def head(self, tokens: Tensor, context: StageContext) -> Tensor:
+        """Tokens [B, N, D] -> velocity [B, C, F, h, w]: data minus noise, the negative of what Wan predicts."""
+        shift, scale = (self.scale_shift_table + context.carried[0][:, None]).chunk(2, dim=1)
+        with _exact(tokens):
+            patches = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
+        frames, rows, columns = context.fixed[3]
+        out = patches.unflatten(1, (frames, rows, columns)).unflatten(4, (*self.patch_size, -1))
+        out = out.permute(0, 7, 1, 4, 2, 5, 3, 6)  # b c f pf h ph w pw
+        return -out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def float32_modules(self) -> list[nn.Module]:
+        """Embedders of times and the projection that makes the modulation of them."""
+        embedder = self.condition_embedder
+        times = [embedder.time_embedder, embedder.time_proj]
+        return times if self.r_embedder is None else [*times, self.r_embedder]
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """The modulation tables of the blocks: 6 values per channel, which stay in float32."""
+        return [cast(WanBlock, block).scale_shift_table for block in self.blocks]
+
+    def _time(self, t: Tensor, r: Tensor | None) -> Tensor:
+        """[B, D], float32 or better whatever autocast says."""
+        embedder = self.condition_embedder
+        with torch.autocast(t.device.type, enabled=False):
+            added = embedder.time_embedder(self._waves(t))
+            if self.r_embedder is None:
+                return added
+            if r is None:
+                raise ConfigError("This Wan embeds a second time: pass r (r = t asks for the instantaneous velocity).")
+            return added + self.r_embedder(self._waves(r))
+
+    def _modulation(self, added: Tensor) -> Tensor:
+        """[B, D] -> [B, 6, D]."""
+        with torch.autocast(added.device.type, enabled=False):
+            return self.condition_embedder.time_proj(functional.silu(added)).unflatten(1, (6, -1))
+
+    def _waves(self, t: Tensor) -> Tensor:
+        weight = self.condition_embedder.time_embedder.linear_1.weight
+        return self.condition_embedder.timesteps_proj(timesteps(t)).to(weight.dtype)
+
+    # --------------------------------------------------------------------------------------------------- condition
+
+    def _padded(self, cond: Tensor | None, x: Tensor) -> Tensor:
+        """Text [B, L, text_dim] -> [B, text_len, text_dim], zeros behind it."""
+        if cond is None:
+            raise ConfigError("Wan is conditioned on text: pass embeddings [B, L, text_dim] (zeros: no prompt).")
+        if cond.ndim != 3 or cond.shape[-1] != self.text_dim or cond.shape[1] > self.text_len:
+            raise ConfigError(
+                f"Text embeddings of shape {tuple(cond.shape)} do not fit this Wan, which reads [B, up to "
+                f"{self.text_len}, {self.text_dim}]: encode the prompts with the text encoder that it was trained with."
+            )
+        text = functional.pad(cond, (0, 0, 0, self.text_len - cond.shape[1]))
+        return text if cond.dtype == torch.float64 else text.to(x.dtype)
+
+    def set_null_context(self, embeddings: Tensor) -> None:
+        """The embeddings [L, text_dim] of the negative prompt, which guidance and condition dropout use."""
+        self.null_context = embeddings.to(self.null_context.device)
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """Text [B, L, D] -> the negative prompt's [B, L', D], L' = L, or longer where the negative prompt is."""
+        missing = max(cond.shape[1] - self.null_context.shape[0], 0)
+        null = functional.pad(self.null_context.to(cond), (0, 0, 0, missing))
+        return null.expand(cond.shape[0], *null.shape)
+
+    def stack_conditions(self, first: Tensor, second: Tensor) -> Tensor:
+        """Both batches of text in one, [B + B', L, D], the shorter padded with zeros."""
+        length = max(first.shape[1], second.shape[1])
+        return torch.cat([functional.pad(text, (0, 0, 0, length - text.shape[1])) for text in (first, second)])
+
+    def drop_condition(self, cond: Tensor) -> Tensor:
+        """Each prompt becomes the negative one with probability `condition_dropout`."""
+        if self.condition_dropout <= 0:
+            return cond
+        null = self.null_condition(cond)
+        cond = functional.pad(cond, (0, 0, 0, null.shape[1] - cond.shape[1]))
+        dropped = torch.rand(cond.shape[0], device=cond.device) < self.condition_dropout
+        return torch.where(dropped[:, None, None], null, cond)
+
+    # ---------------------------------------------------------------------------------------------- initialisation
+
+    def initialise_stage(self, index: int) -> None:
+        """Xavier layers, a head of zeros, so that training starts from v = 0; modulation tables as released."""
+        for module in self.stage_modules()[index]:
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+                elif isinstance(layer, nn.Conv3d):
+                    nn.init.xavier_uniform_(layer.weight.flatten(1))
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+                elif isinstance(layer, (nn.RMSNorm, nn.LayerNorm)) and layer.weight is not None:
+                    layer.reset_parameters()
+                elif isinstance(layer, WanBlock):
+                    _draw_table(layer.scale_shift_table)
+        if index == 0:
+            embedder = self.condition_embedder
+            for layers in (embedder.time_embedder, embedder.text_embedder, self.r_embedder):
+                if layers is not None:
+                    nn.init.normal_(layers.linear_1.weight, std=0.02)
+                    nn.init.normal_(layers.linear_2.weight, std=0.02)
+            if self.r_embedder is not None:
+                nn.init.zeros_(self.r_embedder.linear_2.weight)
+            _draw_table(self.scale_shift_table)
+        elif index > len(self.blocks):
+            nn.init.zeros_(self.proj_out.weight)
+
+
+class WanBlock(WanTransformerBlock):
+    """diffusers' block (self-attention, cross-attention to the text, feed-forward) as a stage."""
+
+    def forward(self, tokens: Tensor, context: StageContext) -> Tensor:  # type: ignore[override]
+        """Tokens [B, N, D] -> tokens [B, N, D]."""
+        text, cos, sin, _ = context.fixed
+        with _exact(tokens):
+            return super().forward(tokens, text, context.carried[1], cast(Tensor, (cos, sin)))
+
+
+class _KeepDouble(TorchFunctionMode):
+    """diffusers widens to float32 by `.float()`; what is float64 already must not be narrowed by it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    return _KeepDouble() if tensor.dtype == torch.float64 else nullcontext()
+
+
+def _draw_table(table: nn.Parameter) -> None:
+    nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+
+
+def _check_sizes(
+    shape: tuple[int, ...], patch: tuple[int, int, int], head_dim: int, layers: int, dropout: float
+) -> None:
+    if any(size % p or size < 1 for size, p in zip(shape[1:], patch, strict=True)):
+        raise ConfigError(
+            f"Latents of {' x '.join(map(str, shape[1:]))} (frames, height, width) cannot be cut into patches of "
+            f"{' x '.join(map(str, patch))}: choose multiples of them."
+        )
+    if head_dim % 2:
+        raise ConfigError(f"backbone.attention_head_dim={head_dim} must be even: rotary positions turn pairs.")
+    if layers < 1:
+        raise ConfigError(f"backbone.num_layers={layers} is too small: a transformer needs at least one block.")
+    if not 0 <= dropout <= 1:
+        raise ConfigError(f"backbone.condition_dropout={dropout} must be a share between 0 and 1.")
