@@ -205,8 +205,7 @@ class Wan(Backbone):
                 f"Text embeddings of shape {tuple(cond.shape)} do not fit this Wan, which reads [B, up to "
                 f"{self.text_len}, {self.text_dim}]: encode the prompts with the text encoder that it was trained with."
             )
-        text = functional.pad(cond, (0, 0, 0, self.text_len - cond.shape[1]))
-        return text if cond.dtype == torch.float64 else text.to(x.dtype)
+        return functional.pad(cond, (0, 0, 0, self.text_len - cond.shape[1])).to(x.dtype)
 
     def set_null_context(self, embeddings: Tensor) -> None:
         """The embeddings [L, text_dim] of the negative prompt, which guidance and condition dropout use."""

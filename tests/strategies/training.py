@@ -32,9 +32,11 @@ from flowanchor.checkpoints.lightning import ShardedCheckpointIO
 from flowanchor.data.digits import DigitsDataModule
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
 from flowanchor.ema import EMA
+from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -50,10 +52,15 @@ NETWORK = {
     "num_classes": 10, "use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True,
     "disable_label_dropout": True,
 }  # fmt: skip
+WAN: dict[str, Any] = {
+    "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
+    "num_layers": 3, "freq_dim": 32, "text_dim": 12, "text_len": 6,
+}  # fmt: skip
 CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
     "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
 }
+WAN_CONFIG = {"backbone": {"_target_": "flowanchor.plugins.backbones.wan.Wan", **WAN}}
 
 
 class Communication(TorchDispatchMode):
@@ -104,10 +111,27 @@ class Record(pl.Callback):
         self.validation.append(float(trainer.callback_metrics["val/loss"]))
 
 
-def network(deferred: bool = False, **settings: Any) -> Network:
+class WanNetwork(Wan):
+    """Text-conditioned; its output does not start at zero either."""
+
+    def initialise_stage(self, index: int) -> None:
+        super().initialise_stage(index)
+        if index == len(self.blocks) + 1:
+            nn.init.normal_(self.proj_out.weight, std=0.1)
+
+
+class Captions(DigitsDataModule):
+    """Digits as one-frame videos, each digit with its own text."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        text = torch.randn(10, 5, WAN["text_dim"], generator=torch.Generator().manual_seed(1))
+        return Batch(batch.x1[:, :, None], text[batch.cond])
+
+
+def network(deferred: bool = False, wan: bool = False, **settings: Any) -> Any:
     torch.manual_seed(5)
     with parameters_on_meta() if deferred else nullcontext():
-        return Network(**{**NETWORK, **settings})
+        return WanNetwork(**WAN) if wan else Network(**{**NETWORK, **settings})
 
 
 def composed(name: str) -> Any:
@@ -141,6 +165,9 @@ def fit(
     validate: bool = True,
     objective: str | None = None,
     ddp: bool = False,
+    wan: bool = False,
+    precision: str = "32-true",
+    lr: float = 0.1,
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
@@ -150,7 +177,7 @@ def fit(
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
         loss = composed(objective)
-    student = network(deferred, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
+    student = network(deferred, wan, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()
@@ -159,14 +186,15 @@ def fit(
             velocity = CheckpointVelocity(teacher)
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(),
-        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, eps=0.1), config=CONFIG, seed=3,
+        lambda parameters: torch.optim.AdamW(parameters, lr=lr, eps=0.1), seed=3,
+        config={**CONFIG, **WAN_CONFIG} if wan else CONFIG,
     )  # fmt: skip
-    data = DigitsDataModule(batch_size=batch)
+    data = (Captions if wan else DigitsDataModule)(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)
     strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else "ddp" if ddp else "auto"
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        strategy=strategy, accumulate_grad_batches=accumulate,
+        strategy=strategy, precision=precision, accumulate_grad_batches=accumulate,
         gradient_clip_val=clip, callbacks=[ema, record], logger=False, enable_checkpointing=False, log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         plugins=None if deferred else [ShardedCheckpointIO()],
@@ -186,6 +214,7 @@ def fit(
         "ema": {profile: ema.averages(module, profile) for profile in ema.profiles},
         "communication": communication.counts,
         "sharded": sum(isinstance(p, DTensor) for p in student.parameters()),
+        "plain": [name for name, p in student.named_parameters() if not isinstance(p, DTensor)],
         "sharded_teacher": sum(isinstance(p, DTensor) for p in velocity.parameters()),
     }
 
