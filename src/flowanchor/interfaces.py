@@ -323,7 +323,8 @@ class Shortcut(nn.Module, ABC):
         self.weight = None  # of the instance: a module under the name of a class attribute would never be found
 
     def end(self, t: Tensor) -> Tensor | None:
-        """Where the average velocity from `t` ends, [B]; None means 1 (the data). Not asked where ends are drawn."""
+        """Where the average velocity from `t` ends, [B], a function of `t` that the network need not be told; None
+        means 1 (the data). Not asked where ends are drawn."""
         return None
 
     def times(self, first: Tensor, second: Tensor, coin: Tensor, interval: Interval) -> tuple[Tensor, Tensor]:

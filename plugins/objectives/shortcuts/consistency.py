@@ -1,13 +1,15 @@
-"""The consistency shortcut of FACM: the average velocity from t to the data, in one call."""
+"""The consistency shortcut of FACM: the average velocity from t to the data (or to the end of a segment)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flowanchor.interfaces import Shortcut, TermResult
+from flowanchor.sampling.segments import check_boundaries, segment
 
 
 class ConsistencyShortcut(Shortcut):
@@ -17,12 +19,17 @@ class ConsistencyShortcut(Shortcut):
     `sg(F) - alpha(t) g`, relaxed by `alpha(t) = 1 - t^p`. With `e` the mean squared error of a sample, its loss is
     `beta(t) e / sg(e + epsilon)^power`, `beta(t) = cos(pi t / 2)`.
 
+    `boundaries` cut [0, 1] into segments, each learned by itself: within [a, b] the jump ends at b, so that `b - t`
+    takes the place of `1 - t`, and alpha and beta are those of `(t - a) / (b - a)`. That is how a network which knows
+    some times only (an expert of Wan 2.2) can be distilled: no target needs what lies beyond.
+
     Args:
         relaxation_exponent: `p`; null switches the relaxation off (`alpha = 1`).
         clamp: bound on each value of `g`; null switches it off.
         weight_power: `power` of the adaptive weight; 0 switches it off.
         weight_epsilon: `epsilon` of the adaptive weight.
         time_weight: whether `beta(t)` multiplies the loss.
+        boundaries: increasing times within (0, 1); none: one jump to the data from everywhere.
     """
 
     def __init__(
@@ -32,28 +39,35 @@ class ConsistencyShortcut(Shortcut):
         weight_power: float = 0.5,
         weight_epsilon: float = 1e-3,
         time_weight: bool = True,
+        boundaries: Sequence[float] = (),
     ) -> None:
         super().__init__()
+        self.boundaries = check_boundaries(boundaries, "objective.shortcut.boundaries")
         self.relaxation_exponent = relaxation_exponent
         self.clamp = clamp
         self.weight_power = weight_power
         self.weight_epsilon = weight_epsilon
         self.time_weight = time_weight
 
+    def end(self, t: Tensor) -> Tensor | None:
+        return segment(t, self.boundaries)[1] if self.boundaries else None
+
     def loss(
         self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
     ) -> TermResult:
-        times = t.view(-1, *[1] * (prediction.ndim - 1))  # [B, 1, *]
+        start, end = segment(t, self.boundaries)
+        share = (t - start) / (end - start)  # of the segment that lies behind
+        share_, left = (value.view(-1, *[1] * (prediction.ndim - 1)) for value in (share, end - t))  # [B, 1, *]
         fixed = prediction.detach()
-        residual = fixed - (velocity + (1 - times) * tangent)  # [B, C, *]
+        residual = fixed - (velocity + left * tangent)  # [B, C, *]
         diagnostics = {}
         if self.clamp is not None:
             diagnostics["clamp_share"] = (residual.abs() > self.clamp).float().mean()
             residual = residual.clamp(-self.clamp, self.clamp)
-        relaxation = 1.0 if self.relaxation_exponent is None else 1 - times**self.relaxation_exponent
+        relaxation = 1.0 if self.relaxation_exponent is None else 1 - share_**self.relaxation_exponent
         target = fixed - relaxation * residual
         error = (prediction - target).square().flatten(1).mean(1)  # [B]
         loss = self.weighted(error, t)
         if self.time_weight:
-            loss = torch.cos(t * (math.pi / 2)) * loss
+            loss = torch.cos(share * (math.pi / 2)) * loss
         return TermResult(loss, {"error": error.detach()}, diagnostics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,24 @@ from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.sampling.grid_sampler import GridSampler
+from flowanchor.sampling.segments import back, check_boundaries, segmented_grid
 
 
 class ConsistencySampler(GridSampler):
     """N jumps `x_end = x + (1 - t_i) F(x, t_i)`, then `x = t_{i+1} x_end + (1 - t_{i+1}) eps` (FACM, arXiv 2507.03738).
 
-    Args: those of `GridSampler`.
+    Args: those of `GridSampler`, and
+        boundaries: of the segments that the network was trained with: a jump ends with its segment, and the next
+            segment goes on from there. The grid's nearest points are moved onto them.
     """
+
+    def __init__(self, *arguments: Any, boundaries: Sequence[float] = (), **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.boundaries = check_boundaries(boundaries, "sampler.boundaries")
+        self.times = segmented_grid(self.times, self.boundaries, "sampler.steps")
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "boundaries": self.boundaries}
 
     @property
     def label(self) -> str:
@@ -35,10 +46,10 @@ class ConsistencySampler(GridSampler):
         dtype = next(backbone.parameters()).dtype
         x = noise.double()
         end = x
+        ends = [next(edge for edge in (*self.boundaries, 1.0) if edge > now) for now in self.times[:-1].tolist()]
         for step, (now, after) in enumerate(zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True)):
             t = torch.full((noise.shape[0],), now, device=noise.device, dtype=dtype)
             velocity = self.guidance.velocity(backbone, x.to(dtype), interval.shortcut(t), cond, t).double()
-            end = x + (1 - now) * velocity
-            if after < 1:
-                x = after * end + (1 - after) * renoise(step).double()
+            end = x + (ends[step] - now) * velocity
+            x = end if after == ends[step] else back(end, ends[step], after, renoise(step).double())
         return end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Sampler
@@ -57,5 +57,15 @@ class GridSampler(Sampler):
             raise ConfigError(
                 f"sampler.grid has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the grid or that nfe."
             )
+        return type(self)(**{**self.settings(), "steps": nfe})
+
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, but for the number of steps."""
         g = self.guidance
-        return type(self)(nfe, self.grid, self.timestep_shift, g.scale, g.low, g.high)
+        return {
+            "grid": self.grid,
+            "timestep_shift": self.timestep_shift,
+            "guidance_scale": g.scale,
+            "guidance_low": g.low,
+            "guidance_high": g.high,
+        }

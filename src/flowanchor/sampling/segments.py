@@ -1,0 +1,60 @@
+"""Segments of the time between noise and data, each with jumps of its own: where one ends, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+
+
+def check_boundaries(boundaries: Sequence[float] | None, setting: str) -> tuple[float, ...]:
+    """The boundaries as numbers; raises `ConfigError` unless they increase within (0, 1)."""
+    try:
+        found = tuple(float(value) for value in boundaries or ())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{setting}={boundaries} is no list of times: write for example {setting}=[0.125]."
+        ) from error
+    edges = (0.0, *found, 1.0)
+    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+        raise ConfigError(f"{setting}={list(found)} must be increasing times within (0, 1), for example [0.125].")
+    return found
+
+
+def segment(t: Tensor, boundaries: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Times [B] -> start and end [B] of the segments that they lie in; a boundary starts the later one."""
+    edges = torch.tensor([0.0, *boundaries, 1.0], dtype=t.dtype, device=t.device)
+    index = torch.bucketize(t, edges[1:-1], right=True)
+    return edges[index], edges[index + 1]
+
+
+def segmented_grid(times: Tensor, boundaries: Sequence[float], setting: str) -> Tensor:
+    """A grid of sampling times [N + 1] with its nearest inner points moved onto the boundaries.
+
+    Raises `ConfigError` where it has fewer steps than there are segments.
+    """
+    times = times.clone()
+    if len(boundaries) > len(times) - 2:
+        raise ConfigError(
+            f"{setting}: {len(times) - 1} steps cannot visit {len(boundaries) + 1} segments, which end at "
+            f"{', '.join(map(str, boundaries))} and 1: use at least {len(boundaries) + 1} steps."
+        )
+    first = 1
+    for number, boundary in enumerate(boundaries):
+        last = len(times) - 2 - (len(boundaries) - 1 - number)  # the later boundaries need a point each
+        index = first + int((times[first : last + 1] - boundary).abs().argmin())
+        times[index] = boundary
+        first = index + 1
+    if bool((times[1:] <= times[:-1]).any()):
+        raise ConfigError(f"{setting}: the times {times.tolist()} do not increase: use more steps, or another grid.")
+    return times
+
+
+def back(x: Tensor, end: float, time: float, noise: Tensor) -> Tensor:
+    """A state at `end` with fresh noise added until it is one at the earlier `time` (both of `(1 - t) x0 + t x1`)."""
+    kept = time / end
+    return kept * x + math.sqrt((1 - time) ** 2 - (kept * (1 - end)) ** 2) * noise
