@@ -154,9 +154,14 @@ class Wan(Backbone):
         modulation = self._modulation(added)
         return tokens, StageContext(carried=(added, modulation), fixed=(text, cos, sin, grid))
 
-    def head(self, tokens: Tensor, context: StageContext) -> Tensor:
-        """Tokens [B, N, D] -> velocity [B, C, F, h, w]: data minus noise, the negative of what Wan predicts."""
-        shift, scale = (self.scale_shift_table + context.carried[0][:, None]).chunk(2, dim=1)
+    def head(self, tokens: Tensor, context: StageContext, table: Tensor | None = None) -> Tensor:
+        """Tokens [B, N, D] -> velocity [B, C, F, h, w]: data minus noise, the negative of what Wan predicts.
+
+        `table`: the modulation's own [1, 2, D], where the caller holds it.
+        """
+        shift, scale = ((self.scale_shift_table if table is None else table) + context.carried[0][:, None]).chunk(
+            2, dim=1
+        )
         with _exact(tokens):
             patches = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         frames, rows, columns = context.fixed[3]
@@ -266,7 +271,7 @@ class WanBlock(WanTransformerBlock):
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:  # type: ignore[override]
         """Tokens [B, N, D] -> tokens [B, N, D]."""
-        text, cos, sin, _ = context.fixed
+        text, cos, sin = context.fixed[:3]
         with _exact(tokens):
             return super().forward(tokens, text, context.carried[1], cast(Tensor, (cos, sin)))
 

@@ -140,6 +140,9 @@ class Backbone(nn.Module, ABC):
         """`predict`, with condition dropout in training mode."""
         return self.predict(x, t, self.drop_condition(cond) if self.training else cond, r)
 
+    def set_null_context(self, embeddings: Tensor) -> None:  # noqa: B027 - labels have a class of their own for it
+        """Told the embeddings [L, D] that stand for no condition (of the negative prompt), where the data has any."""
+
     def null_condition(self, cond: Any) -> Any:
         """The unconditional counterpart of a batch of conditions (same shape)."""
         raise ConfigError(

@@ -82,6 +82,14 @@ class FlowModule(pl.LightningModule):
                 if isinstance(network, Backbone):
                     compile_blocks(network, **self.compile_options)
 
+    def on_fit_start(self) -> None:
+        """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
+        null = getattr(getattr(self.trainer, "datamodule", None), "null_condition", None)
+        if null is not None:
+            for network in self.modules():
+                if isinstance(network, Backbone):
+                    network.set_null_context(null)
+
     # ------------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

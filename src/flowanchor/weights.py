@@ -50,6 +50,43 @@ class Renamed(LazyWeights):
         copy_weights(self.weights, {self.prefix + name: tensor for name, tensor in targets.items()})
 
 
+class Joined(LazyWeights):
+    """The entries of several networks in one: `prefix + name`."""
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.parts = dict(parts)
+
+    def _find(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        for prefix, weights in self.parts.items():
+            if name.startswith(prefix):
+                return weights, name.removeprefix(prefix)
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weights, inner = self._find(name)
+        return weights[inner]
+
+    def __iter__(self) -> Iterator[str]:
+        return (prefix + name for prefix, weights in self.parts.items() for name in weights)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(
+            name.startswith(prefix) and name.removeprefix(prefix) in weights for prefix, weights in self.parts.items()
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
+    def shape(self, name: str) -> torch.Size:
+        weights, inner = self._find(name)
+        return shape_of(weights, inner)
+
+    def copy_into(self, targets: Mapping[str, Tensor]) -> None:
+        for prefix, weights in self.parts.items():
+            own = {name.removeprefix(prefix): tensor for name, tensor in targets.items() if name.startswith(prefix)}
+            copy_weights(weights, own)
+
+
 def shape_of(weights: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of an entry, without reading it where that can be avoided."""
     return weights.shape(name) if isinstance(weights, LazyWeights) else weights[name].shape

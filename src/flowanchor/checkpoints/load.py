@@ -21,7 +21,7 @@ from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_
 from flowanchor.deferred import is_deferred, loading_context
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.weights import Renamed, copy_weights, shape_of
+from flowanchor.weights import Joined, Renamed, copy_weights, shape_of
 
 # What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
 _DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
@@ -220,11 +220,17 @@ def load_weights(
         copy_weights(weights, {key: tensor for key, tensor in ours.items() if key in weights})
 
 
-def initialise_student(backbone: Backbone, path: str | Path, ema: str | None = None) -> None:
-    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero."""
-    file = find_checkpoint(path)
-    _, weights = select_weights(read_checkpoint(file), ema, file)
-    load_weights(backbone, weights, file, optional=("r_embedder.",) if backbone.takes_end_time else ())
+def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str], ema: str | None = None) -> None:
+    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero.
+
+    `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
+    """
+    paths = {f"{part}.": where for part, where in path.items()} if isinstance(path, Mapping) else {"": path}
+    files = {prefix: find_checkpoint(where) for prefix, where in paths.items()}
+    parts = {prefix: select_weights(read_checkpoint(file), ema, file)[1] for prefix, file in files.items()}
+    optional = tuple(f"{prefix}r_embedder." for prefix in parts) if backbone.takes_end_time else ()
+    weights = parts[""] if "" in parts else Joined(parts)
+    load_weights(backbone, weights, " and ".join(str(file) for file in files.values()), optional)
 
 
 def file_digest(path: str | Path) -> str:

@@ -1,0 +1,68 @@
+"""Two frozen experts teach, each its own noise levels with its own guidance, as in Wan 2.2."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone, Interval, VelocityField
+from flowanchor.jvp.stages import is_sharded
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+
+
+class ExpertsVelocity(VelocityField):
+    """The high-noise expert's guided velocity where `1 - t >= boundary`, the low-noise one's elsewhere.
+
+    Args:
+        high, low: checkpoints, or folders with the released weights.
+        boundary: noise level at which the low-noise expert takes over.
+        guidance_scale_high, guidance_scale_low: 4.0 and 3.0 as released.
+        guidance_low, guidance_high: times t between which guidance is on.
+        one_side: every batch lies on one side (`objective/time=routed` or `region`), so that a sharded pair need not
+            be asked twice; `ConfigError` where a batch does not.
+    """
+
+    def __init__(
+        self,
+        high: str,
+        low: str,
+        boundary: float = 0.875,
+        guidance_scale_high: float = 4.0,
+        guidance_scale_low: float = 3.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
+        one_side: bool = False,
+    ) -> None:
+        super().__init__()
+        if not high or not low:
+            raise ConfigError("Two experts teach: add teacher.high=PATH and teacher.low=PATH (docs/wan.md).")
+        self.boundary, self.one_side = boundary, one_side
+        scales = ((high, guidance_scale_high), (low, guidance_scale_low))
+        self.high, self.low = (CheckpointVelocity(path, scale, guidance_low, guidance_high) for path, scale in scales)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
+        early = 1 - t >= self.boundary
+        high, low = self.high, self.low
+        mixed = bool(early.any()) and not bool(early.all())
+        if mixed and self.one_side:
+            raise ConfigError(
+                "teacher.one_side=true, and a batch has times of both experts: use objective/time=routed."
+            )
+        if self.one_side or not (mixed or is_sharded(high)):
+            expert = high if bool(early.any()) else low
+            return cast(Tensor, expert(x, t, cond, flow, student, interval))
+        if is_sharded(high):  # its processes must ask alike, whatever their times are
+            first, second = (expert(x, t, cond, flow, student, interval) for expert in (high, low))
+            return torch.where(early.view(-1, *[1] * (x.ndim - 1)), first, second)
+        out = torch.empty_like(flow)
+        for expert, mine in ((high, early), (low, ~early)):
+            out[mine] = expert(x[mine], t[mine], cond[mine], flow[mine], student, interval)
+        return out
+
+    def check(self, student: Backbone) -> None:
+        for expert in (self.high, self.low):
+            expert.check(student)
