@@ -7,13 +7,21 @@ import torch
 
 STEPS = 3
 TABLES = {f"blocks.{index}.scale_shift_table" for index in range(3)}
-COMMON = {"steps": STEPS, "objective": "facm", "wan": True, "validate": False, "lr": 0.02}
+COMMON = {"steps": STEPS, "objective": "facm", "wan": "one", "validate": False, "lr": 0.02}
+ROUTED = [
+    "objective/time=routed",
+    "objective.time.time.shift=1.0",
+    "objective.time.boundary=0.5",
+    "objective.shortcut.boundaries=[0.5]",
+]
+EXPERTS = {**COMMON, "wan": "experts", "steps": 6, "overrides": ROUTED}
 
 
 @pytest.fixture(scope="module")
 def one(training, folder):
     return {
         "exact": training.fit(folder, "one", **COMMON, batch=32, save=True),
+        "experts": training.fit(folder, "experts", **EXPERTS, batch=32),
         "low": training.fit(folder, "low", **COMMON, batch=32, precision="bf16-mixed"),
     }
 
@@ -25,14 +33,15 @@ def two(torchrun, one, folder):
         2,
         {"name": "sharded", **rest, "sharded": {}},
         {"name": "ddp", **rest, "ddp": True},
+        {"name": "experts", **EXPERTS, "batch": 16, "sharded": {}},
         {"name": "low", **rest, "sharded": {}, "precision": "bf16-mixed", "save": True},
         {"name": "taught", **rest, "sharded": {}, "teacher": str(folder / "one.ckpt")},
     )
 
 
-@pytest.mark.parametrize("way", ["sharded", "ddp"])
-def test_two_processes_equal_one(one, two, way):
-    theirs = one["exact"]
+@pytest.mark.parametrize("way, alone", [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts")])
+def test_two_processes_equal_one(one, two, way, alone):
+    theirs = one[alone]
     assert all(norm > 0 for norm in theirs["norms"])
     joint = torch.tensor([rank["losses"] for rank in two[way]]).mean(0)
     torch.testing.assert_close(joint, torch.tensor(theirs["losses"]), rtol=1e-5, atol=1e-6)
@@ -55,6 +64,12 @@ def test_tables_of_the_modulation_stay_float32(one, two):
         torch.tensor([rank["losses"] for rank in two["low"]]).mean(0), torch.tensor(one["low"]["losses"]), rtol=0.03,
         atol=0.01,
     )  # fmt: skip
+
+
+def test_both_experts_are_trained(training, one):
+    start = training.network(wan="experts").state_dict()
+    for name in ("high.blocks.1.attn1.to_q.weight", "low.blocks.1.attn1.to_q.weight", "low.scale_shift_table"):
+        assert (one["experts"]["weights"][f"student.{name}"] - start[name]).abs().max() > 1e-4, name
 
 
 def test_a_frozen_teacher_is_sharded_beside_it(two):

@@ -37,6 +37,7 @@ from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -120,6 +121,19 @@ class WanNetwork(Wan):
             nn.init.normal_(self.proj_out.weight, std=0.1)
 
 
+class Experts(WanExperts):
+    """Two of them; the boundary in the middle, so that a few steps ask both."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(boundary=0.5, preset="nano", **settings)
+
+    def initialise_stage(self, index: int) -> None:
+        super().initialise_stage(index)
+        if index == len(self.blocks) + 1:
+            for expert in (self.high, self.low):
+                nn.init.normal_(expert.proj_out.weight, std=0.1)
+
+
 class Captions(DigitsDataModule):
     """Digits as one-frame videos, each digit with its own text."""
 
@@ -128,18 +142,20 @@ class Captions(DigitsDataModule):
         return Batch(batch.x1[:, :, None], text[batch.cond])
 
 
-def network(deferred: bool = False, wan: bool = False, **settings: Any) -> Any:
+def network(deferred: bool = False, wan: str = "", **settings: Any) -> Any:
     torch.manual_seed(5)
     with parameters_on_meta() if deferred else nullcontext():
-        return WanNetwork(**WAN) if wan else Network(**{**NETWORK, **settings})
+        if wan:
+            return {"one": WanNetwork, "experts": Experts}[wan](**WAN)
+        return Network(**{**NETWORK, **settings})
 
 
-def composed(name: str) -> Any:
+def composed(name: str, overrides: list[str] | None = None) -> Any:
     """An objective as its option composes it; tangents and schedules in their middle, not at their start."""
     prepare()
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
-        cfg = compose("train", overrides=[f"objective={name}"])
+        cfg = compose("train", overrides=[f"objective={name}", *(overrides or [])])
     settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2}}.get(name, {})
     cfg.objective.shortcut.merge_with(settings)
     return instantiate(cfg.objective, _convert_="all")
@@ -165,7 +181,8 @@ def fit(
     validate: bool = True,
     objective: str | None = None,
     ddp: bool = False,
-    wan: bool = False,
+    overrides: list[str] | None = None,
+    wan: str = "",
     precision: str = "32-true",
     lr: float = 0.1,
 ) -> dict[str, Any]:
@@ -176,7 +193,7 @@ def fit(
     deferred = sharded is not None
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
-        loss = composed(objective)
+        loss = composed(objective, overrides)
     student = network(deferred, wan, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
     if start is not None:
         initialise_student(student, start)

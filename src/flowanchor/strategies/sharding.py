@@ -82,4 +82,6 @@ def _prefetch(units: list[list[nn.Module]]) -> None:
 
 def unsharded_backbones(module: nn.Module) -> list[Backbone]:
     """The networks inside a module that are not sharded yet, outermost only."""
-    return [found for found in module.modules() if isinstance(found, Backbone) and not is_unit(found)]
+    networks = [found for found in module.modules() if isinstance(found, Backbone)]
+    inner = {part for network in networks for part in network.modules() if part is not network}
+    return [network for network in networks if network not in inner and not is_unit(network)]
