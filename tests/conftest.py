@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+
+TRAINING = Path(__file__).parent / "strategies" / "training.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,3 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make gpu-check"))
+
+
+@pytest.fixture(scope="session")
+def training() -> ModuleType:
+    """Small runs in this process (tests/strategies/training.py)."""
+    spec = importlib.util.spec_from_file_location("strategy_training", TRAINING)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["strategy_training"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -8,7 +8,7 @@ where that is translated into Wan's: sigma = 1 - t, timesteps 1000 sigma, noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 
 WAN_TIMESTEPS = 1000.0
 
@@ -55,6 +56,7 @@ class Wan(Backbone):
         text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
         condition_dropout: share of prompts that training replaces by the negative prompt (`null_context`).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+        lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
 
     Raises `ConfigError` for sizes that do not fit together.
     """
@@ -82,6 +84,7 @@ class Wan(Backbone):
         rope_max_seq_len: int = 1024,
         condition_dropout: float = 0.0,
         auxiliary_time_cond: bool = False,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
@@ -111,6 +114,11 @@ class Wan(Backbone):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
         self.null_context: Tensor
         self.register_buffer("null_context", torch.zeros(1, text_dim), persistent=False)
+        self.adapted = lora is not None and lora.get("rank") is not None
+        if self.adapted:
+            add_adapters(self, cast(Mapping[str, Any], lora))
+            if self.r_embedder is not None:
+                self.r_embedder.requires_grad_(True)
         self.initialise()
 
     @classmethod
@@ -122,11 +130,11 @@ class Wan(Backbone):
         return cls(**{**cls.presets[preset], **chosen})
 
     def transformer(self) -> WanTransformer3DModel:
-        """A stock diffusers network that shares these weights; what the embedder of `r` adds is not in it."""
+        """A stock diffusers network that shares these weights (adapters are added to them); nothing of `r` is in it."""
         with torch.device("meta"):
             stock: Any = WanTransformer3DModel(**self.settings)
         stock.rope = self.rope  # its tables are no weights
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("r_embedder.")}
+        own = {name: tensor for name, tensor in merged(self).items() if not name.startswith("r_embedder.")}
         stock.load_state_dict(own, assign=True)
         return cast(WanTransformer3DModel, stock.eval())
 
@@ -178,6 +186,12 @@ class Wan(Backbone):
     def whole_parameters(self) -> list[nn.Parameter]:
         """The modulation tables of the blocks: 6 values per channel, which stay in float32."""
         return [cast(WanBlock, block).scale_shift_table for block in self.blocks]
+
+    def borrowed(self) -> set[str]:
+        """With adapters: everything that they stand beside."""
+        if not self.adapted:
+            return set()
+        return {name for name in self.state_dict() if not is_adapter(name) and not name.startswith("r_embedder.")}
 
     def _time(self, t: Tensor, r: Tensor | None) -> Tensor:
         """[B, D], float32 or better whatever autocast says."""
@@ -241,8 +255,11 @@ class Wan(Backbone):
     def initialise_stage(self, index: int) -> None:
         """Xavier layers, a head of zeros, so that training starts from v = 0; modulation tables as released."""
         for module in self.stage_modules()[index]:
+            adapters = {part for name, part in module.named_modules() if is_adapter(f".{name}")}
             for layer in module.modules():
-                if isinstance(layer, nn.Linear):
+                if hasattr(layer, "lora_A"):
+                    initialise_adapter(layer)
+                elif isinstance(layer, nn.Linear) and layer not in adapters:
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.zeros_(layer.bias)
                 elif isinstance(layer, nn.Conv3d):

@@ -82,6 +82,10 @@ class WanExperts(Backbone):
     def whole_parameters(self) -> list[nn.Parameter]:
         return [*self.high.whole_parameters(), *self.low.whole_parameters()]
 
+    def borrowed(self) -> set[str]:
+        experts = (("high", self.high), ("low", self.low))
+        return {f"{name}.{key}" for name, expert in experts for key in expert.borrowed()}
+
     def initialise_stage(self, index: int) -> None:
         self.high.initialise_stage(index)
         self.low.initialise_stage(index)

@@ -67,7 +67,7 @@ def materialise(backbone: Backbone, device: torch.device) -> None:
     pending, backbone.pending = backbone.pending, None
     backbone._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     held = {} if pending is None else pending
-    absent = {id(parameter) for name, parameter in backbone.named_parameters() if name not in held}
+    absent = {id(parameter) for name, parameter in backbone.state_dict(keep_vars=True).items() if name not in held}
     for index, modules in enumerate(_stages(backbone)):
         if any(id(p) in absent for module in modules for p in module.parameters(recurse=False)):
             _draw_stage(backbone, index, modules)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Backbone
 from flowanchor.weights import copy_weights, local, shape_of
 
 
@@ -223,9 +224,11 @@ class EMA(pl.Callback):
         self._ensure(pl_module)
         student: nn.Module = pl_module.student  # type: ignore[assignment]
         shadow_of = {id(p): self._shadows[profile][name] for name, p in self._averaged(student).items()}
+        borrowed = student.borrowed() if isinstance(student, Backbone) else set()
         return {
             name: _laid_out(shadow_of[id(tensor)], tensor) if id(tensor) in shadow_of else tensor.detach()
             for name, tensor in student.state_dict(keep_vars=True).items()
+            if name not in borrowed
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,7 +275,9 @@ class EMA(pl.Callback):
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         student: nn.Module = pl_module.student  # type: ignore[assignment]
         averaged = {id(p) for p in self._averaged(student).values()}
-        copied = [name for name, v in student.state_dict(keep_vars=True).items() if id(v) not in averaged]
+        borrowed = student.borrowed() if isinstance(student, Backbone) else set()
+        state = {name: v for name, v in student.state_dict(keep_vars=True).items() if name not in borrowed}
+        copied = [name for name, v in state.items() if id(v) not in averaged]
         for name, profile in self.profiles.items():
             if profile.sigma_rel is None:
                 continue

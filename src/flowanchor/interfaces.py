@@ -129,6 +129,11 @@ class Backbone(nn.Module, ABC):
         float32 and belong to no module of their own."""
         return []
 
+    def borrowed(self) -> set[str]:
+        """Names in the state dict of frozen weights that another checkpoint holds (what adapters stand beside): they
+        are not saved with a run, and read from there again."""
+        return set()
+
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
         tokens, context = self.embed(x, t, cond, r)

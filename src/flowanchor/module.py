@@ -66,6 +66,7 @@ class FlowModule(pl.LightningModule):
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._seen_terms: list[dict[str, Tensor]] = []
+        self._borrowed: set[str] | None = None
         objective.check(student)
         velocity.check(student)
 
@@ -188,10 +189,16 @@ class FlowModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    def is_elsewhere(self, key: str) -> bool:
+        """Whether an entry of the state dict belongs to another file: the teacher's, or the base under adapters."""
+        if self._borrowed is None:
+            self._borrowed = {f"student.{name}" for name in self.student.borrowed()}
+        return key.startswith(TEACHER) or key in self._borrowed
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The teacher belongs to another file; what is needed to open this one alone goes in."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(TEACHER)}
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not self.is_elsewhere(key)}
         checkpoint["flowanchor"] = {
             "format": FORMAT,
             "kind": self.objective.kind,
@@ -202,7 +209,7 @@ class FlowModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.state_dict()
-        checkpoint["state_dict"].update({key: value for key, value in own.items() if key.startswith(TEACHER)})
+        checkpoint["state_dict"].update({key: value for key, value in own.items() if self.is_elsewhere(key)})
         self.nonfinite_steps = int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0))
 
 

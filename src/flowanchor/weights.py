@@ -87,6 +87,36 @@ class Joined(LazyWeights):
             copy_weights(weights, own)
 
 
+class Overlaid(LazyWeights):
+    """The entries of `above`, and of `below` those that it lacks."""
+
+    def __init__(self, above: Mapping[str, Tensor], below: Mapping[str, Tensor]) -> None:
+        self.above, self.below = above, below
+
+    def _of(self, name: str) -> Mapping[str, Tensor]:
+        return self.above if name in self.above else self.below
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.above
+        yield from (name for name in self.below if name not in self.above)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.above or name in self.below
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def shape(self, name: str) -> torch.Size:
+        return shape_of(self._of(name), name)
+
+    def copy_into(self, targets: Mapping[str, Tensor]) -> None:
+        copy_weights(self.above, {name: t for name, t in targets.items() if name in self.above})
+        copy_weights(self.below, {name: t for name, t in targets.items() if name not in self.above})
+
+
 def shape_of(weights: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of an entry, without reading it where that can be avoided."""
     return weights.shape(name) if isinstance(weights, LazyWeights) else weights[name].shape

@@ -14,6 +14,7 @@ ROUTED = [
     "objective.time.boundary=0.5",
     "objective.shortcut.boundaries=[0.5]",
 ]
+LORA = {**COMMON, "lora": {"rank": 2}}
 EXPERTS = {**COMMON, "wan": "experts", "steps": 6, "overrides": ROUTED}
 
 
@@ -21,6 +22,7 @@ EXPERTS = {**COMMON, "wan": "experts", "steps": 6, "overrides": ROUTED}
 def one(training, folder):
     return {
         "exact": training.fit(folder, "one", **COMMON, batch=32, save=True),
+        "lora": training.fit(folder, "lora", **LORA, start=str(folder / "one.ckpt"), batch=32),
         "experts": training.fit(folder, "experts", **EXPERTS, batch=32),
         "low": training.fit(folder, "low", **COMMON, batch=32, precision="bf16-mixed"),
     }
@@ -34,12 +36,15 @@ def two(torchrun, one, folder):
         {"name": "sharded", **rest, "sharded": {}},
         {"name": "ddp", **rest, "ddp": True},
         {"name": "experts", **EXPERTS, "batch": 16, "sharded": {}},
+        {"name": "lora", **LORA, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
         {"name": "low", **rest, "sharded": {}, "precision": "bf16-mixed", "save": True},
         {"name": "taught", **rest, "sharded": {}, "teacher": str(folder / "one.ckpt")},
     )
 
 
-@pytest.mark.parametrize("way, alone", [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts")])
+@pytest.mark.parametrize(
+    "way, alone", [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts"), ("lora", "lora")]
+)
 def test_two_processes_equal_one(one, two, way, alone):
     theirs = one[alone]
     assert all(norm > 0 for norm in theirs["norms"])

@@ -61,7 +61,7 @@ CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
     "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
 }
-WAN_CONFIG = {"backbone": {"_target_": "flowanchor.plugins.backbones.wan.Wan", **WAN}}
+WAN_TARGET = {"_target_": "flowanchor.plugins.backbones.wan.Wan"}
 
 
 class Communication(TorchDispatchMode):
@@ -142,11 +142,11 @@ class Captions(DigitsDataModule):
         return Batch(batch.x1[:, :, None], text[batch.cond])
 
 
-def network(deferred: bool = False, wan: str = "", **settings: Any) -> Any:
+def network(deferred: bool = False, wan: str = "", lora: dict[str, Any] | None = None, **settings: Any) -> Any:
     torch.manual_seed(5)
     with parameters_on_meta() if deferred else nullcontext():
         if wan:
-            return {"one": WanNetwork, "experts": Experts}[wan](**WAN)
+            return {"one": WanNetwork, "experts": Experts}[wan](**WAN, lora=lora)
         return Network(**{**NETWORK, **settings})
 
 
@@ -183,6 +183,7 @@ def fit(
     ddp: bool = False,
     overrides: list[str] | None = None,
     wan: str = "",
+    lora: dict[str, Any] | None = None,
     precision: str = "32-true",
     lr: float = 0.1,
 ) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def fit(
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
         loss = composed(objective, overrides)
-    student = network(deferred, wan, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
+    student = network(deferred, wan, lora, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()
@@ -204,7 +205,7 @@ def fit(
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(),
         lambda parameters: torch.optim.AdamW(parameters, lr=lr, eps=0.1), seed=3,
-        config={**CONFIG, **WAN_CONFIG} if wan else CONFIG,
+        config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
     )  # fmt: skip
     data = (Captions if wan else DigitsDataModule)(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)

@@ -21,7 +21,7 @@ from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_
 from flowanchor.deferred import is_deferred, loading_context
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.weights import Joined, Renamed, copy_weights, shape_of
+from flowanchor.weights import Joined, Overlaid, Renamed, copy_weights, shape_of
 
 # What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
 _DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
@@ -160,6 +160,8 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
     with loading_context():
         backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
     name, weights = select_weights(content, ema, file)
+    if backbone.borrowed():
+        weights = Overlaid(weights, _base(config, file))
     load_weights(backbone, weights, file)
     return LoadedModel(
         backbone=backbone.eval() if is_deferred(backbone) else backbone.eval().to(device),
@@ -171,6 +173,18 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
         path=str(file),
         step=int(meta["step"]),
     )
+
+
+def _base(config: Mapping[str, Any], file: Path) -> Mapping[str, Tensor]:
+    """The weights that the adapters of a run stand beside."""
+    base = config.get("initialise_from")
+    try:
+        return weights_at(base or "")[0]
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file} holds adapters alone, and the weights that they adapt are not where the run found them ({base}): "
+            "put them there again."
+        ) from error
 
 
 def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, Mapping[str, Tensor]]:
@@ -225,12 +239,23 @@ def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str],
 
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
     """
+    weights, source = weights_at(path, ema)
+    load_weights(backbone, weights, source, _may_lack(backbone))
+
+
+def weights_at(path: str | Path | Mapping[str, str], ema: str | None = None) -> tuple[Mapping[str, Tensor], str]:
+    """The weights of a checkpoint, or of one for each part, and how to call them in a message."""
     paths = {f"{part}.": where for part, where in path.items()} if isinstance(path, Mapping) else {"": path}
     files = {prefix: find_checkpoint(where) for prefix, where in paths.items()}
     parts = {prefix: select_weights(read_checkpoint(file), ema, file)[1] for prefix, file in files.items()}
-    optional = tuple(f"{prefix}r_embedder." for prefix in parts) if backbone.takes_end_time else ()
-    weights = parts[""] if "" in parts else Joined(parts)
-    load_weights(backbone, weights, " and ".join(str(file) for file in files.values()), optional)
+    return parts[""] if "" in parts else Joined(parts), " and ".join(map(str, files.values()))
+
+
+def _may_lack(backbone: Backbone) -> tuple[str, ...]:
+    """Names that weights to start from need not have: those of a second time embedder, and of adapters."""
+    names, borrowed = list(backbone.state_dict()), backbone.borrowed()
+    embedder = [name for name in names if backbone.takes_end_time and "r_embedder." in name]
+    return (*embedder, *(name for name in names if borrowed and name not in borrowed))
 
 
 def file_digest(path: str | Path) -> str:

@@ -100,8 +100,10 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
         max_nonfinite_steps=cfg.max_nonfinite_steps,
         compile_options=compile_options(cfg.compile),
     )
-    if initialise and cfg.initialise_from:
-        initialise_student(student, cfg.initialise_from)
+    if student.borrowed() and not cfg.initialise_from:
+        raise ConfigError("Adapters need the weights that they adapt: add initialise_from=PATH (docs/wan.md).")
+    if cfg.initialise_from and (initialise or student.borrowed()):
+        initialise_student(student, OmegaConf.to_container(cfg, resolve=True)["initialise_from"])  # type: ignore
     return module
 
 

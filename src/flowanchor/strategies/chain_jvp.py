@@ -193,7 +193,8 @@ class ChainJVPStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         content = read_checkpoint(path)
         assert self.lightning_module is not None
-        own = {k: v for k, v in self.lightning_module.state_dict().items() if not k.startswith(TEACHER)}
+        elsewhere = getattr(self.lightning_module, "is_elsewhere", lambda key: key.startswith(TEACHER))
+        own = {k: v for k, v in self.lightning_module.state_dict().items() if not elsewhere(k)}
         stored = content["state_dict"]
         unfit = [name for name in own if name not in stored or shape_of(stored, name) != own[name].shape]
         if unfit:

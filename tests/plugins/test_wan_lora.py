@@ -1,0 +1,144 @@
+"""Adapters against the dense network they stand for: prediction, tangent, gradients; saved alone, resumed, exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowanchor.checkpoints import load_model
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.jvp import Chain, Full, TwoPass
+from flowanchor.plugins.backbones.lora import ADAPTER, is_adapter, merged
+from flowanchor.plugins.backbones.wan import Wan
+
+SMALL = {
+    "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
+    "num_layers": 3, "freq_dim": 32, "text_dim": 12, "text_len": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def adapted():
+    """Float64, its adapters no longer zero."""
+    torch.manual_seed(0)
+    network = Wan(**SMALL, lora={"rank": 3, "alpha": 6})
+    with torch.no_grad():
+        torch.nn.init.normal_(network.proj_out.weight, std=0.2)
+        for name, parameter in network.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.3)
+    return network.double().eval()
+
+
+@pytest.fixture
+def dense(adapted):
+    network = Wan(**SMALL).double().eval()
+    network.load_state_dict(merged(adapted))
+    return network
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    x = torch.randn(2, 1, 1, 8, 8, dtype=torch.float64)
+    return (
+        x,
+        torch.tensor([0.2, 0.7]).double(),
+        torch.randn(2, 4, 12).double(),
+        torch.randn_like(x),
+        torch.ones(2).double(),
+    )
+
+
+def test_only_adapters_are_trained_and_the_rest_keeps_its_names(adapted):
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all(map(is_adapter, trained))
+    names = set(adapted.state_dict())
+    assert set(Wan(**SMALL).state_dict()) == adapted.borrowed() == {name for name in names if not is_adapter(name)}
+    again = Wan(**SMALL, lora={"rank": 3, "alpha": 6}).double()
+    again.load_state_dict(adapted.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), adapted.state_dict().values(), strict=True)
+    )
+
+
+def test_a_fresh_adapter_changes_nothing(inputs):
+    torch.manual_seed(4)
+    network = Wan(**SMALL, lora={"rank": 2}).double()
+    torch.nn.init.normal_(network.proj_out.weight)
+    plain = Wan(**SMALL).double()
+    plain.load_state_dict({name: v for name, v in network.state_dict().items() if not is_adapter(name)})
+    assert torch.equal(network(*inputs[:3]), plain(*inputs[:3]))
+    assert all(layer.lora_A[ADAPTER].weight.any() for layer in network.modules() if hasattr(layer, "lora_A"))
+
+
+@pytest.mark.parametrize("engine", [Full(), Chain(), Chain("selective"), Chain(False), TwoPass()], ids=repr)
+def test_prediction_tangent_and_projected_gradient(adapted, dense, inputs, engine):
+    """With W = W0 + s B A and G the dense gradient of W: the adapters' are s G A^T and s B^T G."""
+    x, t, text, dx, dt = inputs
+    for network in (adapted, dense):
+        network.zero_grad()
+    ours, theirs = engine(adapted, x, t, text, dx, dt), Full()(dense, x, t, text, dx, dt)
+    for dual in (ours, theirs):
+        dual.prediction.square().sum().backward()
+    assert (ours.prediction - theirs.prediction).norm() <= 1e-10 * theirs.prediction.norm()
+    assert (ours.tangent - theirs.tangent).norm() <= 1e-10 * theirs.tangent.norm()
+    seen = 0
+    for name, layer in adapted.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        gradient = dense.get_submodule(name).weight.grad
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        for found, wanted in ((b.grad, 2 * gradient @ a.T), (a.grad, 2 * b.T @ gradient)):
+            assert (found - wanted).norm() <= 1e-9 * wanted.norm() + 1e-12, name
+            seen += 1
+        assert layer.base_layer.weight.grad is None
+    assert seen == 2 * 10 * SMALL["num_layers"]
+
+
+def test_the_stock_network_has_the_adapters_merged(adapted, inputs):
+    x, t, text, *_ = inputs
+    stock = adapted.float().transformer()
+    with torch.no_grad():
+        theirs = -stock(x.float(), 1000 * (1 - t.float()), torch.nn.functional.pad(text, (0, 0, 0, 2)).float()).sample
+        torch.testing.assert_close(adapted(x.float(), t.float(), text.float()), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message", [({"rank": 0}, "is no rank"), ({"rank": 2, "targets": ["nothing"]}, "no layer")]
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Wan(**SMALL, lora=settings)
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(2)
+    network = Wan(**SMALL)
+    torch.nn.init.normal_(network.proj_out.weight, std=0.2)
+    network.transformer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_run_saves_adapters_alone_and_goes_on(training, base, tmp_path):
+    """Eight steps without interruption; four, saved, and four more; opened again with the base where it lies."""
+    lora = {"wan": "one", "lora": {"rank": 3}, "start": str(base), "objective": "facm", "validate": False, "lr": 0.02}
+    whole = training.fit(tmp_path, "whole", 8, 32, **lora)
+    training.fit(tmp_path, "half", 4, 32, save=True, **lora)
+    content = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    names = [name for name in content["state_dict"] if name.startswith("student.")]
+    assert names and all(map(is_adapter, names)) and all(map(is_adapter, content["ema"]["power_0.2"]))
+    rest = training.fit(tmp_path, "rest", 8, 32, resume=str(tmp_path / "half.ckpt"), **lora)
+    for name, value in whole["weights"].items():
+        torch.testing.assert_close(rest["weights"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    model = load_model(tmp_path / "half.ckpt", ema="none")
+    start = load_model(base).backbone
+    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), torch.randn(2, 4, 12)
+    with torch.no_grad():
+        assert (model.backbone(x, t, text) - start(x, t, text)).abs().max() > 1e-5, "it was trained"
+        for name, p in start.state_dict().items():
+            assert torch.equal(model.backbone.state_dict()[name], p), name
+    base.rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="holds adapters alone"):
+        load_model(tmp_path / "half.ckpt")
