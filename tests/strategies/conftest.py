@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("training.py")
+DIED = re.compile(r"exitcode\s*: -(6|11)\b")  # SIGABRT, SIGSEGV: no test of ours ends like that
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,12 @@ def torchrun(folder: Path) -> Callable[..., dict[str, list[dict[str, Any]]]]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(specs)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        for attempt in range(2):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+            if done.returncode == 0 or attempt or not DIED.search(done.stderr):
+                break
+            # Seen once in some hundred runs, never twice: a process aborts within gloo ("malloc(): unaligned ...").
+            warnings.warn(f"A process was ended by a signal; trying once more.\n{done.stderr}", stacklevel=1)
         assert done.returncode == 0, done.stdout + done.stderr
         return {
             spec["name"]: [
