@@ -46,6 +46,7 @@ from flowanchor.sampling.guidance import Guidance
 
 R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
 NFE = (1, 2, 4)
+RECORD = "ablation_digits.json"
 
 
 @dataclass(frozen=True)
@@ -195,18 +196,26 @@ def table(
     rows: tuple[Row, ...], found: list[dict[str, Any]], reference: dict[str, Any], costs: dict[str, float]
 ) -> str:
     """A line per row: mean and spread over the seeds, runs that failed, cost per step against the first row."""
-    worst = reference["fd"][
-        "1"
-    ]  # a student that is no better in one step than its untrained teacher has learned nothing
+    worst = reference["fd"]["1"]
     lines = []
     for row in rows:
         own = [f for f in found if f["row"] == row.name]
         cells = [_spread([f["fd"][str(nfe)] for f in own if str(nfe) in f["fd"]]) for nfe in NFE]
-        failed = sum(f["broke"] or not f["fd"] or f["fd"].get("1", math.inf) >= worst for f in own)
+        broke = sum(f["broke"] or not f["fd"] for f in own)
+        useless = sum(f["fd"].get("1", math.inf) >= worst for f in own) - broke
         cost = costs[row.name] / costs[rows[0].name]
-        lines.append([row.name, str(own[0]["steps"]), *cells, f"{failed} of {len(own)}", f"{cost:.2f}"])
-    teacher = ["teacher, Euler steps", "", *(f"{reference['fd'][str(nfe)]:.2f}" for nfe in NFE), "", ""]
-    header = ("objective", "steps", *(f"NFE {nfe}" for nfe in NFE), "diverged", "cost per step")
+        lines.append(
+            [
+                row.name,
+                str(own[0]["steps"]),
+                *cells,
+                f"{broke} of {len(own)}",
+                f"{useless} of {len(own)}",
+                f"{cost:.2f}",
+            ]
+        )
+    teacher = ["teacher, Euler steps", "", *(f"{reference['fd'][str(nfe)]:.2f}" for nfe in NFE), "", "", ""]
+    header = ("objective", "steps", *(f"NFE {nfe}" for nfe in NFE), "diverged", "no better", "cost per step")
     return markdown(header, [*lines, teacher])
 
 
@@ -231,6 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=[], help="for every training, such as data=; refreshes nothing"
     )
+    parser.add_argument("--table", action="store_true", help="refresh page and figure from the record; run nothing")
     parser.add_argument("--quick", action="store_true", help="two rows, one seed, a few steps; refreshes nothing")
     arguments = parser.parse_args()
     rows, folder = ROWS, arguments.folder.absolute()
@@ -243,31 +253,39 @@ def main() -> None:
     else:
         sweep = Ablation(folder, arguments.budget, arguments.seeds, arguments.jobs, 1000, 3000, rows)
         sweep.settings = tuple(arguments.settings)
-    reference, found = sweep.all()
-    costs = measure_costs(rows, folder / "teacher")
-    about = machine()
-    floor = reference["floor"]
-    text = "\n\n".join(
+    if arguments.table:
+        record = json.loads((RESULTS / RECORD).read_text())
+    else:
+        reference, found = sweep.all()
+        costs = measure_costs(rows, folder / "teacher")
+        record = {"machine": machine(), "teacher": reference, "cpu_seconds": costs, "runs": found}
+    text = page(rows, record, sweep.budget)
+    print(text)
+    if arguments.quick or arguments.rows or arguments.settings:
+        return
+    if not arguments.table:
+        write_json(RESULTS / RECORD, record)
+    runs = {row.name: [f["curves"] for f in record["runs"] if f["row"] == row.name] for row in rows}
+    ablation_figure(runs).savefig(ROOT / "docs" / "images" / "ablation.png", dpi=110)
+    refresh(ROOT / "docs" / "results" / "ablation.md", "ablation table", text)
+
+
+def page(rows: tuple[Row, ...], record: dict[str, Any], budget: int) -> str:
+    """The table, and how to read it."""
+    about, floor = record["machine"], record["teacher"]["floor"]
+    seeds = len({run["seed"] for run in record["runs"]})
+    return "\n\n".join(
         [
-            table(rows, found, reference, costs),
+            table(rows, record["runs"], record["teacher"], record["cpu_seconds"]),
             "Frechet distance on the features of a small classifier (FD-digits), mean ± standard deviation over "
-            f"{sweep.seeds} seeds, of {floor['n']} images with balanced labels; floor (held-out images): "
-            f"{floor['fd']:.2f}. Diverged: a run that stopped on values that are not finite, or whose one-step "
-            "distance is no better than the teacher's. Cost per step: CPU time of forward and backward against the "
-            f"first row, taking turns. {sweep.budget} network evaluations per sample of a batch of 64. Measured by "
-            f"`make ablation` on {about['cpu']}, torch {about['torch']}, {about['date']}, commit {about['commit']}.",
+            f"{seeds} seeds, of {floor['n']} images with balanced labels; floor (held-out images): "
+            f"{floor['fd']:.2f}. Diverged: runs that stopped on values that are not finite. No better: those whose "
+            "one-step distance is at least the teacher's, from whose weights they started. Cost per step: CPU time of "
+            f"forward and backward against the first row, taking turns. {budget} network evaluations per sample of a "
+            f"batch of 64. Measured by `make ablation` on {about['cpu']}, torch {about['torch']}, {about['date']}, "
+            f"commit {about['commit']}.",
         ]
     )
-    print(text)
-    if not (arguments.quick or arguments.rows or arguments.settings):
-        write_json(
-            RESULTS / "ablation_digits.json",
-            {"machine": about, "teacher": reference, "cpu_seconds": costs, "runs": found},
-        )
-        ablation_figure({row.name: [f["curves"] for f in found if f["row"] == row.name] for row in rows}).savefig(
-            ROOT / "docs" / "images" / "ablation.png", dpi=110
-        )
-        refresh(ROOT / "docs" / "results" / "ablation.md", "ablation table", text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from flowanchor.interfaces import Backbone, Batch, TangentEngine
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -36,9 +37,8 @@ from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
-from wan_like import WanLike
 
-NETWORKS: dict[str, Callable[..., Backbone]] = {"lightningdit": LightningDiT, "wan-like": WanLike}
+NETWORKS: dict[str, Callable[..., Backbone]] = {"lightningdit": LightningDiT, "wan": Wan.from_preset}
 ENGINES: dict[str, Callable[[AttentionTangent], TangentEngine]] = {
     "Chain(recompute)": lambda attention: Chain(attention=attention),
     'Chain("selective")': lambda attention: Chain(recompute="selective", attention=attention),

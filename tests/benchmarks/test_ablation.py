@@ -53,9 +53,9 @@ def test_the_table():
     reference = {"fd": {"1": 20.0, "2": 9.0, "4": 3.0, "50": 1.0}}
     lines = ablation.table(rows, found, reference, costs).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert cells[0] == [rows[0].name, "9", "3.00 ± 1.41", "1.50 ± 0.00", "1.00 ± 0.00", "0 of 2", "1.00"]
-    assert cells[1][-2:] == ["1 of 2", "0.50"]
-    assert cells[2] == [rows[2].name, "9", "-", "-", "-", "1 of 1", "0.70"]
+    assert cells[0] == [rows[0].name, "9", "3.00 ± 1.41", "1.50 ± 0.00", "1.00 ± 0.00", "0 of 2", "0 of 2", "1.00"]
+    assert cells[1][-3:] == ["0 of 2", "1 of 2", "0.50"]
+    assert cells[2] == [rows[2].name, "9", "-", "-", "-", "1 of 1", "0 of 1", "0.70"]
     assert cells[3][2] == "20.00"
 
 
