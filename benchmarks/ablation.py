@@ -45,6 +45,7 @@ from flowanchor.reporting.runs import read_series
 from flowanchor.sampling.guidance import Guidance
 
 R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
+UNWEIGHTED = "objective.shortcut.weight_power=0.0"
 NFE = (1, 2, 4)
 RECORD = "ablation_digits.json"
 
@@ -68,6 +69,7 @@ ROWS = (
     Row("FACM without time weight", ("objective=facm", "objective.shortcut.time_weight=false"), 3),
     Row("MeanFlow, r = t share 0", ("objective=meanflow", "objective.shortcut.share=0.0", *R_EMBEDDER), 2),
     Row("MeanFlow, r = t share 0.75", ("objective=meanflow", *R_EMBEDDER), 2),
+    Row("MeanFlow, 0.75, without adaptive weight", ("objective=meanflow", UNWEIGHTED, *R_EMBEDDER), 2),
     Row("sCM", ("objective=scm", "objective.shortcut.warmup_steps={quarter}"), 2),
     Row("sCM without warm-up", ("objective=scm", "objective.shortcut.warmup_steps=0"), 2),
     Row(
@@ -76,7 +78,13 @@ ROWS = (
         2,
     ),
     Row("iMF", ("objective=imf", *R_EMBEDDER), 3),
+    Row("iMF without adaptive weight", ("objective=imf", UNWEIGHTED, *R_EMBEDDER), 3),
     Row("alpha-Flow", ("objective=alpha_flow", "objective.shortcut.end={half}", *R_EMBEDDER), 3),
+    Row(
+        "alpha-Flow without adaptive weight",
+        ("objective=alpha_flow", "objective.shortcut.end={half}", UNWEIGHTED, *R_EMBEDDER),
+        3,
+    ),
 )
 
 
