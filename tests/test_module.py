@@ -163,3 +163,30 @@ def test_combinations_are_checked_before_training():
     objective = ComposedObjective(AuxiliaryInterval(), ArctanLogNormal(), FlowMatchingAnchor())
     with pytest.raises(ConfigError, match="auxiliary_time_cond=true"):
         FlowModule(network(), objective, DataVelocity(), Full(), torch.optim.AdamW)
+
+
+def test_the_networks_are_told_what_stands_for_no_condition(tmp_path):
+    """The data's negative prompt reaches the student and a teacher beside it before the first step."""
+    told = []
+
+    class Told(LightningDiT):
+        def set_null_context(self, embeddings):
+            told.append(embeddings.shape)
+
+    def told_network():
+        return Told(4, 2, 1, 16, 1, 2, num_classes=3, disable_label_dropout=True)
+
+    class Data(pl.LightningDataModule):
+        null_condition = torch.zeros(3, 5)
+
+        def train_dataloader(self):
+            return loader(count=1)
+
+    module = make(CheckpointVelocity.of_network(told_network(), Guidance()))
+    module.student = told_network()
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data())
+    assert told == [(3, 5), (3, 5)]
