@@ -34,7 +34,7 @@ class SampleGrid(pl.Callback):
         every_n_steps: optimizer steps between two pictures.
         nfe:           budgets; one that the sampler cannot have is left out.
         per_class:     images per row.
-        max_classes:   rows at most (spread over the classes); an unlabelled network gets as many rows of any content.
+        max_classes:   rows at most: classes, spread, or prompts of the data; an unlabelled network gets as many rows.
         seed, batch_size: of the generation.
     """
 
@@ -72,7 +72,8 @@ class SampleGrid(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shape: tuple[int, ...] = pl_module.student.sample_shape  # type: ignore[union-attr,assignment]
-        if self.samplers and isinstance(self.codec, Identity) and (len(shape) != 3 or shape[0] not in (1, 3)):
+        image = shape if len(shape) == 3 else (shape[0], *shape[2:]) if len(shape) == 4 and shape[1] == 1 else ()
+        if self.samplers and isinstance(self.codec, Identity) and (not image or image[0] not in (1, 3)):
             rank_zero_warn(
                 f"No sample grids: samples of {' x '.join(map(str, shape))} are no images; choose the codec that they "
                 "are latents of (codec=vavae, codec=sd_vae)."
@@ -98,7 +99,7 @@ class SampleGrid(pl.Callback):
         # A sharded network needs all of its ranks to run; any other draws on the first one alone.
         if not (_sharded(pl_module.student) or trainer.is_global_zero):
             return
-        labels = self._labels(pl_module)
+        labels = self._labels(trainer, pl_module)
         names = None if labels is None else self._names(trainer, labels)
         images = self.images(trainer, pl_module, labels)
         if not trainer.is_global_zero:
@@ -144,7 +145,11 @@ class SampleGrid(pl.Callback):
                 self.codec.to("cpu")  # a large one leaves the device to the training
         return drawn
 
-    def _labels(self, pl_module: pl.LightningModule) -> Tensor | None:
+    def _labels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        prompts = getattr(trainer.datamodule, "fixed_prompts", None)  # type: ignore[attr-defined]
+        if prompts is not None:  # texts of the data, the same ones every time
+            found: Tensor = prompts(self.max_classes)[1]
+            return found.repeat_interleave(self.per_class, dim=0)
         classes = int(pl_module.student.num_classes)  # type: ignore[union-attr,arg-type]
         if classes == 0:
             return None
@@ -152,6 +157,9 @@ class SampleGrid(pl.Callback):
         return (torch.arange(rows) * classes // rows).repeat_interleave(self.per_class)
 
     def _names(self, trainer: pl.Trainer, labels: Tensor) -> list[str]:
+        prompts = getattr(trainer.datamodule, "fixed_prompts", None)  # type: ignore[attr-defined]
+        if prompts is not None:
+            return list(prompts(self.max_classes)[0])
         known = getattr(trainer.datamodule, "class_names", None) or ()  # type: ignore[attr-defined]
         return [str(known[i]) if i < len(known) else str(i) for i in labels[:: self.per_class].tolist()]
 

@@ -36,6 +36,13 @@ class Generator(LoadedModel):
 
         return load_codec(self).to(self.device)
 
+    @cached_property
+    def text_encoder(self) -> Any:
+        """From prompts to what a network of text is asked with; its weights are read on first use."""
+        from flowanchor.sampling.prompts import load_text_encoder
+
+        return load_text_encoder(self).to(self.device)
+
     def sample(
         self,
         labels: int | Sequence[int] | Tensor | None = None,
@@ -43,6 +50,9 @@ class Generator(LoadedModel):
         seed: int = 0,
         num_samples: int | None = None,
         batch_size: int = 64,
+        prompts: str | Sequence[str] | None = None,
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
         **sampler: Any,
     ) -> Tensor:
         """Draw images: uint8 [N, H, W, C] on the CPU. Image i depends on the seed, i and its label alone.
@@ -51,14 +61,27 @@ class Generator(LoadedModel):
             labels: one class per image; None for every class in turn (or for a network without classes).
             steps: steps of the sampler; None for those that the network was trained to be sampled with.
             num_samples: how many, where `labels` do not say it; an int as `labels` is repeated so often.
+            prompts: one per image, for a network of text; a single one is repeated `num_samples` times.
+            negative: the negative prompt, where the sampler guides.
+            size: height and width of the images, where the network draws any size.
             sampler: other settings of its sampler (`guidance_scale=1.5`), or another one (`_target_=...`).
 
         Raises:
             ConfigError: labels out of range, nothing that says how many, a sampler of the wrong kind.
         """
         from flowanchor.sampling import build_sampler, generate
+        from flowanchor.sampling.prompts import encode_prompts, sample_shape
 
-        chosen, count = self._labels(labels, num_samples)
+        chosen: Tensor | None
+        if prompts is not None:
+            if not hasattr(self.backbone, "text_dim"):
+                raise ConfigError("This network is not conditioned on text: leave out prompts.")
+            listed = [prompts] * (num_samples or 1) if isinstance(prompts, str) else list(prompts)
+            chosen, count = encode_prompts(self.text_encoder, self.backbone, listed, negative), len(listed)
+        elif hasattr(self.backbone, "text_dim"):
+            raise ConfigError("This network is conditioned on text: give prompts.")
+        else:
+            chosen, count = self._labels(labels, num_samples)
         chunks = generate(
             self.backbone,
             self.interval,
@@ -69,6 +92,7 @@ class Generator(LoadedModel):
             batch_size,
             self.device,
             count,
+            shape=sample_shape(self.backbone, size, self.codec.downsampling),
         )
         return torch.cat(list(chunks))
 
@@ -94,6 +118,7 @@ def load(
     ema: str | None = None,
     device: torch.device | str = "cpu",
     codec: Mapping[str, Any] | None = None,
+    text_encoder: Mapping[str, Any] | None = None,
 ) -> Generator:
     """Open a model for sampling.
 
@@ -103,16 +128,18 @@ def load(
         ema: which weights, as in `flowanchor.checkpoints.load_model`.
         device: where it computes.
         codec: settings of its codec to replace: `{"weights": "vavae.pt"}` where the weights lie elsewhere here.
+        text_encoder: the same of its text encoder.
 
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
     """
     model = load_model(local_folder(path_or_repo), ema=ema, device=device)
     values = {field.name: getattr(model, field.name) for field in fields(model)}
-    if codec:
-        own = model.config.get("codec", {})
-        unknown = sorted(set(codec) - set(own))
+    for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
+        own = model.config.get(part) or {}
+        unknown = sorted(set(chosen or {}) - set(own))
         if unknown:
-            raise ConfigError(f"The codec of {model.path} has no {', '.join(unknown)}: it has {', '.join(own)}.")
-        values["config"] = {**model.config, "codec": {**own, **codec}}
+            raise ConfigError(f"The {part} of {model.path} has no {', '.join(unknown)}: it has {', '.join(own)}.")
+        if chosen:
+            values["config"] = {**values["config"], part: {**own, **chosen}}
     return Generator(**values)

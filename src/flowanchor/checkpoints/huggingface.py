@@ -21,7 +21,7 @@ from flowanchor.errors import CheckpointError
 CONFIG, WEIGHTS, CARD, CODEC = "config.json", f"model{SUFFIX}", "README.md", f"codec{SUFFIX}"
 
 # What a network needs to be opened, sampled and evaluated; the rest of a run's settings is not published.
-_PUBLISHED = ("backbone", "sampler", "codec", "data")
+_PUBLISHED = ("backbone", "sampler", "codec", "text_encoder", "data")
 
 
 def is_published(path: str | Path) -> bool:

@@ -45,7 +45,7 @@ class ShardWriter(ABC):
         """Write, move into place, and describe the file."""
         with disk_space(self.path):
             self._write()
-            digest, size = _sha256(self.partial), self.partial.stat().st_size
+            digest, size = file_sha256(self.partial), self.partial.stat().st_size
             self.partial.replace(self.path)
         return Shard(self.path.name, self.count, size, digest)
 
@@ -138,7 +138,8 @@ def disk_space(path: Path) -> Iterator[None]:
         raise
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -11,8 +11,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.plan import LAYOUTS
@@ -23,7 +21,9 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
 from flowanchor.latents.manifest import MANIFEST, Manifest
 from flowanchor.programs.checks import check_whole_numbers, own_device
+from flowanchor.programs.encode_captions import encode_captions
 from flowanchor.programs.launch import program
+from flowanchor.programs.progress import counter
 
 VALUES = ("sample", "moments")
 REPORT_EVERY = 1.0  # seconds
@@ -31,6 +31,8 @@ REPORT_EVERY = 1.0  # seconds
 
 def encode(cfg: DictConfig) -> None:
     """Write the files, `latents_stats.pt` and `manifest.json` into `out`."""
+    if "_target_" in cfg.data:
+        return encode_captions(cfg)
     check_settings(cfg)
     out = Path(cfg.out).expanduser()
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -151,19 +153,6 @@ def describe(manifest: Manifest) -> str:
         f"{manifest.count:,} images{flips} as latents {' x '.join(map(str, manifest.shape))} ({manifest.values}, "
         f"{manifest.dtype}) in {len(manifest.shards)} files, {size / 1e9:.2f} GB{left_out}"
     )
-
-
-class Rate(ProgressColumn):
-    """Images per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:,.1f} images/s")
-
-
-def counter(console: Console) -> Progress:
-    """The progress bar: images, images/s, time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, speed_estimate_period=60)
 
 
 main = program("encode")(encode)

@@ -21,6 +21,7 @@ from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
 from flowanchor.reporting.grids import save_grid
 from flowanchor.sampling import build_sampler, generate
+from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, sample_shape
 
 
 def sample(cfg: DictConfig) -> None:
@@ -34,17 +35,24 @@ def sample(cfg: DictConfig) -> None:
     model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
     sampler = build_sampler(cfg.sampler, model)
     codec = load_codec(model, cfg.get("codec"))
-    labels = choose_labels(cfg, model)
+    prompts = choose_prompts(cfg, model)
+    labels = choose_labels(cfg, model) if prompts is None else None
+    asked = labels
+    if prompts is not None:
+        encoder = load_text_encoder(model, cfg.get("text_encoder")).to(device)
+        asked = encode_prompts(encoder, model.backbone, prompts, cfg.negative)
+        del encoder  # a large one leaves the device to the network
     chunks = generate(
         model.backbone,
         model.interval,
         sampler,
         codec.to(device),
-        labels,
+        asked,
         cfg.seed,
         cfg.batch_size,
         device,
         cfg.num_samples,
+        shape=sample_shape(model.backbone, cfg.size, codec.downsampling),
     )
     console = Console()
     batches = -(-cfg.num_samples // cfg.batch_size)
@@ -54,12 +62,36 @@ def sample(cfg: DictConfig) -> None:
         for chunk in track(chunks, "Sampling", batches, console=console):
             file.add(chunk)
             shown.extend(chunk.numpy()[: max(0, cfg.grid_images - len(shown))])
-    save_grid(folder / "grid.png", np.stack(shown), labels=None if stored is None else stored[: len(shown)])
+    names: list[str] = []
+    if prompts is not None:
+        names = list(dict.fromkeys(prompts))
+        stored = np.asarray([names.index(prompt) for prompt in prompts])
+    rows = None if stored is None else stored[: len(shown)]
+    save_grid(folder / "grid.png", np.stack(shown), labels=rows, class_names=names)
     nfe = "adaptive" if sampler.nfe is None else sampler.nfe
     console.print(
         f"{cfg.num_samples} images by {getattr(sampler, 'label', type(sampler).__name__)}, nfe {nfe}, seed {cfg.seed}, "
         f"weights {model.ema}, checkpoint {model.digest}: {folder}/samples.npz, grid.png"
     )
+
+
+def choose_prompts(cfg: DictConfig, model: LoadedModel) -> list[str] | None:
+    """A prompt for every sample, those of `prompt` and `prompts` in turn; None for a network without text."""
+    listed = [] if cfg.prompt is None else list(cfg.prompt) if OmegaConf.is_list(cfg.prompt) else [str(cfg.prompt)]
+    if cfg.prompts is not None:
+        path = Path(cfg.prompts).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"There is no file {path}: prompts= names a file with one prompt per line.")
+        listed += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not hasattr(model.backbone, "text_dim"):
+        if listed:
+            raise ConfigError("This network is not conditioned on text: leave out prompt= and prompts=.")
+        return None
+    if cfg.classes is not None:
+        raise ConfigError("This network is conditioned on text: use prompt= instead of classes=.")
+    if not listed:
+        raise ConfigError('This network is conditioned on text: add prompt="what to draw", or prompts=FILE.')
+    return [listed[i % len(listed)] for i in range(cfg.num_samples)]
 
 
 def choose_labels(cfg: DictConfig, model: LoadedModel) -> torch.Tensor | None:

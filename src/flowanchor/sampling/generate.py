@@ -25,10 +25,12 @@ def generate(
     device: torch.device | str = "cpu",
     num_samples: int | None = None,
     start: int = 0,
+    shape: tuple[int, ...] | None = None,
 ) -> Iterator[Tensor]:
     """Yield uint8 images [b, H, W, C] on the CPU, in order; image i depends only on (seed, start + i, labels[i]).
 
-    `labels` [N] may be None for unconditional networks; then `num_samples` gives N.
+    `labels`: classes [N] or text embeddings [N, L, D]; None for unconditional networks, where `num_samples` gives N.
+    `shape`: of one sample in the network's space; None: the network's own.
     """
     if labels is None and num_samples is None:
         raise ConfigError("Nothing says how many images to generate: set num_samples.")
@@ -36,15 +38,23 @@ def generate(
     if batch_size < 1 or total < 1:
         raise ConfigError(f"num_samples={total} and batch_size={batch_size} must both be at least 1.")
     dtype = next(backbone.parameters()).dtype
+    shape = backbone.sample_shape if shape is None else shape
     for first in range(0, total, batch_size):
         indices = range(start + first, start + min(first + batch_size, total))
         cond = None if labels is None else labels[first : first + batch_size].to(device)
-        noise = sample_noise(seed, indices, backbone.sample_shape).to(device=device, dtype=dtype)
-        fresh = renoiser(seed, indices, backbone.sample_shape, device)
+        noise = sample_noise(seed, indices, shape).to(device=device, dtype=dtype)
+        fresh = renoiser(seed, indices, shape, device)
         latents = sampler.sample(backbone, noise, cond, interval, fresh)
         with torch.no_grad():
-            images = codec.decode(latents.to(dtype))
+            images = codec.decode(one_image(latents.to(dtype)))
         yield to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def one_image(latents: Tensor) -> Tensor:
+    """Latents [B, C, 1, h, w] of one frame -> [B, C, h, w]; others as they are."""
+    if latents.ndim == 5 and latents.shape[2] > 1:
+        raise ConfigError(f"Samples of {latents.shape[2]} frames cannot be written as images: draw one frame.")
+    return latents[:, :, 0] if latents.ndim == 5 else latents
 
 
 def build_sampler(settings: Any, model: Any) -> Sampler:

@@ -33,9 +33,9 @@ class TextEncoder(nn.Module, ABC):
         """Hash (hex) of all that decides the embeddings: weights, tokenizer and settings."""
 
 
-def pad_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
-    """Embeddings [L_i, D] -> [B, max L_i, D], zeros behind each: what Wan reads, which has no mask."""
-    longest = max(embedding.shape[0] for embedding in embeddings)
+def pad_embeddings(embeddings: Sequence[Tensor], shortest: int = 0) -> Tensor:
+    """Embeddings [L_i, D] -> [B, L, D], `L` the longest or `shortest`, zeros behind each: Wan reads them unmasked."""
+    longest = max(shortest, *(embedding.shape[0] for embedding in embeddings))
     out = embeddings[0].new_zeros(len(embeddings), longest, embeddings[0].shape[1])
     for row, embedding in zip(out, embeddings, strict=True):
         row[: embedding.shape[0]] = embedding

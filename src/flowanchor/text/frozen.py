@@ -16,6 +16,7 @@ from torch import Tensor
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.text.base import TextEncoder
 
+KEPT = 64  # embeddings of prompts, 8 MB each at most for UMT5
 _WEIGHTS = "*.safetensors"
 _FILES = (".safetensors", ".json", ".model", ".txt")  # of weights, settings, vocabularies
 
@@ -58,6 +59,7 @@ class FrozenEncoder(TextEncoder):
             if not folder.is_dir():
                 raise CheckpointError(f"There is no folder {folder} for text_encoder={name}: download it there first.")
         self.network, self._tokenizer = self._read_network(), self._read_tokenizer()
+        self._known: dict[str, Tensor] = {}
         self.width = int(getattr(self.network.config, "d_model", 0) or self.network.config.hidden_size)
 
     def _read_network(self) -> Any:
@@ -91,7 +93,13 @@ class FrozenEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        return [self._encode(prompt) for prompt in prompts]
+        for prompt in prompts:  # data sets repeat themselves: a few embeddings are kept
+            if prompt not in self._known:
+                self._known[prompt] = self._encode(prompt)
+        found = [self._known[prompt] for prompt in prompts]
+        while len(self._known) > KEPT:
+            self._known.pop(next(iter(self._known)))
+        return found
 
     def _encode(self, prompt: str) -> Tensor:
         text = clean(prompt) if self.cleaned else prompt
@@ -140,4 +148,5 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError("Text encoders need transformers: pip install 'flowanchor[wan]'.") from error
+    transformers.utils.logging.disable_progress_bar()  # of reading a file that takes seconds
     return transformers

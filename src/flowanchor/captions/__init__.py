@@ -1,0 +1,1 @@
+"""Captioned images into files of latents and text embeddings."""

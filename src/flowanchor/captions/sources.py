@@ -1,0 +1,167 @@
+"""Captioned images: a folder with a table, or tars of WebDataset."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from flowanchor.encoding.sources import Source
+from flowanchor.errors import ConfigError, DataError
+
+TABLES = (".csv", ".jsonl")
+_IMAGES = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
+
+
+class CaptionedSource(Source):
+    """Images with their captions; what has none is named in `uncaptioned` and not among the images.
+
+    Attributes:
+        captions: for each image, one caption or several.
+        uncaptioned: "name: no caption" of images that are left out.
+    """
+
+    captions: list[tuple[str, ...]]
+    uncaptioned: list[str]
+
+    def _take(self, found: Iterator[tuple[str, Any]]) -> None:
+        self.names, self.captions, self.uncaptioned = [], [], []
+        for name, captions in found:
+            texts = _texts(captions)
+            if texts:
+                self.names.append(name)
+                self.captions.append(texts)
+            else:
+                self.uncaptioned.append(f"{name}: no caption")
+        if len(set(self.names)) != len(self.names):
+            seen: set[str] = set()
+            twice = next(name for name in self.names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"The image {twice} is listed twice: list its captions together, as a JSON list.")
+        self.labels, self.num_classes = np.zeros(len(self.names), dtype=np.int64), 0
+
+    def digest(self) -> str:
+        content = hashlib.sha256()
+        for name, captions in zip(self.names, self.captions, strict=True):
+            content.update(json.dumps([name, captions]).encode())
+        return content.hexdigest()
+
+
+class TableSource(CaptionedSource):
+    """Images named in a CSV or JSONL table with a column of files, relative to the table, and one of captions.
+
+    A caption may be a JSON list of several.
+    """
+
+    def __init__(self, table: Path, file: str = "file", caption: str = "caption") -> None:
+        self.root = table.parent
+        self._take((str(row[file]), row.get(caption)) for row in _rows(table, file, caption))
+
+    def read(self, index: int) -> bytes:
+        return (self.root / self.names[index]).read_bytes()
+
+
+class TarCaptions(CaptionedSource):
+    """Tars with `<key>.jpg` (png, webp, ...) and `<key>.txt` or `<key>.json`, whose entry `caption` it is."""
+
+    def __init__(self, tars: list[Path], caption: str = "caption") -> None:
+        self.tars = tars
+        places = {}
+        found = []
+        for number, path in enumerate(tars):
+            for key, place, text in _samples(path, caption):
+                name = f"{path.name}/{key}"
+                places[name] = (number, *place)
+                found.append((name, text))
+        self._take(iter(found))
+        self._places = [places[name] for name in self.names]
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = self._places[index]
+        with self.tars[number].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def open_captions(root: str | None, file: str = "file", caption: str = "caption") -> CaptionedSource:
+    """A source by what `root` is: a folder with one table or with tars, a table, or tars written `{000..127}.tar`.
+
+    Raises `ConfigError` and `DataError`.
+    """
+    if not root:
+        raise ConfigError(
+            "Which images? Add data.root=FOLDER (tars of images with txt or json, or a CSV or JSONL table)."
+        )
+    path = Path(root).expanduser()
+    if path.suffix in TABLES and path.is_file():
+        return TableSource(path, file, caption)
+    if str(root).endswith(".tar"):
+        from webdataset.shardlists import expand_urls
+
+        return TarCaptions([Path(name) for name in expand_urls(str(path))], caption)
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}: set data.root=FOLDER.")
+    tables = sorted(entry for entry in path.iterdir() if entry.suffix in TABLES)
+    tars = sorted(path.glob("*.tar"))
+    if len(tables) == 1 and not tars:
+        return TableSource(tables[0], file, caption)
+    if tars and not tables:
+        return TarCaptions(tars, caption)
+    raise DataError(f"{path} holds {len(tables)} tables (CSV, JSONL) and {len(tars)} tars: give one table, or tars.")
+
+
+def _rows(table: Path, file: str, caption: str) -> Iterator[dict[str, Any]]:
+    with table.open(encoding="utf-8", newline="") as lines:
+        if table.suffix == ".csv":
+            rows: Iterator[Any] = iter(csv.DictReader(lines))
+        else:
+            rows = (json.loads(line) for line in lines if line.strip())
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or file not in row or caption not in row and number == 1:
+                known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise DataError(
+                    f"Row {number} of {table} has no columns '{file}' and '{caption}' (it has {known}): name them by "
+                    "captions.file= and captions.caption=."
+                )
+            yield row
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    """Captions out of what a table or a tar says: a text, a list of texts, or a text that is a JSON list."""
+    if isinstance(found, str) and found.lstrip().startswith("["):
+        try:
+            found = json.loads(found)
+        except ValueError:
+            pass
+    texts = found if isinstance(found, list) else [found]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def _samples(path: Path, caption: str) -> Iterator[tuple[str, tuple[int, int], Any]]:
+    """Key, offset and size, caption of each image in a tar."""
+    if not path.is_file():
+        raise DataError(f"There is no file {path}: set data.root to tars that exist.")
+    images: dict[str, tuple[int, int]] = {}
+    texts: dict[str, Any] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if member.isfile() and extension.lower() in _IMAGES:
+                    images[key] = (member.offset_data, member.size)
+                elif member.isfile() and extension.lower() in ("txt", "json"):
+                    stream = tar.extractfile(member)
+                    text = "" if stream is None else stream.read().decode("utf-8", errors="replace")
+                    texts[key] = json.loads(text).get(caption) if extension.lower() == "json" else text
+    except (tarfile.TarError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or no tar of images with captions ({error}): copy it again.") from error
+    for key, place in images.items():
+        yield key, place, texts.get(key)

@@ -1,0 +1,179 @@
+"""Encoded captions (`encode.py data=captions`): latents of several sizes with their text."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowanchor.captions.files import NEGATIVE, CaptionFile, CaptionManifest
+from flowanchor.data.base import FlowDataModule
+from flowanchor.data.encoded import no_images
+from flowanchor.data.epoch_sampler import EpochBatchSampler
+from flowanchor.data.images import ImageSet
+from flowanchor.errors import ConfigError, DataError
+from flowanchor.interfaces import Batch
+from flowanchor.text.base import pad_embeddings
+
+
+class CaptionedDataModule(FlowDataModule):
+    """`Batch(latents [B, C, F, h, w], text [B, L, D])`, every batch of one size, over all processes.
+
+    In a pass each sample is shown once, with one of its captions, drawn anew each time; of every size the samples that
+    do not fill a global batch are left out, others in every pass. Texts are padded with zeros, at least to the length
+    of the negative prompt's, which is `null_condition` [L, D].
+
+    Args:
+        root: the folder.
+        channels, frames: of a latent.
+        height, width: of the latents that are drawn for samples; any size may be trained on.
+        text_dim: channels of the text embeddings.
+
+    Raises:
+        ConfigError: no root, or settings that contradict the manifest.
+        DataError: a folder that is not complete, damaged files, no size with a whole batch.
+    """
+
+    random_views = True
+
+    def __init__(
+        self,
+        root: str | None,
+        channels: int,
+        frames: int,
+        height: int,
+        width: int,
+        text_dim: int,
+        size: int = 0,
+        num_classes: int = 0,
+        **loader: int | bool,
+    ) -> None:
+        super().__init__(**loader)  # type: ignore[arg-type]
+        if not root:
+            raise ConfigError("data=captions needs to know the folder: add data.root=FOLDER (python src/encode.py).")
+        if num_classes:
+            raise ConfigError(f"data.num_classes={num_classes}: captions have no classes: leave it out.")
+        self.root = Path(root).expanduser()
+        self.name = self.root.resolve().name
+        self.channels, self.frames, self.height, self.width, self.size = channels, frames, height, width, height
+        self.num_classes, self.text_dim = 0, text_dim
+        manifest = CaptionManifest.read(self.root)
+        if manifest is None:
+            raise DataError(f"{self.root} holds no complete set: run python src/encode.py data=captions, it goes on.")
+        self.manifest = manifest
+        told = {"channels": manifest.shape[0], "frames": manifest.shape[1], "text_dim": manifest.text_width}
+        for name, theirs in told.items():
+            if getattr(self, name) != theirs:
+                raise ConfigError(
+                    f"data.{name}={getattr(self, name)}, but {self.root}/manifest.json says {theirs}: use "
+                    f"data.{name}={theirs}."
+                )
+        self.null_condition: Tensor = load_file(self.root / NEGATIVE)["text"]
+        self._examples: CaptionBatches | None = None
+
+    def fixed_prompts(self, count: int) -> tuple[list[str], Tensor]:
+        """The first different captions of the data, `count` at most, and their embeddings [N, L, D]."""
+        examples = self.examples("train")
+        assert isinstance(examples, CaptionBatches)
+        found: dict[str, Tensor] = {}
+        for file in examples.files:
+            for row, captions in enumerate(file.texts()):
+                if len(found) == count:
+                    break
+                if captions[0] not in found:
+                    found[captions[0]] = file.text(row, 0)
+        return list(found), pad_embeddings(list(found.values()), len(self.null_condition))
+
+    def load(self) -> dict[str, ImageSet]:
+        raise no_images()
+
+    def examples(self, split: str) -> Dataset:
+        if self._examples is None:
+            self._examples = CaptionBatches(self.root, self.manifest, self.seed, len(self.null_condition))
+        return self._examples
+
+    def _train_order(self) -> EpochBatchSampler:
+        rank, world_size = self._process()
+        counts: dict[tuple[int, int], list[np.ndarray]] = {}
+        first = 0
+        for shard, size in zip(self.manifest.shards, self.manifest.sizes, strict=True):
+            counts.setdefault(size, []).append(np.arange(first, first + shard.count))
+            first += shard.count
+        groups = {size: np.concatenate(rows) for size, rows in counts.items()}
+        return GroupedSampler(groups, self.batch_size, self.seed, rank, world_size, repeat=self.repeat)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:  # type: ignore[override]
+        """Nothing: no samples are held out."""
+        return []
+
+
+class CaptionBatches(Dataset):
+    """Samples of all files, under the indices of `EpochBatchSampler(views=True)`."""
+
+    def __init__(self, root: Path, manifest: CaptionManifest, seed: int, shortest: int) -> None:
+        self.files = [CaptionFile(root / shard.file) for shard in manifest.shards]
+        self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in manifest.shards])])
+        self.seed, self.shortest = seed, shortest
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        view, index = np.divmod(np.asarray(indices, dtype=np.int64), len(self))
+        places = np.searchsorted(self.starts, index, side="right") - 1
+        latents, texts = [], []
+        for number_of_pass, sample, place in zip((view // 2).tolist(), index.tolist(), places.tolist(), strict=True):
+            file, row = self.files[place], sample - int(self.starts[place])
+            latents.append(file.latents([row]))
+            caption = np.random.default_rng((self.seed, number_of_pass, sample)).integers(file.captions(row))
+            texts.append(file.text(row, int(caption)))
+        return Batch(torch.cat(latents), pad_embeddings(texts, self.shortest))
+
+
+class GroupedSampler(EpochBatchSampler):
+    """Global batches within one group of samples each, in a random order; what does not fill one is left out."""
+
+    def __init__(
+        self,
+        groups: dict[tuple[int, int], np.ndarray],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: int = 1,
+    ) -> None:
+        self.groups = groups
+        total = sum(map(len, groups.values()))
+        super().__init__(total, batch_size, seed, rank, world_size, repeat, drop_last=True, views=True)
+        joint = self.global_batch_size
+        small = {f"{h} x {w}": len(rows) for (h, w), rows in groups.items() if len(rows) < joint}
+        if len(small) == len(groups):
+            raise DataError(
+                f"No size has the {joint} samples of a batch over all processes (at most {max(small.values())}): use a "
+                "smaller data.batch_size, or encode with a smaller captions.max_ratio."
+            )
+        if small:
+            listed = ", ".join(f"{size}: {count}" for size, count in small.items())
+            warnings.warn(f"Latents of these sizes are too few for a batch of {joint} and are never seen: {listed}.",
+                          stacklevel=2)  # fmt: skip
+
+    def __len__(self) -> int:
+        joint = self.global_batch_size
+        return self.repeat * sum(len(rows) // joint for rows in self.groups.values())
+
+    def _pass_order(self, number: int) -> np.ndarray:
+        draw = np.random.default_rng((self.seed, number))
+        joint = self.global_batch_size
+        batches: list[np.ndarray] = []
+        for rows in self.groups.values():
+            order = draw.permutation(rows)
+            batches += np.split(order[: len(order) // joint * joint], max(len(order) // joint, 1))
+        batches = [batch for batch in batches if len(batch)]
+        order = np.concatenate([batches[i] for i in draw.permutation(len(batches))])
+        return order + self.length * 2 * number

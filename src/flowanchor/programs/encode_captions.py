@@ -1,0 +1,109 @@
+"""`encode.py data=captions`: captioned images into latents and text embeddings, resumable, by several processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from flowanchor.captions.buckets import bucket_sizes
+from flowanchor.captions.encoder import CaptionEncoder, plan
+from flowanchor.captions.files import CaptionManifest
+from flowanchor.captions.sources import open_captions
+from flowanchor.encoding.record import compare
+from flowanchor.encoding.writers import DTYPES
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Codec
+from flowanchor.latents.manifest import MANIFEST
+from flowanchor.programs.checks import check_whole_numbers, own_device
+from flowanchor.programs.progress import counter
+from flowanchor.text.base import TextEncoder
+
+
+def encode_captions(cfg: DictConfig) -> None:
+    """Write the files, `negative.safetensors` and `manifest.json` into `out`."""
+    check_settings(cfg)
+    out = Path(cfg.out).expanduser()
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    console = Console(quiet=process > 0)
+    sizes = bucket_sizes(cfg.image_size, cfg.captions.max_ratio, cfg.captions.multiple)
+    codec: Codec = instantiate(cfg.codec, _convert_="all").eval().to(own_device(cfg.device))
+    if not codec.usable:
+        raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
+    text: TextEncoder = instantiate(cfg.text_encoder, _convert_="all").eval().to(own_device(cfg.device))
+    source = open_captions(cfg.data.root, cfg.captions.file, cfg.captions.caption)
+    settings: dict[str, Any] = {
+        "images": source.digest(), "codec": codec.fingerprint(), "text_encoder": text.fingerprint(),
+        "image_size": cfg.image_size, "max_ratio": cfg.captions.max_ratio, "multiple": cfg.captions.multiple,
+        "dtype": cfg.dtype, "shard_size": cfg.shard_size, "batch_size": cfg.batch_size,
+        "negative": cfg.captions.negative,
+    }  # fmt: skip
+    manifest = CaptionManifest.read(out)
+    if manifest is not None:
+        compare(manifest.source, settings, out)
+        if all((out / shard.file).is_file() for shard in manifest.shards):
+            console.print(f"{out} is complete already: {describe(manifest)}.")
+            return
+        (out / MANIFEST).unlink(missing_ok=True)
+    with counter(console) as progress:
+        task = progress.add_task("Reading sizes", total=len(source))
+        files, unreadable = plan(source, sizes, cfg.shard_size, lambda: progress.advance(task))
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = CaptionEncoder(
+        source, codec, text, out, files, [*source.uncaptioned, *unreadable], cfg.dtype, cfg.batch_size,
+        cfg.num_workers, process, processes, cfg.max_unreadable,
+    )  # fmt: skip
+    torch.backends.cudnn.deterministic = True  # two runs make the same files
+    encoder.record.claim(settings)
+    manifest = run(encoder, settings, cfg.captions.negative, console)
+    if manifest is not None:
+        for name in manifest.unreadable:
+            console.print(f"Left out: {name}", markup=False)
+        console.print(f"{out}: {describe(manifest)}.")
+
+
+def run(encoder: CaptionEncoder, settings: dict[str, Any], negative: str, console: Console) -> CaptionManifest | None:
+    """Encode this process' files; the first process waits for the others and completes the set."""
+    pending = encoder.pending()
+    own = [file for file in encoder.files if file.number % encoder.processes == encoder.process]
+    if len(pending) < len(own):
+        console.print(f"Going on: {len(own) - len(pending)} of {len(own)} files are there already.")
+    with counter(console) as progress:
+        task = progress.add_task("Encoding", total=sum(len(file.indices) for file in pending))
+        encoder.on_images = lambda images: progress.advance(task, images)
+        for finished in encoder.encode(pending):
+            progress.print(f"{finished.shard.file}: {finished.shard.count:,} images", markup=False)
+        if encoder.process:
+            return None
+        while (manifest := encoder.complete(settings, negative)) is None:
+            time.sleep(0.2)
+    return manifest
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise `ConfigError` for a setting that cannot be used."""
+    if not cfg.out:
+        raise ConfigError("Where to? Add out=FOLDER for the encoded set.")
+    check_whole_numbers(cfg, image_size=(1, 1024), shard_size=(1, 1000), batch_size=(1, 16), num_workers=0)
+    check_whole_numbers(cfg, max_unreadable=0)
+    if cfg.dtype not in DTYPES:
+        raise ConfigError(f"dtype={cfg.dtype} is not known: use one of {', '.join(DTYPES)}.")
+    if cfg.text_encoder is None or "_target_" not in cfg.text_encoder:
+        raise ConfigError("Captions need a text encoder: add text_encoder=umt5 text_encoder.weights=FOLDER.")
+
+
+def describe(manifest: CaptionManifest) -> str:
+    """One line about a complete set."""
+    sizes = sorted(set(manifest.sizes))
+    size = sum(shard.bytes for shard in manifest.shards)
+    left_out = f", {len(manifest.unreadable)} left out" if manifest.unreadable else ""
+    return (
+        f"{manifest.count:,} captioned images in {len(sizes)} sizes ({manifest.shape[0]} channels), "
+        f"{len(manifest.shards)} files, {size / 1e9:.2f} GB{left_out}"
+    )

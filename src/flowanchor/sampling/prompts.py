@@ -1,0 +1,71 @@
+"""From prompts to what a text-conditioned network is asked with, and to the size of what it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone
+from flowanchor.text.base import TextEncoder, pad_embeddings
+
+if TYPE_CHECKING:
+    from flowanchor.checkpoints import LoadedModel
+
+
+def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
+    """The encoder of a network's prompts: the one of its training, or `chosen` (a config group) in its place.
+
+    Raises `ConfigError` where neither is known.
+    """
+    if chosen is not None and "_target_" in chosen:
+        from hydra.utils import instantiate
+
+        encoder: TextEncoder = instantiate(chosen, _convert_="all")
+        return encoder.eval()
+    settings = model.config.get("text_encoder")
+    if not settings or "_target_" not in settings:
+        raise ConfigError(
+            f"{model.path} does not say how its prompts are encoded: add text_encoder=umt5 text_encoder.weights=FOLDER."
+        )
+    found: TextEncoder = instantiate_trusted(settings)
+    return found.eval()
+
+
+def encode_prompts(encoder: TextEncoder, backbone: Backbone, prompts: Sequence[str], negative: str | None) -> Tensor:
+    """Embeddings [N, L, D]; the network is told those of the negative prompt, where there is one."""
+    texts = encoder.encode([*prompts, negative or ""])
+    width = getattr(backbone, "text_dim", encoder.width)
+    if encoder.width != width:
+        raise ConfigError(
+            f"text_encoder={encoder.name} has {encoder.width} channels and the network reads {width}: use the encoder "
+            "that it was trained with."
+        )
+    backbone.set_null_context(texts[-1])
+    return pad_embeddings(texts[:-1], len(texts[-1]))
+
+
+def sample_shape(backbone: Backbone, size: str | Sequence[int] | None, downsampling: int) -> tuple[int, ...]:
+    """Shape of one sample for images of a size, `"1024x768"` (width x height) or (height, width); None: the network's.
+
+    Raises `ConfigError` for a network of one size, and for sizes that its patches do not divide.
+    """
+    if size is None:
+        return tuple(backbone.sample_shape)
+    if isinstance(size, str):
+        numbers = size.lower().split("x")
+        if len(numbers) != 2 or not all(number.strip().isdigit() for number in numbers):
+            raise ConfigError(f"size={size} is no size: write width x height, for example size=1024x768.")
+        width, height = (int(number) for number in numbers)
+    else:
+        height, width = (int(number) for number in size)
+    if not backbone.any_size:
+        raise ConfigError(f"This {type(backbone).__name__} draws one size only: leave out size=.")
+    patch = getattr(backbone, "patch_size", (1, 1, 1))
+    for side, step in ((height, downsampling * patch[-2]), (width, downsampling * patch[-1])):
+        if side < step or side % step:
+            raise ConfigError(f"size={width}x{height}: both sides must be multiples of {step}, and {side} is not.")
+    return (*backbone.sample_shape[:-2], height // downsampling, width // downsampling)

@@ -1,0 +1,230 @@
+"""Captions: sources, buckets, and files that are the same whoever makes them, killed or not."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from flowanchor.captions.buckets import bucket_sizes, fit, nearest
+from flowanchor.captions.encoder import CaptionEncoder, plan
+from flowanchor.captions.files import CaptionFile, CaptionManifest
+from flowanchor.captions.sources import open_captions
+from flowanchor.codecs.identity import Identity
+from flowanchor.errors import ConfigError, DataError
+from flowanchor.text.base import TextEncoder
+
+SIZES = {"wide": (48, 32), "tall": (32, 48), "square": (40, 40)}  # width, height
+ROOT = Path(__file__).parents[2]
+
+
+def picture(number: int) -> Image.Image:
+    size = list(SIZES.values())[number % 3]
+    draw = np.random.default_rng(number)
+    return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def caption(number: int) -> str | list[str]:
+    return [f"picture {number}", f"number {number}"] if number % 4 == 0 else f"picture {number}"
+
+
+def as_table(folder: Path, kind: str = "jsonl") -> Path:
+    folder.mkdir()
+    for number in range(24):
+        picture(number).save(folder / f"{number:02d}.png")
+    if kind == "jsonl":
+        rows = [json.dumps({"file": f"{n:02d}.png", "caption": caption(n)}) for n in range(24)]
+    else:
+        rows = ["file,caption", *(f'{n:02d}.png,"picture {n}"' for n in range(24))]
+    (folder / f"table.{kind}").write_text("\n".join(rows))
+    return folder
+
+
+def as_tars(folder: Path) -> Path:
+    folder.mkdir()
+    for part in range(2):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for number in range(12 * part, 12 * part + 12):
+                stream = io.BytesIO()
+                picture(number).save(stream, "PNG")
+                text = ("json", json.dumps({"caption": caption(number)})) if part else ("txt", f"picture {number}")
+                for name, content in (
+                    (f"{number:02d}.png", stream.getvalue()),
+                    (f"{number:02d}.{text[0]}", text[1].encode()),
+                ):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+    return folder
+
+
+class Letters(TextEncoder):
+    """One embedding per letter."""
+
+    name, width = "letters", 4
+
+    def encode(self, prompts):
+        return [
+            torch.tensor([[ord(c), i, 1, 0] for i, c in enumerate(p)], dtype=torch.float32).reshape(-1, 4)
+            for p in prompts
+        ]
+
+    def fingerprint(self):
+        return "letters"
+
+
+@pytest.mark.parametrize("make", [as_table, lambda folder: as_table(folder, "csv"), as_tars])
+def test_sources(make, tmp_path):
+    source = open_captions(str(make(tmp_path / "data")))
+    assert len(source) == 24 and not source.uncaptioned
+    assert source.captions[5] == ("picture 5",)
+    with Image.open(io.BytesIO(source.read(5))) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(picture(5)))
+    if make is not as_tars and source.names[0].endswith("png") and len(source.captions[0]) > 1:
+        assert source.captions[0] == ("picture 0", "number 0")
+
+
+def test_images_without_a_caption_are_named(tmp_path):
+    folder = as_table(tmp_path / "data")
+    rows = [json.dumps({"file": f"{n:02d}.png", "caption": "" if n in (3, 7) else "x"}) for n in range(24)]
+    (folder / "table.jsonl").write_text("\n".join(rows))
+    source = open_captions(str(folder))
+    assert source.uncaptioned == ["03.png: no caption", "07.png: no caption"] and len(source) == 22
+    with pytest.raises(DataError, match=r"2 images .* have no caption \(03.png: no caption; .*max_unreadable=1"):
+        CaptionEncoder(source, Identity(), Letters(), tmp_path, [], source.uncaptioned, max_unreadable=1)
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(ConfigError, match="data.root=FOLDER"):
+        open_captions(None)
+    with pytest.raises(DataError, match="There is no folder"):
+        open_captions(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="0 tables .* and 0 tars"):
+        open_captions(str(tmp_path))
+    folder = as_table(tmp_path / "data")
+    with pytest.raises(DataError, match="no columns 'image' and 'caption' .it has file, caption."):
+        open_captions(str(folder), file="image")
+    with (folder / "table.jsonl").open("a") as file:
+        file.write('\n{"file": "00.png", "caption": "again"}')
+    with pytest.raises(DataError, match="00.png is listed twice"):
+        open_captions(str(folder))
+
+
+@pytest.mark.parametrize("side, ratio", [(1024, 2.0), (512, 1.5), (64, 1.0)])
+def test_buckets(side, ratio):
+    sizes = bucket_sizes(side, ratio)
+    assert (side, side) in sizes
+    for height, width in sizes:
+        assert height % 16 == width % 16 == 0 and (width, height) in sizes
+        assert max(height / width, width / height) <= ratio + 1e-6
+        assert abs(math.log(height * width / side**2)) < 0.15
+    if ratio == 1:
+        assert sizes == [(64, 64)]
+
+
+def test_images_go_to_the_nearest_ratio_and_fill_it():
+    sizes = [(32, 48), (48, 32), (40, 40)]
+    assert nearest((600, 900), sizes) == (32, 48) and nearest((501, 500), sizes) == (40, 40)
+    image = Image.new("RGB", (100, 100), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 40, 100, 60))
+    fitted = fit(image, (16, 32))
+    assert fitted.size == (32, 16)
+    middle = np.asarray(fitted)[8]
+    assert (middle[:, 2] > 200).all(), "the centre stays"
+    assert fit(picture(0), (32, 48)).tobytes() == picture(0).tobytes(), "an image of that size is taken as it is"
+
+
+def test_bad_sizes():
+    with pytest.raises(ConfigError, match="no multiple of 16: use for example 992"):
+        bucket_sizes(1000)
+    with pytest.raises(ConfigError, match="at least 1"):
+        bucket_sizes(64, 0.5)
+
+
+def encode(out: Path, source, process: int = 0, processes: int = 1, stop_after: int | None = None):
+    sizes = [(32, 48), (48, 32), (48, 48)]
+    files, unreadable = plan(source, sizes, shard_size=5)
+    encoder = CaptionEncoder(source, Identity(), Letters(), out, files, unreadable, "float32", 2, 0, process, processes)
+    settings = {"codec": "identity", "text_encoder": "letters"}
+    out.mkdir(exist_ok=True)
+    encoder.record.claim(settings)
+    for number, _ in enumerate(encoder.encode(encoder.pending()), 1):
+        if number == stop_after:
+            return None
+    return None if process else encoder.complete(settings, "bad")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_one_two_and_interrupted_processes_make_the_same_files(tmp_path):
+    source = open_captions(str(as_table(tmp_path / "data")))
+    manifest = encode(tmp_path / "one", source)
+    assert manifest.count == 24 and set(manifest.sizes) == {(32, 48), (48, 32), (48, 48)} and manifest.shape == (3, 1)
+    encode(tmp_path / "two", source, 1, 2)
+    assert encode(tmp_path / "two", source, 0, 2) == manifest
+    encode(tmp_path / "stopped", source, stop_after=2)
+    (tmp_path / "stopped" / "captions-00003.safetensors.partial").write_bytes(b"cut off")
+    assert encode(tmp_path / "stopped", source) == manifest
+    (tmp_path / "stopped" / "captions-00003.safetensors.partial").unlink(missing_ok=True)
+    assert content(tmp_path / "one") == content(tmp_path / "two") == content(tmp_path / "stopped")
+    assert CaptionManifest.read(tmp_path / "one") == manifest
+    torch.testing.assert_close(
+        load_file(tmp_path / "one" / "negative.safetensors")["text"], Letters().encode(["bad"])[0]
+    )
+
+
+def test_what_is_in_a_file(tmp_path):
+    source = open_captions(str(as_table(tmp_path / "data")))
+    manifest = encode(tmp_path / "out", source)
+    seen = {}
+    for shard, size in zip(manifest.shards, manifest.sizes, strict=True):
+        file = CaptionFile(tmp_path / "out" / shard.file)
+        for row, captions in enumerate(file.texts()):
+            latent = file.latents([row])[0]
+            assert latent.shape == (3, 1, *size) and file.captions(row) == len(captions)
+            for number, text in enumerate(captions):
+                torch.testing.assert_close(file.text(row, number), Letters().encode([text])[0])
+            seen[captions[0]] = latent
+    assert sorted(seen) == sorted(f"picture {n}" for n in range(24))
+    pixels = torch.from_numpy(np.asarray(picture(0)).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(seen["picture 0"][:, 0], pixels)
+
+
+def test_the_program_on_two_processes(tmp_path):
+    """The command of the documentation, with a real text encoder; run again, it has nothing to do."""
+    folder = as_table(tmp_path / "data")
+    words = [
+        "data=captions", f"data.root={folder}", "codec=identity", "text_encoder=minilm", "image_size=64",
+        "num_workers=0", "shard_size=6", f"out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [str(ROOT / "src" / "encode.py"), *words]
+    done = subprocess.run(
+        [sys.executable, *launcher, *program], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = CaptionManifest.read(tmp_path / "out")
+    assert manifest.count == 24 and manifest.text_width == 384 and len(set(manifest.sizes)) >= 3
+    again = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and "already: 24 captioned images in 3 sizes" in again.stdout
+    other = subprocess.run(
+        [sys.executable, *program, "image_size=48"], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert (
+        other.returncode != 0
+        and "holds an encoding with other settings (image_size was 64 and is 48)" in other.stderr.replace("\n", " ")
+    )

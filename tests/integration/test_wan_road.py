@@ -1,0 +1,123 @@
+"""Text to image from end to end: captioned digits, encoded; a teacher; FACM; samples by prompt; all by the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+NAMES = "zero one two three four five six seven eight nine".split()
+PHRASES = ("a handwritten {}", "the digit {}", "someone wrote a {} by hand")
+
+
+def run(folder: Path, program: str, *words: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "src" / program), *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def captioned(folder: Path, count: int) -> None:
+    digits, rows = load_digits(), []
+    folder.mkdir()
+    for number, (image, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
+        Image.fromarray((image / 16 * 255).round().astype("uint8")).save(folder / f"{number:04d}.png")
+        rows.append(json.dumps({"file": f"{number:04d}.png", "caption": [p.format(NAMES[label]) for p in PHRASES]}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+
+
+def encode(folder: Path, count: int) -> None:
+    captioned(folder / "images", count)
+    run(
+        folder, "encode.py", "data=captions", "data.root=images", "codec=identity", "text_encoder=minilm",
+        "image_size=8", "captions.multiple=8", "captions.max_ratio=1", "num_workers=0", "out=data/captioned_digits",
+    )  # fmt: skip
+
+
+def sample(folder: Path, checkpoint: str, steps: int, count: int) -> np.ndarray:
+    (folder / "prompts.txt").write_text("\n".join(PHRASES[0].format(name) for name in NAMES))
+    out = f"drawn/{Path(checkpoint).name}_{steps}"
+    run(
+        folder, "sample.py", f"checkpoint={checkpoint}", "prompts=prompts.txt", f"sampler.steps={steps}",
+        f"num_samples={count}", f"hydra.run.dir={out}",
+    )  # fmt: skip
+    assert (folder / out / "grid.png").is_file()
+    return np.load(folder / out / "samples.npz")["images"]
+
+
+def test_the_road_in_a_few_steps(tmp_path):
+    """Every command runs, and a network that was opened again draws what `sample.py` drew."""
+    encode(tmp_path, 160)
+    short = ("trainer.max_steps=4", "backbone.num_layers=2", "callbacks.sample_grid.per_class=1")
+    run(tmp_path, "train.py", "experiment=wan_nano_teacher", *short)
+    run(tmp_path, "train.py", "experiment=wan_nano", "teacher.checkpoint=outputs/train/wan_nano_teacher", *short)
+    for name, steps in (("wan_nano_teacher", 4), ("wan_nano", 2)):
+        assert (tmp_path / "outputs" / "train" / name / "samples" / "step_00000004.png").is_file()
+        assert sample(tmp_path, f"outputs/train/{name}", steps, 20).shape == (20, 8, 8, 3)
+    import flowanchor
+
+    model = flowanchor.load(tmp_path / "outputs" / "train" / "wan_nano")
+    drawn = model.sample(prompts=[PHRASES[0].format(name) for name in NAMES], steps=2)
+    theirs = sample(tmp_path, "outputs/train/wan_nano", 2, 20)[:10]
+    assert np.abs(drawn.numpy().astype(int) - theirs.astype(int)).max() <= 1
+
+
+class Reader(nn.Sequential):
+    """A small classifier of real digits."""
+
+    def __init__(self) -> None:
+        convolutions = (nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU())
+        super().__init__(
+            *convolutions, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)
+        )
+
+    def learn(self) -> float:
+        """Trained on four fifths of the digits; returns its accuracy on the others."""
+        torch.manual_seed(0)
+        digits = load_digits()
+        x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
+        order = torch.randperm(len(x))
+        train, test = order[360:], order[:360]
+        optimizer = torch.optim.Adam(self.parameters(), 1e-3)
+        for _ in range(15):
+            for rows in train[torch.randperm(len(train))].split(64):
+                loss = nn.functional.cross_entropy(self(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return (self(x[test]).argmax(1) == y[test]).float().mean().item()
+
+    def read(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, 8, 8, 3] -> digits [N]."""
+        grey = torch.from_numpy(images).float().mean(-1)[:, None] / 127.5 - 1
+        with torch.no_grad():
+            return self(grey).argmax(1).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_prompted_digit_is_drawn(tmp_path):
+    """A classifier of real digits reads the prompted one in 85 % of two-step samples at least."""
+    encode(tmp_path, 1797)
+    run(tmp_path, "train.py", "experiment=wan_nano_teacher")
+    run(tmp_path, "train.py", "experiment=wan_nano", "teacher.checkpoint=outputs/train/wan_nano_teacher")
+    reader = Reader()
+    assert reader.learn() >= 0.95
+    prompted = np.arange(400) % 10
+    rates = {
+        (name, steps): float((reader.read(sample(tmp_path, f"outputs/train/{name}", steps, 400)) == prompted).mean())
+        for name, steps in (("wan_nano_teacher", 40), ("wan_nano", 1), ("wan_nano", 2), ("wan_nano", 4))
+    }
+    print(rates)
+    assert rates["wan_nano", 2] >= 0.85 and rates["wan_nano", 2] >= rates["wan_nano_teacher", 40] - 0.05, rates

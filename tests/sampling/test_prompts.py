@@ -1,0 +1,108 @@
+"""From prompts to samples: embeddings, sizes, and a checkpoint of a text network that is sampled by prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flowanchor.checkpoints import load_model
+from flowanchor.checkpoints.generator import Generator
+from flowanchor.codecs.identity import Identity
+from flowanchor.errors import ConfigError
+from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
+from flowanchor.sampling import ConsistencySampler, generate
+from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, sample_shape
+from flowanchor.text.minilm import MiniLM
+
+SMALL = {
+    "in_channels": 3, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
+    "num_layers": 2, "freq_dim": 32, "text_dim": 384, "text_len": 12,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return MiniLM()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = Wan(**SMALL)
+    torch.nn.init.normal_(network.proj_out.weight, std=0.3)
+    return network.eval()
+
+
+def test_prompts_and_the_negative_one(encoder, network):
+    found = encode_prompts(encoder, network, ["a red fox", "seven"], "an ugly picture of something")
+    assert found.shape[0] == 2 and torch.equal(found[1, :3], encoder.encode(["seven"])[0])
+    assert torch.equal(network.null_context, encoder.encode(["an ugly picture of something"])[0])
+    assert found.shape[1] == len(network.null_context), "long enough for guidance"
+
+
+def test_an_encoder_of_another_width_is_refused(encoder):
+    with pytest.raises(ConfigError, match="384 channels and the network reads 12"):
+        encode_prompts(encoder, Wan(**{**SMALL, "text_dim": 12}), ["x"], None)
+
+
+@pytest.mark.parametrize(
+    "size, shape",
+    [(None, (3, 1, 8, 8)), ("48x32", (3, 1, 4, 6)), ((32, 48), (3, 1, 4, 6)), ("1024X768", (3, 1, 96, 128))],
+)
+def test_sizes(network, size, shape):
+    assert sample_shape(network, size, 8) == shape
+
+
+@pytest.mark.parametrize(
+    "size, message", [("40x32", "multiples of 16, and 40"), ("big", "width x height"), ("8x16", "8 is not")]
+)
+def test_bad_sizes(network, size, message):
+    with pytest.raises(ConfigError, match=message):
+        sample_shape(network, size, 8)
+    with pytest.raises(ConfigError, match="one size only"):
+        sample_shape(LightningDiT(4, 2, 1, 16, 1, 2), "48x32", 8)
+
+
+def test_images_of_text_and_of_other_sizes(encoder, network):
+    text = encode_prompts(encoder, network, ["one", "two", "three"], None)
+    arguments = (network, ExpandedInterval(), ConsistencySampler(2), Identity())
+    images = torch.cat(list(generate(*arguments, text, 0, 2, num_samples=3, shape=(3, 1, 4, 6))))
+    assert images.shape == (3, 4, 6, 3) and images.dtype == torch.uint8
+    alone = torch.cat(list(generate(*arguments, text[2:], 0, 2, num_samples=1, start=2, shape=(3, 1, 4, 6))))
+    assert (images[2].int() - alone[0].int()).abs().max() <= 1, "an image depends on its own prompt and index"
+    other = torch.cat(list(generate(*arguments, text[:1], 0, 2, num_samples=1, start=2, shape=(3, 1, 4, 6))))
+    assert not torch.equal(images[2], other[0])
+
+
+def test_videos_cannot_be_written_as_images(encoder, network):
+    text = encode_prompts(encoder, network, ["one"], None)
+    with pytest.raises(ConfigError, match="5 frames"):
+        list(generate(network, ExpandedInterval(), ConsistencySampler(1), Identity(), text, 0, 1, shape=(3, 5, 4, 4)))
+
+
+@pytest.fixture
+def generator(training, tmp_path):
+    """A run of a text network, as `flowanchor.load` opens it."""
+    training.fit(tmp_path, "run", 1, 8, wan="one", objective="facm", validate=False, save=True)
+    model = load_model(tmp_path / "run.ckpt", ema="none")
+    config = {
+        **model.config,
+        "sampler": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2},
+        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
+        "text_encoder": {"_target_": "flowanchor.text.minilm.MiniLM", "max_length": 4},
+    }
+    return Generator(**{**vars(model), "config": config})
+
+
+def test_a_generator_needs_prompts_and_an_encoder_that_fits(generator):
+    with pytest.raises(ConfigError, match="give prompts"):
+        generator.sample(labels=[1])
+    with pytest.raises(ConfigError, match="384 channels and the network reads 12"):
+        generator.sample(prompts="seven")
+    bare = replace(generator, config={**generator.config, "text_encoder": None})
+    with pytest.raises(ConfigError, match="does not say how its prompts are encoded"):
+        load_text_encoder(bare)
