@@ -19,14 +19,24 @@ from flowanchor.checkpoints.foreign import read_foreign
 from flowanchor.checkpoints.huggingface import is_published, write_folder
 from flowanchor.checkpoints.importing import Choices, import_foreign
 from flowanchor.checkpoints.inspection import count, inspect_file
-from flowanchor.checkpoints.load import file_digest, find_checkpoint, is_ours, read_checkpoint, select_weights
+from flowanchor.checkpoints.load import (
+    file_digest,
+    find_checkpoint,
+    is_ours,
+    load_model,
+    read_checkpoint,
+    select_weights,
+)
 from flowanchor.checkpoints.model_card import model_card, read_metrics
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import ConfigError
+from flowanchor.exports.base_pipeline import BasePipeline
+from flowanchor.exports.wan_pipeline import export_pipeline, is_exported
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
 
 ACTIONS = ("consolidate",)
+_SUFFIXES = {"flowanchor": SUFFIX, "authors": ".pt", "huggingface": "", "diffusers": ""}
 _ONLY_RELEASED = ("backbone", "kind", "interval", "num_heads", "num_classes")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,28 +60,32 @@ def convert(cfg: DictConfig) -> None:
     if cfg.inspect:
         print(inspect_file(cfg.inspect, _choices(cfg)))
         return
-    if cfg.format not in _WRITERS:
-        raise ConfigError(f"format={cfg.format} is not known: use one of {', '.join(_WRITERS)}.")
+    if cfg.format not in _SUFFIXES:
+        raise ConfigError(f"format={cfg.format} is not known: use one of {', '.join(_SUFFIXES)}.")
     if not cfg.checkpoint:
         raise ConfigError(
             "Which checkpoint? Add checkpoint=PATH (a run folder, a sharded checkpoint, a .ckpt file or a released "
             "file), or inspect=PATH to look at one."
         )
     output = _output(cfg)
+    if cfg.format == "diffusers":
+        _export(cfg, output)
+        return
     source = _cast(_source(cfg), cfg.dtype)
     _WRITERS[cfg.format](cfg, source, output)
     print(f"{output}: {count(source.weights)}, weights {source.ema} of {source.file}")
 
 
 def _output(cfg: DictConfig) -> Path:
-    suffix = {"flowanchor": SUFFIX, "authors": ".pt", "huggingface": ""}[cfg.format]
+    suffix = _SUFFIXES[cfg.format]
     if not cfg.output or Path(cfg.output).suffix != suffix and suffix:
         where = f"FILE{suffix}, with that ending" if suffix else "FOLDER"
         raise ConfigError(f"Where to? Add output={where}.")
     output = Path(cfg.output).expanduser()
     if output.exists() and not cfg.overwrite:
         raise ConfigError(f"{output} exists already: choose another output=, or add overwrite=true.")
-    if output.exists() and (output.is_dir() if suffix else not is_published(output)):
+    earlier = is_exported if cfg.format == "diffusers" else is_published
+    if output.exists() and (output.is_dir() if suffix else not earlier(output)):
         raise ConfigError(f"{output} is no earlier output of this kind, and is not replaced: choose another output=.")
     return output
 
@@ -113,17 +127,22 @@ def _source(cfg: DictConfig) -> Source:
 
 
 def _cast(source: Source, name: str | None) -> Source:
-    if name is None:
+    dtype = _dtype(name)
+    if dtype is None:
         return source
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name} is not known: use one of {', '.join(DTYPES)}.")
 
     def cast(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = ((key, weights[key]) for key in weights)
-        return {key: t.to(DTYPES[name]) if t.is_floating_point() else t for key, t in tensors}
+        return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors}
 
     raw = None if source.raw is None else cast(source.raw)
     return Source(source.file, cast(source.weights), source.meta, source.ema, raw)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"dtype={name} is not known: use one of {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
 
 
 def _write_file(cfg: DictConfig, source: Source, output: Path) -> None:
@@ -161,6 +180,17 @@ _WRITERS: dict[str, Callable[[DictConfig, Source, Path], None]] = {
     "authors": _write_authors,
     "huggingface": _write_folder,
 }
+
+
+def _export(cfg: DictConfig, output: Path) -> None:
+    if not cfg.pipeline:
+        raise ConfigError(
+            "Which VAE, text encoder and tokenizer? Add pipeline=FOLDER, a diffusers pipeline of Wan that has them."
+        )
+    base, dtype = BasePipeline.read(cfg.pipeline), _dtype(cfg.dtype)
+    model = load_model(cfg.checkpoint, ema=cfg.ema_profile)
+    size = export_pipeline(model, base, output, dtype, cfg.link)
+    print(f"{output}: {size:,} parameters, weights {model.ema} of {model.path}")
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Trained networks as what other libraries open: folders of diffusers pipelines."""

@@ -1,0 +1,162 @@
+"""A distilled Wan as a folder that stock `diffusers.WanPipeline` opens, with a scheduler that samples it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from flowanchor.checkpoints.sharded import remove, replace_checkpoint, unfinished
+from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.errors import CheckpointError
+from flowanchor.exports.base_pipeline import INDEX, BasePipeline
+from flowanchor.exports.pipeline_card import pipeline_card
+from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.sampling import ConsistencySampler
+from flowanchor.sampling.generate import check_sampler
+
+if TYPE_CHECKING:
+    from flowanchor.checkpoints import LoadedModel
+
+SCHEDULER = ["flowanchor_scheduler", "FlowAnchorScheduler"]  # file and class, as the index names them
+NETWORK = ["diffusers", "WanTransformer3DModel"]
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is such a pipeline."""
+    try:
+        return bool(json.loads((path / INDEX).read_text(encoding="utf-8")).get("scheduler") == SCHEDULER)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def export_pipeline(
+    model: LoadedModel, base: BasePipeline, output: Path, dtype: torch.dtype | None = None, link: bool = False
+) -> int:
+    """Write the folder in one move; returns the number of parameters of its network or networks.
+
+    Args:
+        base: where VAE, text encoder and tokenizer come from.
+        dtype: of the weights, but for those that diffusers keeps in float32; None: as they are.
+        link: whether the parts of `base` are linked instead of copied.
+
+    Raises `CheckpointError` for a network that is not a Wan on the latents and texts of this pipeline, `ConfigError`
+    for one that is not distilled.
+    """
+    networks = _networks(model)
+    _check(model, networks[0], base)
+    sampler = _sampler(model)
+    partial = unfinished(output)
+    remove(partial)
+    partial.mkdir(parents=True)
+    base.place(partial, link, _statistics(model))
+    _write_scheduler(partial / "scheduler", sampler)
+    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": _version()}
+    index |= {**base.parts, "scheduler": SCHEDULER, "transformer": NETWORK, "transformer_2": [None, None]}
+    if len(networks) > 1:
+        index |= {"transformer_2": NETWORK, "boundary_ratio": boundary_ratio(cast(Any, model.backbone).boundary)}
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(pipeline_card(networks[0], sampler, SCHEDULER[0]), encoding="utf-8")
+    size = 0
+    for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
+        stock = stock_transformer(network, dtype)
+        stock.save_pretrained(partial / name)
+        size += sum(parameter.numel() for parameter in stock.parameters())
+    replace_checkpoint(output)
+    return size
+
+
+def stock_transformer(network: Any, dtype: torch.dtype | None = None) -> Any:
+    """A stock `diffusers.WanTransformer3DModel` that answers as `network` does when its jumps go to the data.
+
+    An embedder of the end time r adds the same to every time embedding while r = 1: it becomes part of that bias.
+    """
+    stock = network.transformer()
+    state = stock.state_dict()
+    if network.takes_end_time:
+        embedder = stock.condition_embedder
+        weight, bias = network.r_embedder.linear_1.weight, "condition_embedder.time_embedder.linear_2.bias"
+        with torch.no_grad():
+            waves = embedder.timesteps_proj(torch.zeros(1, device=weight.device)).to(weight.dtype)  # timestep of r = 1
+            state[bias] = state[bias] + network.r_embedder(waves)[0]
+    kept = set(stock._keep_in_fp32_modules or ())
+    for name, tensor in state.items():
+        if dtype is not None and tensor.is_floating_point() and not kept.intersection(name.split(".")):
+            state[name] = tensor.to(dtype)
+    stock.load_state_dict(state, assign=True)
+    return stock
+
+
+def boundary_ratio(boundary: float) -> float:
+    """The `boundary_ratio` of `WanPipeline` for a boundary of noise levels.
+
+    At the boundary itself our network of low noise answers and the pipeline's of high noise would: the next larger
+    float32 timestep makes them agree.
+    """
+    return float(np.nextafter(np.float32(1000 * boundary), np.float32(np.inf))) / 1000
+
+
+def _networks(model: LoadedModel) -> list[Any]:
+    """The Wan, or that of high and that of low noise."""
+    backbone: Any = model.backbone
+    if hasattr(backbone, "transformers"):
+        return [backbone.high, backbone.low]
+    if not hasattr(backbone, "transformer"):
+        raise CheckpointError(
+            f"{model.path} holds a {type(backbone).__name__}, and only a Wan becomes a diffusers pipeline: "
+            "use format=huggingface."
+        )
+    return [backbone]
+
+
+def _check(model: LoadedModel, network: Any, base: BasePipeline) -> None:
+    check_sampler(ConsistencySampler(), model.kind, model.interval)
+    if network.takes_end_time and not model.interval.needs_end_time:
+        raise CheckpointError(
+            f"{model.path} embeds a second time, which its interval sets to the first one; no stock Wan can: train "
+            "with objective/interval=auxiliary, or without backbone.auxiliary_time_cond."
+        )
+    codec = str((model.config.get("codec") or {}).get("_target_", "")).rpartition(".")[2]
+    if codec != "WanVAE":
+        raise CheckpointError(
+            f"{model.path} draws samples for the codec {codec or 'of none'}, and a Wan pipeline decodes by Wan's VAE: "
+            "only a network trained with codec=wan_vae becomes one."
+        )
+    channels, width = base.config("vae").get("z_dim"), base.config("text_encoder").get("d_model")
+    if (network.sample_shape[0], network.text_dim) != (channels, width):
+        raise CheckpointError(
+            f"{model.path} draws latents of {network.sample_shape[0]} channels from texts of width {network.text_dim}, "
+            f"and {base.folder} has {channels} and {width}: give the pipeline whose VAE and text encoder it was "
+            "trained with."
+        )
+
+
+def _statistics(model: LoadedModel) -> LatentStatistics | None:
+    """Those of the run; None where it normalised by the VAE's own."""
+    settings = model.config["codec"].get("statistics")
+    return None if settings is None else LatentStatistics.read(settings)
+
+
+def _sampler(model: LoadedModel) -> ConsistencySampler:
+    """The sampler of the run, or the plainest one where that is of another kind."""
+    own = instantiate_trusted(model.config["sampler"]) if model.config.get("sampler") else None
+    return own if isinstance(own, ConsistencySampler) else ConsistencySampler()
+
+
+def _write_scheduler(folder: Path, sampler: ConsistencySampler) -> None:
+    from flowanchor.exports import flowanchor_scheduler
+
+    flowanchor_scheduler.FlowAnchorScheduler(
+        timestep_shift=sampler.timestep_shift, grid=sampler.grid, boundaries=list(sampler.boundaries)
+    ).save_pretrained(folder)
+    shutil.copyfile(str(flowanchor_scheduler.__file__), folder / f"{SCHEDULER[0]}.py")
+
+
+def _version() -> str:
+    import diffusers
+
+    return str(diffusers.__version__)
