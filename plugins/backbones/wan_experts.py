@@ -39,7 +39,8 @@ class WanExperts(Backbone):
         self.boundary = boundary
         self.high, self.low = (Wan.from_preset(preset, **settings) for _ in range(2))
         self.blocks = nn.ModuleList(_Pair(*pair) for pair in zip(self.high.blocks, self.low.blocks, strict=True))
-        self.sample_shape = self.high.sample_shape
+        self.sample_shape, self.patch_size = self.high.sample_shape, self.high.patch_size
+        self.text_dim, self.text_len = self.high.text_dim, self.high.text_len
         self.takes_end_time = self.high.takes_end_time
         self.condition_dropout = self.high.condition_dropout
         self.initialise()

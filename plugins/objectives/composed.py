@@ -29,7 +29,9 @@ from flowanchor.interfaces import (
 class ComposedObjective(Objective):
     """One `t` and one `x_t` per sample, shared by both terms; the loss is their weighted sum (FACM, arXiv 2507.03738).
 
-    `anchor` alone is flow matching; `shortcut` alone is consistency training; both are FACM.
+    `anchor` alone is flow matching; `shortcut` alone is consistency training; both are FACM. For the first
+    `anchor_warmup_steps` the anchor trains alone, as in stage 1: what a student needs that starts from a flow model
+    which never saw the interval's other times (a released one).
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ComposedObjective(Objective):
         anchor_weight: float = 1.0,
         shortcut_weight: float = 1.0,
         weight: Weight | None = None,
+        anchor_warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         # A config group `none` arrives as a dict: empty, or with the settings that others laid over it.
@@ -57,6 +60,7 @@ class ComposedObjective(Objective):
         self.shortcut = shortcut
         self.anchor_weight = anchor_weight
         self.shortcut_weight = shortcut_weight
+        self.anchor_warmup_steps, self.step = anchor_warmup_steps, 0
         self.kind = "shortcut" if self.shortcut is not None else "flow"
         if self.shortcut is not None and weight is not None:
             self.shortcut.weight = weight
@@ -70,6 +74,7 @@ class ComposedObjective(Objective):
         return Times(*self.shortcut.times(first, second, coin, self.interval))
 
     def at_step(self, step: int) -> None:
+        self.step = step
         if self.shortcut is not None:
             self.shortcut.step = step
 
@@ -137,10 +142,11 @@ class ComposedObjective(Objective):
         then gathered, and its gradient reduced, once for both.
         """
         plain = None
+        warming = self.step < self.anchor_warmup_steps
         if self.anchor is not None:
-            pretraining = self.anchor.branch == "pretraining"
+            pretraining = self.anchor.branch == "pretraining" or warming
             plain = self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
-        if self.shortcut is None:
+        if self.shortcut is None or warming:
             assert plain is not None
             return student.predict(x_t, plain.t, cond, plain.r), None
         told = self.interval.shortcut(t, end)
@@ -187,6 +193,8 @@ class ComposedObjective(Objective):
             raise ConfigError(
                 "A weight is set for a term that the objective does not have: remove the weight or add the term."
             )
+        if self.anchor_warmup_steps and self.anchor is None:
+            raise ConfigError("objective.anchor_warmup_steps needs an anchor: add objective/anchor=flow_matching.")
 
 
 class _Answer(NamedTuple):

@@ -67,6 +67,7 @@ class FlowModule(pl.LightningModule):
         self._nonfinite_in_a_row = 0
         self._seen_terms: list[dict[str, Tensor]] = []
         self._borrowed: set[str] | None = None
+        self._shown: dict[str, bool] = {}
         objective.check(student)
         velocity.check(student)
 
@@ -124,7 +125,8 @@ class FlowModule(pl.LightningModule):
         self.log(f"{stage}/loss", result.loss.detach(), prog_bar=True, sync_dist=validating, **options)
         terms = {f"{stage}/{name}" for name in result.terms}
         for name, value in values.items():
-            shown = name in terms and not validating and len(terms) > 1
+            # Lightning wants a name to be logged in one way: as it was at first, though terms may join later.
+            shown = self._shown.setdefault(name, name in terms and not validating and len(terms) > 1)
             self.log(name, value, prog_bar=shown, sync_dist=validating, **options)
 
     # ------------------------------------------------------------------------------------------------ optimisation

@@ -276,3 +276,21 @@ def test_weights_and_missing_terms():
         ComposedObjective(ExpandedInterval(), Uniform(), {}, {})
     with pytest.raises(ConfigError, match="does not have"):
         ComposedObjective(ExpandedInterval(), Uniform(), None, ConsistencyShortcut(), anchor_weight=0.5).check(Spy())
+
+
+def test_the_anchor_warms_up_alone_on_both_halves():
+    batch, noise, t = batch_of()
+    spy = Spy()
+    objective = ComposedObjective(
+        ExpandedInterval(), Uniform(), FlowMatchingAnchor(), ConsistencyShortcut(), anchor_warmup_steps=3
+    )
+    alone = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor(branch="pretraining"))
+    objective.at_step(2)
+    warm = objective(spy, batch, DataVelocity(), Full(), noise, t)
+    assert set(warm.terms) == {"anchor"} and warm.tangent is None
+    torch.testing.assert_close(spy.told[-1][0], torch.cat([t[:2], 2 - t[2:]]))
+    torch.testing.assert_close(warm.loss, alone(spy, batch, DataVelocity(), Full(), noise, t).loss)
+    objective.at_step(3)
+    assert set(objective(spy, batch, DataVelocity(), Full(), noise, t).terms) == {"anchor", "shortcut"}
+    with pytest.raises(ConfigError, match="needs an anchor"):
+        ComposedObjective(ExpandedInterval(), Uniform(), None, ConsistencyShortcut(), anchor_warmup_steps=3).check(spy)

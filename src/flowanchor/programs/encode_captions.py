@@ -41,7 +41,7 @@ def encode_captions(cfg: DictConfig) -> None:
     settings: dict[str, Any] = {
         "images": source.digest(), "codec": codec.fingerprint(), "text_encoder": text.fingerprint(),
         "image_size": cfg.image_size, "max_ratio": cfg.captions.max_ratio, "multiple": cfg.captions.multiple,
-        "dtype": cfg.dtype, "shard_size": cfg.shard_size, "batch_size": cfg.batch_size,
+        "codec_dtype": str(cfg.codec.get("dtype")), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "batch_size": cfg.batch_size,
         "negative": cfg.captions.negative,
     }  # fmt: skip
     manifest = CaptionManifest.read(out)

@@ -1,0 +1,154 @@
+"""Wan's VAE as a codec, on `diffusers.AutoencoderKLWan`: images and videos, 8 (or 16) times smaller, 4 in time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Codec, Posterior
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIG = "config.json"
+
+
+class WanVAE(Codec):
+    """Images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1] <-> normalised latents [B, C, f, H / s, W / s].
+
+    Latents are normalised by the mean and deviation per channel that the VAE's own config states, as Wan's pipeline
+    does. An image is a video of one frame; latents of one frame, with or without that dimension, decode to images.
+
+    Args:
+        weights: folder of the VAE (`config.json`, safetensors), or the pipeline that it is part of; None: the codec can
+            be named, not used.
+        latent_channels, downsampling: C and s, checked against the weights.
+        dtype: of the arithmetic.
+        chunk: images or videos per call of the network.
+        tiling: whether large images are decoded in tiles, which costs a little quality.
+
+    Raises:
+        ConfigError: no such folder, sizes that are no multiples of s, frames that are not 4 k + 1.
+        CheckpointError: another network.
+    """
+
+    name = "wan_vae"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        latent_channels: int = 16,
+        downsampling: int = 8,
+        dtype: str = "bfloat16",
+        chunk: int = 1,
+        tiling: bool = False,
+    ) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ConfigError(f"codec.dtype={dtype} is not known: use one of {', '.join(DTYPES)}.")
+        if chunk < 1:
+            raise ConfigError(f"codec.chunk={chunk} must be at least 1: it is how many images are decoded at once.")
+        self.latent_channels, self.downsampling = latent_channels, downsampling
+        self.dtype, self.chunk, self.tiling = DTYPES[dtype], chunk, tiling
+        self.folder = None if weights is None else _folder(Path(weights).expanduser())
+        self.usable = self.folder is not None
+        self.network: Any = None
+        self.register_buffer(
+            "_where", torch.empty(0), persistent=False
+        )  # follows `to(device)` before the network is read
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        network, still = self._loaded(), latents.ndim == 4
+        video = latents[:, :, None] if still else latents
+        mean, std = self._statistics(video)
+        raw = (video.float() * std + mean).to(self.dtype)
+        images = torch.cat([network.decode(part).sample.float() for part in raw.split(self.chunk)]).clamp(-1, 1)
+        return (images[:, :, 0] if still or images.shape[2] == 1 else images).to(latents.dtype)
+
+    def encode(self, images: Tensor) -> Tensor:
+        raw = self.posterior(images).mean
+        mean, std = self._statistics(raw)
+        return ((raw - mean) / std).to(images.dtype)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Posterior:
+        """Raw, [B, C, f, h, w]."""
+        video = images[:, :, None] if images.ndim == 4 else images
+        frames, height, width = video.shape[2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ConfigError(
+                f"Images of {height} x {width} cannot be encoded by {self.name}: both must be multiples of "
+                f"{self.downsampling} (16 for the network)."
+            )
+        if frames % 4 != 1:
+            raise ConfigError(f"A video of {frames} frames cannot be encoded by {self.name}: use 1, 5, 9, ... frames.")
+        network = self._loaded()
+        found = [network.encode(part.to(self.dtype)).latent_dist for part in video.split(self.chunk)]
+        return Posterior(
+            torch.cat([one.mean for one in found]).float(), torch.cat([one.logvar for one in found]).float()
+        )
+
+    def fingerprint(self) -> str:
+        if self.folder is None:
+            return self.name
+        digest = hashlib.sha256()
+        for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json")):
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self._loaded().config
+        shape = (1, -1, 1, 1, 1)
+        values = (torch.tensor(config[name], device=like.device) for name in ("latents_mean", "latents_std"))
+        mean, std = (value.view(shape) for value in values)
+        return mean, std
+
+    def _loaded(self) -> Any:
+        if self.network is None:
+            if self.folder is None:
+                raise ConfigError(
+                    f"codec={self.name} has no weights: add codec.weights=FOLDER (vae/ of a Wan pipeline)."
+                )
+            self.network = _read(self.folder, self.dtype).to(self._where.device)
+            if self.tiling:
+                self.network.enable_tiling()
+            config = self.network.config
+            theirs = (config.z_dim, getattr(config, "scale_factor_spatial", None) or self.downsampling)
+            if theirs != (self.latent_channels, self.downsampling):
+                raise ConfigError(
+                    f"{self.folder} has latents of {theirs[0]} channels, {theirs[1]} times smaller: set codec."
+                    f"latent_channels={theirs[0]} codec.downsampling={theirs[1]}."
+                )
+        return self.network
+
+
+def _folder(path: Path) -> Path:
+    folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"There is no VAE in {path}: set codec.weights to the folder vae/ of a Wan pipeline, or to it."
+        )
+    return folder
+
+
+def _read(folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("_class_name")
+    if name != "AutoencoderKLWan":
+        raise CheckpointError(f"{folder} holds a {name}, not Wan's VAE: give the folder vae/ of a Wan pipeline.")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds no weights (*.safetensors): download them.")
+    try:
+        network: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be read as Wan's VAE ({error}): download it again.") from error
+    return network.eval().requires_grad_(False)

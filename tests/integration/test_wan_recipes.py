@@ -1,0 +1,96 @@
+"""The recipes for Wan: their constants, and a step of each with a small network, VAE and text encoder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image
+
+from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.programs.launch import prepare
+
+SMALL = [
+    "backbone.preset=nano", "backbone.num_layers=2", "backbone.attention_head_dim=12", "backbone.ffn_dim=32",
+    "backbone.freq_dim=16", "backbone.text_len=24", "data.text_dim=384", "data.channels=4", "data.height=4",
+    "data.width=4", "trainer.devices=1", "trainer.precision=32-true", "trainer.accelerator=cpu",
+]  # fmt: skip
+CONSTANTS = {
+    "wan21_t2i_1p3b_facm": {"backbone.preset": "1.3B", "teacher.guidance_scale": 5.0, "objective.time.shift": 0.2},
+    "wan22_t2i_facm": {
+        "backbone.preset": "A14B", "backbone.boundary": 0.875, "teacher.boundary": 0.875,
+        "teacher.guidance_scale_high": 4.0, "teacher.guidance_scale_low": 3.0, "teacher.one_side": True,
+        "objective.time.boundary": 0.125, "objective.time.time.shift": 0.2, "objective.shortcut.boundaries": [0.125],
+        "sampler.boundaries": [0.125],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", CONSTANTS)
+def test_constants(recipe):
+    prepare()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("flowanchor.conf", version_base="1.3"):
+        cfg = compose("train", overrides=[f"experiment={recipe}"])
+    for key, value in CONSTANTS[recipe].items():
+        assert OmegaConf.select(cfg, key) == value, key
+    assert cfg.trainer.precision == "bf16-mixed" and cfg.strategy._target_.endswith("ChainJVPStrategy")
+    assert cfg.jvp._target_.endswith("Chain") and cfg.objective.interval._target_.endswith("ExpandedInterval")
+    assert cfg.objective.anchor_warmup_steps > 0
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A pipeline folder with two experts and a VAE, and captioned images encoded with them."""
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path / "weights"
+    for number, name in enumerate(("transformer", "transformer_2")):
+        torch.manual_seed(number)
+        network = Wan.from_preset(
+            "nano", num_layers=2, attention_head_dim=12, ffn_dim=32, freq_dim=16, text_dim=384, in_channels=4, height=4,
+            width=4,
+        )  # fmt: skip
+        torch.nn.init.normal_(network.proj_out.weight, std=0.1)
+        network.transformer().save_pretrained(folder / name)
+    AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    ).save_pretrained(folder / "vae")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (32, 32), (30 * number, 0, 99)).save(tmp_path / "images" / f"{number}.png")
+        rows.append(json.dumps({"file": f"{number}.png", "caption": f"colour number {number}"}))
+    (tmp_path / "images" / "captions.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+CODEC = ["codec=wan_vae", "codec.weights=weights", "codec.latent_channels=4", "codec.dtype=float32"]
+
+
+@pytest.mark.parametrize("recipe", CONSTANTS)
+def test_it_trains_and_draws(recipe, command, weights):
+    """Warm-up of the anchor, then both terms; a grid by the VAE; a sample by prompt at another size."""
+    words = ["image_size=32", "captions.max_ratio=1", "num_workers=0", "text_encoder=minilm", "out=encoded"]
+    command("encode", "data=captions", "data.root=images", *CODEC, *words)
+    teacher = {
+        "wan21_t2i_1p3b_facm": ["teacher.checkpoint=weights/transformer"],
+        "wan22_t2i_facm": ["teacher.high=weights/transformer", "teacher.low=weights/transformer_2"],
+    }[recipe]
+    folder = command(
+        "train", f"experiment={recipe}", *SMALL, *CODEC, *teacher, "text_encoder=minilm", "data.root=encoded",
+        "data.batch_size=4", "data.num_workers=0", "trainer.max_steps=3", "objective.anchor_warmup_steps=1",
+        "callbacks.sample_grid.nfe=[2]", "callbacks.sample_grid.max_classes=2", "name=run",
+    )  # fmt: skip
+    run = folder / "outputs" / "train" / "run"
+    assert (run / "samples" / "step_00000003.png").is_file()
+    command(
+        "sample", "checkpoint=outputs/train/run", "prompt=colour number 3", "size=48x32", "sampler.steps=2",
+        "num_samples=2", "hydra.run.dir=drawn",
+    )  # fmt: skip
+    with Image.open(folder / "drawn" / "grid.png") as image:
+        assert image.width > 2 * 48
