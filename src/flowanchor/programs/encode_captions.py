@@ -41,8 +41,8 @@ def encode_captions(cfg: DictConfig) -> None:
     settings: dict[str, Any] = {
         "images": source.digest(), "codec": codec.fingerprint(), "text_encoder": text.fingerprint(),
         "image_size": cfg.image_size, "max_ratio": cfg.captions.max_ratio, "multiple": cfg.captions.multiple,
-        "codec_dtype": str(cfg.codec.get("dtype")), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "batch_size": cfg.batch_size,
-        "negative": cfg.captions.negative,
+        "codec_dtype": str(cfg.codec.get("dtype")), "dtype": cfg.dtype, "shard_size": cfg.shard_size,
+        "batch_size": cfg.batch_size, "negative": cfg.captions.negative,
     }  # fmt: skip
     manifest = CaptionManifest.read(out)
     if manifest is not None:
