@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowanchor.checkpoints.authors import write_authors
 from flowanchor.checkpoints.consolidated import SUFFIX, write_consolidated
+from flowanchor.checkpoints.experts import join_experts
 from flowanchor.checkpoints.foreign import read_foreign
 from flowanchor.checkpoints.huggingface import is_published, write_folder
 from flowanchor.checkpoints.importing import Choices, import_foreign
@@ -108,6 +109,8 @@ def _choices(cfg: DictConfig) -> Choices:
 
 
 def _source(cfg: DictConfig) -> Source:
+    if OmegaConf.is_dict(cfg.checkpoint):
+        return Source(*join_experts(cfg.checkpoint, cfg.ema_profile))
     file = find_checkpoint(cfg.checkpoint)
     if not is_ours(file):
         foreign = read_foreign(file)
@@ -186,6 +189,10 @@ def _export(cfg: DictConfig, output: Path) -> None:
     if not cfg.pipeline:
         raise ConfigError(
             "Which VAE, text encoder and tokenizer? Add pipeline=FOLDER, a diffusers pipeline of Wan that has them."
+        )
+    if OmegaConf.is_dict(cfg.checkpoint):
+        raise ConfigError(
+            "Join the two experts first: convert.py checkpoint='{high: RUN, low: RUN}' output=PAIR.safetensors."
         )
     base, dtype = BasePipeline.read(cfg.pipeline), _dtype(cfg.dtype)
     model = load_model(cfg.checkpoint, ema=cfg.ema_profile)

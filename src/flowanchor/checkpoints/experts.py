@@ -1,0 +1,55 @@
+"""Two experts that were distilled one after the other, as one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowanchor.checkpoints.load import find_checkpoint, read_checkpoint, select_weights
+from flowanchor.errors import CheckpointError
+from flowanchor.weights import Joined
+
+PARTS = ("high", "low")
+ONE, TWO = "flowanchor.plugins.backbones.wan.Wan", "flowanchor.plugins.backbones.wan_experts.WanExperts"
+
+
+def join_experts(
+    paths: Mapping[str, str], ema: str | None = None
+) -> tuple[Path, Mapping[str, Tensor], dict[str, Any], str]:
+    """`{high: RUN, low: RUN}` -> the low-noise run's file; weights, description and average's name of both together.
+
+    Raises `CheckpointError` unless both are Wans of one size, distilled up to the same boundary.
+    """
+    if set(paths) != set(PARTS):
+        raise CheckpointError(f"Two experts are named high and low, not {', '.join(map(str, paths))}.")
+    files = {part: find_checkpoint(paths[part]) for part in PARTS}
+    contents = {part: read_checkpoint(file) for part, file in files.items()}
+    configs = {part: content["flowanchor"]["config"] for part, content in contents.items()}
+    chosen = {part: select_weights(contents[part], ema, files[part]) for part in PARTS}
+    backbones = {part: dict(config["backbone"]) for part, config in configs.items()}
+    for part in PARTS:
+        if str(backbones[part].get("_target_")) not in (ONE, f"{ONE}.from_preset"):
+            raise CheckpointError(f"{files[part]} holds no Wan: give two runs of backbone=wan.")
+    if backbones["high"] != backbones["low"]:
+        differing = [key for key in backbones["low"] if backbones["low"][key] != backbones["high"].get(key)]
+        raise CheckpointError(f"The two experts are different networks ({', '.join(differing)}): they must be alike.")
+    ends = [tuple(configs[part]["objective"].get("shortcut", {}).get("boundaries", ())) for part in PARTS]
+    if ends[0] != ends[1] or len(ends[0]) != 1:
+        raise CheckpointError(
+            f"The experts were distilled with objective.shortcut.boundaries={list(ends[0])} and {list(ends[1])}: both "
+            "need the same one, for example [0.125]."
+        )
+    settings = {**backbones["low"], "_target_": TWO, "boundary": 1 - ends[0][0]}
+    settings.setdefault("preset", "A14B")  # every size of a run without a preset is written out
+    bases = {part: configs[part].get("initialise_from") for part in PARTS}
+    config = {**configs["low"], "backbone": settings, "initialise_from": bases}
+    meta = {**contents["low"]["flowanchor"], "config": config}
+    names = {part: name for part, (name, _) in chosen.items()}
+    if names["high"] != names["low"]:
+        raise CheckpointError(
+            f"The experts keep different averages ({names['high']}, {names['low']}): name one of both."
+        )
+    return files["low"], Joined({f"{part}.": weights for part, (_, weights) in chosen.items()}), meta, names["low"]
