@@ -17,7 +17,7 @@ from flowanchor.programs.launch import prepare
 SMALL = [
     "backbone.preset=nano", "backbone.num_layers=2", "backbone.attention_head_dim=12", "backbone.ffn_dim=32",
     "backbone.freq_dim=16", "backbone.text_len=24", "data.text_dim=384", "data.channels=4", "data.height=4",
-    "data.width=4", "trainer.devices=1", "trainer.precision=32-true", "trainer.accelerator=cpu",
+    "data.width=4", "trainer.devices=1", "trainer.precision=32-true", "trainer.accelerator=cpu", "strategy=auto",
 ]  # fmt: skip
 CONSTANTS = {
     "wan21_t2i_1p3b_facm": {"backbone.preset": "1.3B", "teacher.guidance_scale": 5.0, "objective.time.shift": 0.2},
