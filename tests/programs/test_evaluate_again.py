@@ -61,11 +61,11 @@ def looked(monkeypatch):
     count = {"images": 0, "stop": None}
     look = Evaluator.look
 
-    def counted(self, images):
+    def counted(self, images, prompts=None):
         if count["stop"] is not None and count["images"] + len(images) > count["stop"]:
             raise Cut
         count["images"] += len(images)
-        return look(self, images)
+        return look(self, images, prompts)
 
     monkeypatch.setattr(Evaluator, "look", counted)
     return count

@@ -116,18 +116,26 @@ def open_captions(root: str | None, file: str = "file", caption: str = "caption"
     raise DataError(f"{path} holds {len(tables)} tables (CSV, JSONL) and {len(tars)} tars: give one table, or tars.")
 
 
-def _rows(table: Path, file: str, caption: str) -> Iterator[dict[str, Any]]:
+def read_captions(table: Path, caption: str = "caption") -> list[str]:
+    """The first caption of every row of a table that has one; raises `DataError` without the column."""
+    texts = (_texts(row.get(caption)) for row in _rows(table, None, caption))
+    return [found[0] for found in texts if found]
+
+
+def _rows(table: Path, file: str | None, caption: str) -> Iterator[dict[str, Any]]:
     with table.open(encoding="utf-8", newline="") as lines:
         if table.suffix == ".csv":
             rows: Iterator[Any] = iter(csv.DictReader(lines))
         else:
             rows = (json.loads(line) for line in lines if line.strip())
         for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or file not in row or caption not in row and number == 1:
+            if not isinstance(row, dict) or file not in (*row, None) or caption not in row and number == 1:
                 known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise DataError(
-                    f"Row {number} of {table} has no columns '{file}' and '{caption}' (it has {known}): name them by "
-                    "captions.file= and captions.caption=."
+                    f"Row {number} of {table} has no column '{caption}' (it has {known}): add it."
+                    if file is None
+                    else f"Row {number} of {table} has no columns '{file}' and '{caption}' (it has {known}): name them "
+                    "by captions.file= and captions.caption=."
                 )
             yield row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -22,15 +23,17 @@ class Metric(ABC):
 
     Attributes:
         feature_layer: of the Frechet and kernel distance, precision and recall.
-        logits_layer: of the inception score.
+        logits_layer: of the inception score; None where the extractor has none.
         spatial_layer: of the spatial Frechet distance (sFID); None where the extractor has none.
+        reads_prompts: it has a CLIP score, `alignment`, of images that were asked for by prompts.
         biased_below: numbers of samples below which the distance is known to mislead; 0: not known.
     """
 
     feature_layer: str
-    logits_layer: str
+    logits_layer: str | None
     spatial_layer: str | None = None
     biased_below: int = 0
+    reads_prompts: bool = False
 
     def __init__(
         self,
@@ -60,3 +63,7 @@ class Metric(ABC):
     def prepare(self, image: Tensor) -> Tensor:
         """A uint8 image [C, H, W] as the extractor wants it."""
         return image
+
+    def alignment(self, images: Tensor, prompts: Sequence[str]) -> float:
+        """CLIP score (0 to 100), summed over prepared images [B, 3, H, W], each against its own prompt."""
+        raise NotImplementedError(f"{type(self).__name__} reads no prompts")

@@ -44,8 +44,9 @@ class Layers:
     """What an extractor gives for a batch of images."""
 
     features: np.ndarray  # [B, D]
-    logits: np.ndarray  # [B, K]
-    spatial: np.ndarray | None = None  # [B, S], where the extractor has them
+    logits: np.ndarray | None = None  # [B, K], where the extractor has them
+    spatial: np.ndarray | None = None  # [B, S], likewise
+    alignment: float | None = None  # CLIP score, summed over the batch, where prompts were given
 
 
 class Collected:
@@ -61,6 +62,7 @@ class Collected:
         self.predictions = InceptionScore(wanted.splits)
         self.ranges: list[Range] = []
         self.seconds = 0.0  # spent on making the images
+        self.alignment, self.aligned = 0.0, 0  # sum of CLIP scores, over how many images
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []  # indices, rows
         self._wanted_rows = wanted.kept()
         self._split = split_of_each(wanted.n, wanted.splits) if wanted.splits else None  # a byte per image
@@ -85,7 +87,10 @@ class Collected:
             self.prefix.add(layers.features[: self.wanted.prefix - start])
         if layers.spatial is not None:
             self.spatial.add(layers.spatial)
-        if self._split is not None:
+        if layers.alignment is not None:
+            self.alignment += layers.alignment
+            self.aligned += len(layers.features)
+        if self._split is not None and layers.logits is not None:
             self.predictions.add(self._split[start:stop], layers.logits)
         first, last = np.searchsorted(self._wanted_rows, (start, stop))
         if first < last:
@@ -100,6 +105,8 @@ class Collected:
         self.prefix.merge(other.prefix)
         self.predictions.merge(other.predictions)
         self.seconds += other.seconds
+        self.alignment += other.alignment
+        self.aligned += other.aligned
         self._kept += other._kept
         self.ranges = join_ranges([*self.ranges, *other.ranges])
 
@@ -117,6 +124,8 @@ class Collected:
     def state(self) -> dict[str, np.ndarray]:
         """Everything collected, as arrays; `from_state` takes it back."""
         found = {"ranges": np.array(self.ranges, dtype=np.int64).reshape(-1, 2), "seconds": np.array(self.seconds)}
+        if self.aligned:
+            found["alignment"] = np.array([self.alignment, self.aligned])
         parts: dict[str, Moments | InceptionScore] = {
             "features": self.features, "spatial": self.spatial, "prefix": self.prefix, "predictions": self.predictions
         }  # fmt: skip
@@ -140,6 +149,8 @@ class Collected:
         )
         found.predictions = InceptionScore.from_state(part("predictions"))
         found.seconds = float(state["seconds"])
+        if "alignment" in state:
+            found.alignment, found.aligned = float(state["alignment"][0]), int(state["alignment"][1])
         found.ranges = [(int(start), int(stop)) for start, stop in state["ranges"]]
         if "kept.rows" in state:
             found._kept = [(state["kept.indices"], state["kept.rows"])]

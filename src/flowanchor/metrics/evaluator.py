@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -39,8 +39,9 @@ class Scores:
     precision: float | None
     recall: float | None
     features_n: int  # images whose features entered kernel distance, precision and recall
-    inception_score: float
-    inception_score_std: float
+    inception_score: float | None
+    inception_score_std: float | None
+    clip_score: float | None = None  # 100 times the mean cosine of image and prompt, 0 at least
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -106,15 +107,22 @@ class Evaluator:
     # ------------------------------------------------------------------------------------------------------- looking
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> Layers:
-        """What the extractor gives for uint8 images [B, C, H, W]."""
+    def look(self, images: Tensor, prompts: Sequence[str] | None = None) -> Layers:
+        """What the extractor gives for uint8 images [B, C, H, W], and how well they fit their prompts, where given."""
         prepared = torch.stack([self.metric.prepare(image) for image in images]).to(self.device)
         found = self._extractor.convert_features_tuple_to_dict(self._extractor(prepared))
-        return Layers(*(found[name].float().cpu().numpy() for name in self._layers))
+        layers = {name: found[name].float().cpu().numpy() for name in self._layers}
+        metric = self.metric
+        return Layers(
+            layers[metric.feature_layer],
+            None if metric.logits_layer is None else layers[metric.logits_layer],
+            None if metric.spatial_layer is None else layers[metric.spatial_layer],
+            metric.alignment(prepared, prompts) if metric.reads_prompts and prompts is not None else None,
+        )
 
     def wanted(self, n: int, prefix: int | None = None) -> Wanted:
         """What to collect of n images; `prefix`: the distance of the first so many is asked for as well."""
-        splits = max(1, min(self.metric.isc_splits, n // MIN_ISC_SPLIT))
+        splits = 0 if self.metric.logits_layer is None else max(1, min(self.metric.isc_splits, n // MIN_ISC_SPLIT))
         return Wanted(n, splits, None if prefix == n else prefix, self.metric.feature_limit)
 
     def collect(self, chunks: Iterable[Tensor], wanted: Wanted) -> Collected:
@@ -148,7 +156,7 @@ class Evaluator:
         spatial = None
         if reference.spatial is not None and found.spatial.n:
             spatial = frechet_distance(found.spatial.gaussian(), reference.spatial)
-        inception_score, inception_score_std = found.predictions.score()
+        inception_score, inception_score_std = found.predictions.score() if found.wanted.splits else (None, None)
         return Scores(
             n=found.n,
             fd=frechet_distance(found.features.gaussian(), reference.features),
@@ -156,6 +164,7 @@ class Evaluator:
             **self._of_kept(found),
             inception_score=inception_score,
             inception_score_std=inception_score_std,
+            clip_score=max(found.alignment / found.aligned, 0.0) if found.aligned else None,
         )
 
     def _of_kept(self, found: Collected) -> dict[str, Any]:

@@ -34,7 +34,10 @@ def results_table(report: Mapping[str, Any]) -> Table:
     if spatial:
         columns += [(f"s{metric}", "sfid", ".4g")]
     columns += [("KID", "kid", ".3g"), ("prec", "precision", ".2f"), ("rec", "recall", ".2f")]
-    columns += [("IS", "inception_score", ".3g"), ("sec", "seconds", ".1f")]
+    for name, key in (("IS", "inception_score"), ("CLIP", "clip_score")):
+        if any(line.get(key) is not None for line in report["results"]):
+            columns += [(name, key, ".3g")]
+    columns += [("sec", "seconds", ".1f")]
     table.add_column("sampler", justify="left", overflow="fold")
     for name, _, _ in columns:
         table.add_column(name, justify="right", overflow="fold")
@@ -47,7 +50,7 @@ def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
     """What has to stand beside the numbers, line by line."""
     settings, floor, metric = report["settings"], report["floor"], report["settings"]["metric"]
     yield (
-        f"n = {settings['num_samples']}, {settings['protocol']} labels, seed {settings['seed']}, "
+        f"n = {settings['num_samples']}, {_asked(settings)}, seed {settings['seed']}, "
         f"EMA {settings['ema']}, step {settings['step']}, checkpoint {settings['checkpoint_hash']}"
     )
     reference, extractor = settings["reference"], settings["extractor"]
@@ -64,6 +67,14 @@ def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
     for why in dict.fromkeys(reference["missing"].values()):
         names = ", ".join(name for name, reason in reference["missing"].items() if reason == why)
         yield f"no {names}: {why}"
+
+
+def _asked(settings: Mapping[str, Any]) -> str:
+    """What the samples were asked for by."""
+    prompts = settings.get("prompts")
+    if prompts is None:
+        return f"{settings['protocol']} labels"
+    return f"{prompts['n']} prompts of {Path(prompts['file']).name} ({prompts['hash']})"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -97,7 +108,7 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("NFE (velocity evaluations per sample)")
     axes.set_ylabel(f"{settings['metric']} (n={n})")
     axes.set_title(
-        f"{settings['checkpoint_hash']}, EMA {settings['ema']}, {settings['protocol']} labels\n"
+        f"{settings['checkpoint_hash']}, EMA {settings['ema']}, {_asked(settings)}\n"
         f"against {settings['reference']['name']} {settings['reference']['hash']}",
         fontsize=9,
     )

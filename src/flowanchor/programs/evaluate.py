@@ -22,10 +22,12 @@ from flowanchor.metrics.protocol import make_labels, parse_nfe
 from flowanchor.metrics.reference import Shape, open_reference
 from flowanchor.metrics.storage import write_whole
 from flowanchor.programs.checks import check_whole_numbers
+from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.evaluation import Evaluation, WatchedCodec, line_name, sampler_label
 from flowanchor.programs.launch import program
 from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_run_record
+from flowanchor.sampling.prompts import sample_shape
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel
@@ -47,11 +49,18 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     sampler = build_sampler(cfg.sampler, model)
     samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
     codec = load_codec(model, cfg.get("codec")).to(processes.device)
+    conditions = Conditions(cfg, model, processes.device)
+    shape = sample_shape(model.backbone, cfg.size, codec.downsampling)
     with processes.first_alone():
         evaluator = build_evaluator(cfg, model, codec, processes.device)
+    if evaluator.metric.reads_prompts and conditions.prompts is None:
+        raise ConfigError("metric=t2i compares images with prompts, and this network reads none: use metric=inception.")
     floor_n = evaluator.floor_size(cfg.num_samples)
-    store = PartialResults(folder, processes.agree(identity(cfg, model, codec, evaluator) if processes.first else None))
-    run = Evaluation(cfg, model, WatchedCodec(codec), evaluator, processes, store, folder, console, floor_n)
+    key = identity(cfg, model, codec, evaluator, conditions) if processes.first else None
+    store = PartialResults(folder, processes.agree(key))
+    run = Evaluation(
+        cfg, model, WatchedCodec(codec), evaluator, processes, store, folder, console, floor_n, conditions, shape
+    )
     if cfg.num_samples < evaluator.metric.biased_below:
         console.print(
             f"{evaluator.label} of {cfg.num_samples:,} samples is biased upwards: compare it with the same number "
@@ -116,8 +125,13 @@ def check_settings(cfg: DictConfig) -> list[int | None]:
 
 def build_evaluator(cfg: DictConfig, model: LoadedModel, codec: Codec, device: str) -> Evaluator:
     """The metric with its reference: the one that is named (no data is looked for then), or the data's train split."""
-    shape = image_shape(model, codec)
+    shape = image_shape(model, codec, cfg.size)
     if cfg.reference is None:
+        if hasattr(model.backbone, "text_dim"):
+            raise ConfigError(
+                "A network of text has no images of its own to be compared with: add reference=FOLDER of images "
+                "(metric=t2i, metric=inception, or metric=random to try the program)."
+            )
         if codec.latent_channels is not None and cfg.get("data") is None:
             raise ConfigError(
                 "The checkpoint was trained on latents, which are no images to compare with: add reference=FOLDER or "
@@ -128,14 +142,18 @@ def build_evaluator(cfg: DictConfig, model: LoadedModel, codec: Codec, device: s
     return Evaluator(cfg.metric, None, device, cfg.batch_size, reference)
 
 
-def image_shape(model: LoadedModel, codec: Codec) -> Shape:
-    """Channels, height and width of the decoded samples."""
-    channels, height, width = model.backbone.sample_shape
+def image_shape(model: LoadedModel, codec: Codec, size: str | None = None) -> Shape:
+    """Channels, height and width of the decoded samples; raises `ConfigError` for videos, which no metric reads."""
+    channels, *frames, height, width = sample_shape(model.backbone, size, codec.downsampling)
+    if frames and frames[0] > 1:
+        raise ConfigError(f"This network draws {frames[0]} frames, and images are measured: use one with frames=1.")
     pixels = codec.downsampling
     return (channels if codec.latent_channels is None else 3, height * pixels, width * pixels)
 
 
-def identity(cfg: DictConfig, model: LoadedModel, codec: Codec, evaluator: Evaluator) -> dict[str, Any]:
+def identity(
+    cfg: DictConfig, model: LoadedModel, codec: Codec, evaluator: Evaluator, conditions: Conditions
+) -> dict[str, Any]:
     """Everything that a line of the report depends on, but its sampler's number of evaluations."""
     named = ("num_samples", "protocol", "seed", "batch_size", "save_samples")
     groups = ("sampler", "metric")
@@ -147,6 +165,8 @@ def identity(cfg: DictConfig, model: LoadedModel, codec: Codec, evaluator: Evalu
         "codec": [codec.fingerprint(), OmegaConf.to_container(cfg.codec) if cfg.get("codec") else None],
         "extractor": evaluator.extractor_digest,
         "reference": evaluator.source.digest,
+        "prompts": conditions.identity(),
+        "size": cfg.size,
     }
 
 

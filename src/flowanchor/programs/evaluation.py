@@ -17,8 +17,8 @@ from flowanchor.interfaces import Codec, Sampler
 from flowanchor.metrics.collected import Collected, Range, Wanted, remaining, share
 from flowanchor.metrics.evaluator import Evaluator, Scores
 from flowanchor.metrics.partial_results import PartialResults, merge
-from flowanchor.metrics.protocol import make_labels
 from flowanchor.metrics.sample_file import SampleFile
+from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.processes import Processes
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class Evaluation:
     folder: Path
     console: Console
     floor_n: int | None
+    conditions: Conditions
+    shape: tuple[int, ...]  # of one sample in the network's space
     floor: Scores | None = None  # known to the first process
 
     def __post_init__(self) -> None:
-        cfg = self.cfg
-        self.labels = make_labels(cfg.protocol, cfg.num_samples, self.model.backbone.num_classes, cfg.seed)
-        self.wanted: Wanted = self.evaluator.wanted(cfg.num_samples, self.floor_n)
+        self.wanted: Wanted = self.evaluator.wanted(self.cfg.num_samples, self.floor_n)
 
     def finished(self, sampler: Sampler) -> dict[str, Any] | None:
         """The line of an earlier run, where it is still whole."""
@@ -93,7 +93,8 @@ class Evaluation:
             for chunk, first in self._chunks(sampler, (start, stop), mine):
                 if file is not None:
                     file.write(first, chunk)
-                mine.add(first, self.evaluator.look(chunk.permute(0, 3, 1, 2)))
+                texts = self.conditions.texts(first, first + len(chunk))
+                mine.add(first, self.evaluator.look(chunk.permute(0, 3, 1, 2), texts))
                 on_images(mine.n, total)
                 if mine.n - saved >= cfg.save_every:
                     self._save(name, mine, file)
@@ -158,6 +159,7 @@ class Evaluation:
             "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
             "num_samples": cfg.num_samples,
             "protocol": cfg.protocol,
+            "prompts": self.conditions.settings(),
             "seed": cfg.seed,
             "batch_size": cfg.batch_size,
         }
@@ -167,24 +169,23 @@ class Evaluation:
         from flowanchor.sampling import generate
 
         (start, stop), cfg, model = part, self.cfg, self.model
-        labels = None if self.labels is None else self.labels[start:stop]
-        chunks = generate(
-            model.backbone, model.interval, sampler, self.codec, labels, cfg.seed, cfg.batch_size,
-            self.processes.device, stop - start, start,
-        )  # fmt: skip
-        started = perf_counter()
-        for chunk in chunks:
+        for first in range(start, stop, cfg.batch_size):
+            last = min(first + cfg.batch_size, stop)
+            started = perf_counter()
+            chunks = generate(
+                model.backbone, model.interval, sampler, self.codec, self.conditions.of(first, last), cfg.seed,
+                cfg.batch_size, self.processes.device, last - first, first, self.shape,
+            )  # fmt: skip
+            chunk = next(chunks)
             timed.seconds += perf_counter() - started
             if self.codec.broken is not None:
-                index = start + self.codec.broken
-                label = "" if self.labels is None else f", label {int(self.labels[index])}"
+                index = first + self.codec.broken
                 raise DataError(
-                    f"Sample {index} (seed {cfg.seed}{label}, NFE {sampler.nfe}) is not finite: the weights have "
-                    "diverged, or the codec overflows; try an earlier checkpoint, or codec.dtype=float32."
+                    f"Sample {index} (seed {cfg.seed}{self.conditions.named(index)}, NFE {sampler.nfe}) is not finite: "
+                    "the weights have diverged, or the codec overflows; try an earlier checkpoint, or "
+                    "codec.dtype=float32."
                 )
-            yield chunk, start
-            start += len(chunk)
-            started = perf_counter()
+            yield chunk, first
 
     def _save(self, name: str, mine: Collected, file: SampleFile | None) -> None:
         if file is not None:
@@ -197,8 +198,7 @@ class Evaluation:
     def _sample_file(self, sampler: Sampler) -> SampleFile | None:
         if not self.cfg.save_samples:
             return None
-        labels = None if self.labels is None else self.labels.numpy()
-        return SampleFile(self._sample_path(sampler), self.cfg.num_samples, labels)
+        return SampleFile(self._sample_path(sampler), self.cfg.num_samples, self.conditions.stored())
 
 
 def sampler_label(sampler: Sampler) -> str:

@@ -21,7 +21,7 @@ from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
 from flowanchor.reporting.grids import save_grid
 from flowanchor.sampling import build_sampler, generate
-from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, sample_shape
+from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, read_prompts, sample_shape
 
 
 def sample(cfg: DictConfig) -> None:
@@ -79,10 +79,7 @@ def choose_prompts(cfg: DictConfig, model: LoadedModel) -> list[str] | None:
     """A prompt for every sample, those of `prompt` and `prompts` in turn; None for a network without text."""
     listed = [] if cfg.prompt is None else list(cfg.prompt) if OmegaConf.is_list(cfg.prompt) else [str(cfg.prompt)]
     if cfg.prompts is not None:
-        path = Path(cfg.prompts).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"There is no file {path}: prompts= names a file with one prompt per line.")
-        listed += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        listed += read_prompts(cfg.prompts)
     if not hasattr(model.backbone, "text_dim"):
         if listed:
             raise ConfigError("This network is not conditioned on text: leave out prompt= and prompts=.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from flowanchor.captions.sources import TABLES, read_captions
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
@@ -33,6 +35,23 @@ def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
         )
     found: TextEncoder = instantiate_trusted(settings)
     return found.eval()
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a file, one per line, or of a CSV or JSONL table: the first caption of every row.
+
+    Raises `ConfigError` without a file or without prompts, `DataError` for a table without the column `caption`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}: prompts= names a file with one prompt per line, or a table.")
+    if path.suffix in TABLES:
+        found = read_captions(path)
+    else:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ConfigError(f"{path} holds no prompts: write one per line.")
+    return found
 
 
 def encode_prompts(encoder: TextEncoder, backbone: Backbone, prompts: Sequence[str], negative: str | None) -> Tensor:
