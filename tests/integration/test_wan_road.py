@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,24 @@ def run(folder: Path, program: str, *words: str) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def refused(folder: Path, program: str, *words: str) -> str:
+    """The one sentence that a command ends with."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "src" / program), *words], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def load_module(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def captioned(folder: Path, count: int) -> None:
@@ -71,6 +91,37 @@ def test_the_road_in_a_few_steps(tmp_path):
     drawn = model.sample(prompts=[PHRASES[0].format(name) for name in NAMES], steps=2)
     theirs = sample(tmp_path, "outputs/train/wan_nano", 2, 20)[:10]
     assert np.abs(drawn.numpy().astype(int) - theirs.astype(int)).max() <= 1
+    measure(tmp_path)
+
+
+def measure(folder: Path) -> None:
+    """`eval.py metric=t2i` scores the images that `sample.py` drew, and says what is missing in one sentence."""
+    clips = load_module(ROOT / "tests" / "metrics" / "clips.py")
+    clips.write_clip(folder / "clip", seed=5)  # one that finds prompts and images alike: a score is 0 at least
+    checkpoint = ("checkpoint=outputs/train/wan_nano", "num_samples=20", "device=cpu")
+    asked = (*checkpoint, "metric=t2i", "metric.clip=clip", "metric.cache_dir=cache", "prompts=prompts.txt")
+    run(
+        folder, "eval.py", *asked, "reference=images", "nfe=[1,2]", "batch_size=8", "save_samples=true",
+        "hydra.run.dir=measured",
+    )  # fmt: skip
+    report = json.loads((folder / "measured" / "metrics.json").read_text())
+    line = report["results"][1]
+    with np.load(folder / "measured" / "samples" / "nfe2.npz") as stored:
+        images, numbers = stored["images"], stored["labels"]
+    theirs = sample(folder, "outputs/train/wan_nano", 2, 20)
+    assert np.abs(images.astype(int) - theirs.astype(int)).max() <= 1 and (numbers == np.arange(20) % 10).all()
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    cosines = clips.cosines(folder / "clip", torch.from_numpy(images).permute(0, 3, 1, 2), prompts * 2)
+    assert 5 < line["clip_score"] == pytest.approx(100 * float(cosines.mean()), rel=1e-3)
+    assert line["n"] == 20 and report["settings"]["prompts"]["n"] == 10 and line["fd"] > 0
+    assert (folder / "measured" / "quality.png").is_file()
+    for words, sentence in (
+        ((*checkpoint, "metric=random", "reference=images"), "add prompts=FILE"),
+        (asked, "add reference=FOLDER of images"),
+        ((*asked[:-1], "prompts=nowhere.txt", "reference=images"), "nowhere.txt"),
+        ((*asked, "metric.clip=null", "reference=images"), "add metric.clip=FOLDER"),
+    ):
+        assert sentence in refused(folder, "eval.py", *words)
 
 
 class Reader(nn.Sequential):

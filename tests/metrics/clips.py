@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 TOKENS = 20
 
@@ -39,3 +43,16 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     network.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+def cosines(folder: Path, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """uint8 [N, 3, H, W] and N prompts -> [N], by a stock CLIP, one pair at a time: no padding, no batch."""
+    network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    found = []
+    for image, prompt in zip(images, prompts, strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        asked = processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=TOKENS)
+        with torch.no_grad():
+            out = network(**asked)
+        found.append((functional.normalize(out.image_embeds) * functional.normalize(out.text_embeds)).sum())
+    return torch.stack(found)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.metrics.clip import Clip
@@ -39,24 +38,9 @@ def images():
     return torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def by_hand(folder, images, prompts):
-    """Cosines of a stock CLIP, one pair at a time: no padding, no batch."""
-    from transformers import CLIPModel, CLIPProcessor
-
-    network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    found = []
-    for image, prompt in zip(images, prompts, strict=True):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        asked = processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=20)
-        with torch.no_grad():
-            out = network(**asked)
-        found.append((functional.normalize(out.image_embeds) * functional.normalize(out.text_embeds)).sum())
-    return 100 * torch.stack(found)
-
-
-def test_the_clip_score_is_a_stock_clips(folder, images):
+def test_the_clip_score_is_a_stock_clips(clips, folder, images):
     prompts = [PROMPTS[i % 4] for i in range(12)]
-    expected = by_hand(folder, images, prompts)
+    expected = 100 * clips.cosines(folder, images, prompts)
     assert expected.std() > 0.05
     metric = TextToImageMetric(str(folder), cache_dir=None)
     with pytest.warns(UserWarning, match="has 26 tokens and CLIP reads 20"):
@@ -75,7 +59,7 @@ def test_a_long_prompt_is_read_at_its_end_mark(folder):
     assert not torch.allclose(one, two, atol=1e-3)
 
 
-def test_distances_are_of_clips_embeddings(folder, images, tmp_path):
+def test_distances_are_of_clips_embeddings(clips, folder, images, tmp_path):
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     reference = torch.randint(60, 200, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -93,9 +77,8 @@ def test_distances_are_of_clips_embeddings(folder, images, tmp_path):
     statistics = [fid_features_to_statistics(clip(part).double()) for part in (images, reference)]
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert evaluator.label == "FD-CLIP" and scores.fd == pytest.approx(expected, rel=1e-4)
-    assert scores.clip_score == pytest.approx(
-        max(float(by_hand(folder, images, ["a seven"] * 12).mean()), 0), rel=1e-4, abs=1e-5
-    )
+    cosine = float(clips.cosines(folder, images, ["a seven"] * 12).mean())
+    assert scores.clip_score == pytest.approx(max(100 * cosine, 0), rel=1e-4, abs=1e-5)
     assert scores.inception_score is None and scores.sfid is None and scores.kid is not None
     assert list((tmp_path / "cache").glob("reference-*.npz"))
 
