@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 
@@ -118,6 +119,16 @@ def test_bad_folders(pipeline, tmp_path):
         file.unlink()
     with pytest.raises(CheckpointError, match="no tokenizer that can be read|no vocabulary"):
         UMT5(str(tmp_path / "again"))
+
+
+def test_a_tokenizer_without_its_vocabulary(pipeline, tmp_path):
+    """As a download that stopped early leaves it: transformers then makes one of special tokens alone."""
+    shutil.copytree(pipeline / "text_encoder", tmp_path / "text_encoder")
+    (tmp_path / "tokenizer").mkdir()
+    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**settings, "extra_ids": 300}))
+    with pytest.raises(CheckpointError, match="has no vocabulary: download it again"):
+        UMT5(str(tmp_path))
 
 
 def test_other_weights_are_refused(pipeline, tmp_path):
