@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -228,3 +229,49 @@ def test_the_program_on_two_processes(tmp_path):
         other.returncode != 0
         and "holds an encoding with other settings (image_size was 64 and is 48)" in other.stderr.replace("\n", " ")
     )
+
+
+KILLED = """
+import os, signal
+from flowanchor.captions import files
+from flowanchor.programs.encode import main
+
+finished, digest = [], files.file_sha256
+
+def kill(path):
+    finished.append(path)
+    if len(finished) == 3:
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return digest(path)
+
+files.file_sha256 = kill
+main()
+"""
+
+
+def test_killed_in_the_middle_of_a_file_and_started_again(tmp_path):
+    """The command, by SIGKILL; what it goes on to make is, byte for byte, what it makes undisturbed."""
+    folder = as_table(tmp_path / "data")
+    words = [
+        "data=captions", f"data.root={folder}", "codec=identity", "text_encoder=minilm", "image_size=64",
+        "num_workers=0", "shard_size=4",
+    ]  # fmt: skip
+    (tmp_path / "killed.py").write_text(KILLED)
+
+    def run(program: Path, out: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(program), *words, f"out={tmp_path / out}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    killed = run(tmp_path / "killed.py", "again")
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    left = content(tmp_path / "again")
+    assert len([name for name in left if name.endswith(".safetensors")]) == 2 and "manifest.json" not in left
+    for out in ("again", "whole"):
+        done = run(ROOT / "src" / "encode.py", out)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert content(tmp_path / "again") == content(tmp_path / "whole")
+    assert {
+        name: content(tmp_path / "whole")[name] for name in left if name.endswith(".safetensors")
+    }.items() <= left.items()
