@@ -147,7 +147,9 @@ class Wan(Backbone):
         tables, tokens per axis.
         """
         if x.ndim != 5:
-            raise ConfigError(f"Wan reads latents [B, C, frames, h, w], and these have shape {tuple(x.shape)}.")
+            raise ConfigError(
+                f"Wan reads latents [B, C, frames, h, w], and these have shape {tuple(x.shape)}: use data=captions."
+            )
         if any(size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)):
             raise ConfigError(
                 f"Latents of {' x '.join(map(str, x.shape[2:]))} cannot be cut into patches of "

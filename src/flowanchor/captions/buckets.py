@@ -18,7 +18,7 @@ def bucket_sizes(side: int, max_ratio: float = 2.0, multiple: int = MULTIPLE) ->
     """Sizes of about `side`^2 pixels, sides multiples of `multiple`, ratios up to `max_ratio`; 1 keeps the square."""
     if side % multiple or side < multiple:
         raise ConfigError(
-            f"size={side} is no multiple of {multiple}: use for example {max(1, side // multiple) * multiple}."
+            f"image_size={side} is no multiple of {multiple}: use for example {max(1, side // multiple) * multiple}."
         )
     if max_ratio < 1:
         raise ConfigError(f"max_ratio={max_ratio} must be at least 1, where every image becomes a square.")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from flowanchor.encoding.sources import Source
+from flowanchor.encoding.sources import IMAGES, Member, Source, members
 from flowanchor.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl")
-_IMAGES = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 
 
 class CaptionedSource(Source):
@@ -153,23 +150,22 @@ def _texts(found: Any) -> tuple[str, ...]:
 
 def _samples(path: Path, caption: str) -> Iterator[tuple[str, tuple[int, int], Any]]:
     """Key, offset and size, caption of each image in a tar."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path}: set data.root to tars that exist.")
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, Any] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if member.isfile() and extension.lower() in _IMAGES:
-                    images[key] = (member.offset_data, member.size)
-                elif member.isfile() and extension.lower() in ("txt", "json"):
-                    stream = tar.extractfile(member)
-                    text = "" if stream is None else stream.read().decode("utf-8", errors="replace")
-                    texts[key] = json.loads(text).get(caption) if extension.lower() == "json" else text
-    except (tarfile.TarError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged or no tar of images with captions ({error}): copy it again.") from error
+    for member in members(path):
+        if member.extension in IMAGES:
+            images[member.key] = (member.offset, member.size)
+        elif member.extension in ("txt", "json"):
+            texts[member.key] = _caption(member, path, caption)
     for key, place in images.items():
         yield key, place, texts.get(key)
+
+
+def _caption(member: Member, path: Path, caption: str) -> Any:
+    text = member.read().decode("utf-8", errors="replace")
+    if member.extension == "txt":
+        return text
+    try:
+        return json.loads(text).get(caption)
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{member.name} of {path} is no JSON object: it must hold the entry '{caption}'.") from error

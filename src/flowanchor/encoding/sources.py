@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from flowanchor.errors import ConfigError, DataError
 
-# What an image is called inside a tar, beside torchvision's extensions.
-_MEMBERS = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
+# What an image is called inside a tar: torchvision's extensions.
+IMAGES = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 
 
 class Source(ABC):
@@ -139,36 +141,61 @@ def _images_below(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
 
 
-def _samples(path: Path, labelled: bool) -> Iterator[tuple[str, int, int, int]]:
-    """Key, offset, size and label of each image in a tar; files of one sample follow each other."""
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: `<key>.<extension>`; a key may lie in a folder."""
+
+    name: str
+    key: str
+    extension: str  # lower case
+    offset: int
+    size: int
+    read: Callable[[], bytes]  # while the tar is walked through
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The files of a tar in their order; raises `DataError` without one, for a damaged one and for a cut one."""
     if not path.is_file():
         raise DataError(f"There is no file {path}: set data.root to tars that exist.")
-    images: dict[str, tuple[int, int]] = {}
-    classes: dict[str, int] = {}
+    whole = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
+            for info in tar:
+                folder, _, name = info.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if member.isfile() and extension.lower() in _MEMBERS:
-                    images[key] = (member.offset_data, member.size)
-                elif member.isfile() and extension.lower() == "cls" and labelled:
-                    classes[key] = _label(tar, member, path)
-            size = path.stat().st_size
+                if info.isfile() and info.offset_data + info.size > whole:
+                    raise DataError(f"{path} is truncated within sample {key}: copy it again.")
+                if info.isfile():
+                    yield Member(
+                        info.name, key, extension.lower(), info.offset_data, info.size, partial(_content, tar, info)
+                    )
     except tarfile.TarError as error:
         raise DataError(f"{path} is damaged or no tar ({error}): copy it again.") from error
+
+
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(info)
+    return b"" if stream is None else stream.read()
+
+
+def _samples(path: Path, labelled: bool) -> Iterator[tuple[str, int, int, int]]:
+    """Key, offset, size and label of each image in a tar; files of one sample follow each other."""
+    images: dict[str, tuple[int, int]] = {}
+    classes: dict[str, int] = {}
+    for member in members(path):
+        if member.extension in IMAGES:
+            images[member.key] = (member.offset, member.size)
+        elif member.extension == "cls" and labelled:
+            classes[member.key] = _label(member, path)
     for key, (offset, length) in images.items():
         if labelled and key not in classes:
             raise DataError(f"Sample {key} of {path} has no .cls: add its label, or add data.labelled=false.")
-        if offset + length > size:
-            raise DataError(f"{path} is truncated within sample {key}: copy it again.")
         yield key, offset, length, classes.get(key, 0)
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
-    stream = tar.extractfile(member)
-    text = stream.read().decode(errors="replace").strip() if stream is not None else ""
+def _label(member: Member, path: Path) -> int:
+    text = member.read().decode(errors="replace").strip()
     if not text.isdigit():
         raise DataError(f"{member.name} of {path} holds {text[:20]!r} and must hold a label, a whole number from 0 on.")
     return int(text)
