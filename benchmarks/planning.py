@@ -28,6 +28,7 @@ from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -38,7 +39,19 @@ from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
 
-NETWORKS: dict[str, Callable[..., Backbone]] = {"lightningdit": LightningDiT, "wan": Wan.from_preset}
+
+class RoutedExperts(WanExperts):
+    """Two experts in a step whose batch belongs to one of them: times without values cannot tell to which."""
+
+    def expert(self, t: Tensor) -> Wan:
+        return self.low
+
+
+NETWORKS: dict[str, Callable[..., Backbone]] = {
+    "lightningdit": LightningDiT,
+    "wan": Wan.from_preset,
+    "wan_experts": RoutedExperts,
+}
 ENGINES: dict[str, Callable[[AttentionTangent], TangentEngine]] = {
     "Chain(recompute)": lambda attention: Chain(attention=attention),
     'Chain("selective")': lambda attention: Chain(recompute="selective", attention=attention),
@@ -171,6 +184,7 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
         built = [make() for _ in range(1 + setting.teacher)]
     shapes = [[(p.shape, p.requires_grad, p.element_size()) for p in network.parameters()] for network in built]
     with group_of(worlds[0]) as mesh, ShapesOnly(allow_non_fake_inputs=True):
+        built = [built[0], *map(asked_teacher, built[1:])]
         for network in built:
             network._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             shard(network, mesh, setting)
@@ -181,9 +195,11 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
             loss.backward()
             del loss
         reduced = counter.gradients()
+        updated = [one for one, p in zip(shapes[0], built[0].parameters(), strict=True) if p.grad is not None]
     found = {}
     for world in worlds:
         owned, trained = _share(shapes[0], world), _share([one for one in shapes[0] if one[1]], world)
+        stepped = _share(updated, world)
         lasting = {
             "parameters": owned,
             "optimizer": ADAM_STATES * trained,
@@ -201,8 +217,8 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
             "attention workspace": attention,
             "gathered stages": sharding - reduced[moment],
         }
-        # After the backward pass AdamW's multi-tensor form needs one more copy of what is trained.
-        update = {"gradients": trained, "optimizer's temporary": trained}
+        # After the backward pass AdamW's multi-tensor form needs one more copy of what is stepped.
+        update = {"gradients": stepped, "optimizer's temporary": stepped}
         most = max(backward, update, key=lambda parts: sum(parts.values()))
         received = {kind: round((world - 1) / world * size) for kind, size in sent.bytes.items()}
         found[world] = Plan(lasting | most, sum(backward.values()), received)
@@ -233,6 +249,11 @@ def facm_loss(student: Backbone, teacher: Backbone | None, engine: Any, setting:
             return objective(student, batch, field, engine, noise, t).loss
 
     return loss
+
+
+def asked_teacher(network: Backbone) -> Backbone:
+    """What a step asks of a frozen network: of two experts one (objective/time=routed, teacher.one_side=true)."""
+    return network.low if isinstance(network, RoutedExperts) else network
 
 
 def shard(network: Backbone, mesh: DeviceMesh, setting: Setting) -> None:

@@ -21,7 +21,7 @@ from facm import facm_parts
 from flowanchor.interfaces import Batch, Dual
 from flowanchor.jvp import Chain
 from flowanchor.strategies.sharding import shard_backbone
-from planning import NETWORKS, Setting, facm_loss, shard
+from planning import NETWORKS, Setting, asked_teacher, facm_loss, shard
 from workloads import ENGINES, Workload
 
 
@@ -82,7 +82,7 @@ def peak(network: str, size: dict[str, Any], engine: str, setting: dict[str, Any
     """What a sharded FACM step allocates at most on each process, in bytes, gradients included."""
     chosen = Setting(**setting)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    student, teacher = (NETWORKS[network](**size) for _ in range(2))
+    student, teacher = NETWORKS[network](**size), asked_teacher(NETWORKS[network](**size))
     for built in (student, teacher):
         for tensor in (*built.parameters(), *built.buffers()):
             torch.nn.init.normal_(tensor.data, std=0.02)
