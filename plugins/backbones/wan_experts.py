@@ -112,10 +112,10 @@ class _Pair(nn.Module):
 
     def __init__(self, high: nn.Module, low: nn.Module) -> None:
         super().__init__()
-        self.__dict__["pair"] = (high, low)
+        self.__dict__["choices"] = (high, low)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
-        high, low = self.__dict__["pair"]
+        high, low = self.__dict__["choices"]
         asked = high if context.fixed[-1] else low
         units = [block for block in (high, low) if is_unit(block)]  # sharded: gathered and freed together
         return cast(Tensor, through(units, lambda tokens: asked(tokens, context), tokens))

@@ -20,7 +20,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "plugins").is_dir() and (_r
 
 
 def load(
-    path_or_repo: str | _Path, ema: str | None = None, device: str = "cpu", codec: _Mapping[str, _Any] | None = None
+    path_or_repo: str | _Path,
+    ema: str | None = None,
+    device: str = "cpu",
+    codec: _Mapping[str, _Any] | None = None,
+    text_encoder: _Mapping[str, _Any] | None = None,
+    dtype: _Any = None,
 ) -> _Generator:
     """Open a trained model for sampling: `flowanchor.load(PATH).sample([0, 1, 2], steps=2)`.
 
@@ -28,4 +33,4 @@ def load(
     """
     from flowanchor.checkpoints.generator import load as open_model  # PyTorch is imported on first use
 
-    return open_model(path_or_repo, ema=ema, device=device, codec=codec)
+    return open_model(path_or_repo, ema=ema, device=device, codec=codec, text_encoder=text_encoder, dtype=dtype)

@@ -65,12 +65,12 @@ def encode(folder: Path, count: int) -> None:
     )  # fmt: skip
 
 
-def sample(folder: Path, checkpoint: str, steps: int, count: int) -> np.ndarray:
+def sample(folder: Path, checkpoint: str, steps: int, count: int, *more: str) -> np.ndarray:
     (folder / "prompts.txt").write_text("\n".join(PHRASES[0].format(name) for name in NAMES))
     out = f"drawn/{Path(checkpoint).name}_{steps}"
     run(
         folder, "sample.py", f"checkpoint={checkpoint}", "prompts=prompts.txt", f"sampler.steps={steps}",
-        f"num_samples={count}", f"hydra.run.dir={out}",
+        f"num_samples={count}", f"hydra.run.dir={out}", *more,
     )  # fmt: skip
     assert (folder / out / "grid.png").is_file()
     return np.load(folder / out / "samples.npz")["images"]
@@ -110,6 +110,8 @@ def measure(folder: Path) -> None:
         images, numbers = stored["images"], stored["labels"]
     theirs = sample(folder, "outputs/train/wan_nano", 2, 20)
     assert np.abs(images.astype(int) - theirs.astype(int)).max() <= 1 and (numbers == np.arange(20) % 10).all()
+    low = sample(folder, "outputs/train/wan_nano", 2, 20, "dtype=bfloat16").astype(int)
+    assert 0 < np.abs(images - low).mean() < 5, "nearly the same images, computed in bfloat16"
     prompts = (folder / "prompts.txt").read_text().splitlines()
     cosines = clips.cosines(folder / "clip", torch.from_numpy(images).permute(0, 3, 1, 2), prompts * 2)
     assert 5 < line["clip_score"] == pytest.approx(100 * float(cosines.mean()), rel=1e-3)
@@ -119,6 +121,7 @@ def measure(folder: Path) -> None:
         ((*checkpoint, "metric=random", "reference=images"), "add prompts=FILE"),
         (asked, "add reference=FOLDER of images"),
         ((*asked[:-1], "prompts=nowhere.txt", "reference=images"), "nowhere.txt"),
+        ((*asked, "reference=images", "dtype=int8"), "dtype=int8 is not known"),
         ((*asked, "metric.clip=null", "reference=images"), "add metric.clip=FOLDER"),
     ):
         assert sentence in refused(folder, "eval.py", *words)

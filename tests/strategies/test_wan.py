@@ -36,6 +36,7 @@ def two(torchrun, one, folder):
         {"name": "sharded", **rest, "sharded": {}},
         {"name": "ddp", **rest, "ddp": True},
         {"name": "experts", **EXPERTS, "batch": 16, "sharded": {}},
+        {"name": "compiled", **EXPERTS, "batch": 16, "sharded": {}, "compiled": True},
         {"name": "lora", **LORA, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
         {"name": "low", **rest, "sharded": {}, "precision": "bf16-mixed", "save": True},
         {"name": "taught", **rest, "sharded": {}, "teacher": str(folder / "one.ckpt")},
@@ -43,7 +44,8 @@ def two(torchrun, one, folder):
 
 
 @pytest.mark.parametrize(
-    "way, alone", [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts"), ("lora", "lora")]
+    "way, alone",
+    [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts"), ("compiled", "experts"), ("lora", "lora")],
 )
 def test_two_processes_equal_one(one, two, way, alone):
     theirs = one[alone]

@@ -186,6 +186,7 @@ def fit(
     lora: dict[str, Any] | None = None,
     precision: str = "32-true",
     lr: float = 0.1,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
@@ -202,10 +203,12 @@ def fit(
     if teacher is not None:
         with defer_loading() if deferred else nullcontext():
             velocity = CheckpointVelocity(teacher)
+    options = {"backend": "aot_eager", "fullgraph": True} if compiled else None
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(),
         lambda parameters: torch.optim.AdamW(parameters, lr=lr, eps=0.1), seed=3,
         config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
+        compile_options=options,
     )  # fmt: skip
     data = (Captions if wan else DigitsDataModule)(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)

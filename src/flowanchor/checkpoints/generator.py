@@ -119,6 +119,7 @@ def load(
     device: torch.device | str = "cpu",
     codec: Mapping[str, Any] | None = None,
     text_encoder: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Generator:
     """Open a model for sampling.
 
@@ -129,11 +130,12 @@ def load(
         device: where it computes.
         codec: settings of its codec to replace: `{"weights": "vavae.pt"}` where the weights lie elsewhere here.
         text_encoder: the same of its text encoder.
+        dtype: torch.bfloat16 for half the memory; None: float32.
 
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
     """
-    model = load_model(local_folder(path_or_repo), ema=ema, device=device)
+    model = load_model(local_folder(path_or_repo), ema=ema, device=device, dtype=dtype)
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         own = model.config.get(part) or {}

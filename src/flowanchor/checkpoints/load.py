@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published, read_safetensors
 from flowanchor.checkpoints.sharded import is_sharded, read_sharded, superseded
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_wan
-from flowanchor.deferred import is_deferred, loading_context
-from flowanchor.errors import CheckpointError
+from flowanchor.deferred import is_deferred, loading_context, materialise, parameters_on_meta
+from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.weights import Joined, Overlaid, Renamed, copy_weights, shape_of
 
@@ -138,7 +139,12 @@ def is_ours(path: str | Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("flowanchor"), dict)
 
 
-def load_model(path: str | Path, ema: str | None = None, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path,
+    ema: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
     """Load the network of a run.
 
     Args:
@@ -148,6 +154,8 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
             weights; "posthoc:0.15" for an average of that relative width, synthesised from the run's snapshots.
         device: where the network goes. Within `defer_loading` it goes nowhere: its weights stay in the file until
             `materialise` asks for them.
+        dtype: bfloat16 or float16, for sampling: so the weights of linear layers and convolutions are stored, read
+            straight to the device; what the network wants in float32 stays there. None: float32.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
@@ -157,12 +165,15 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
         raise CheckpointError(
             f"{file} holds no configuration of its network: give a .ckpt file that flowanchor-train has written."
         )
-    with loading_context():
+    with loading_context() if dtype is None else parameters_on_meta():
         backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
     name, weights = select_weights(content, ema, file)
     if backbone.borrowed():
         weights = Overlaid(weights, _base(config, file))
     load_weights(backbone, weights, file)
+    if dtype is not None:
+        _store_low(backbone, dtype)
+        materialise(backbone, torch.device(device))
     return LoadedModel(
         backbone=backbone.eval() if is_deferred(backbone) else backbone.eval().to(device),
         interval=cast(Interval, instantiate_trusted(config["objective"]["interval"])),
@@ -173,6 +184,17 @@ def load_model(path: str | Path, ema: str | None = None, device: torch.device | 
         path=str(file),
         step=int(meta["step"]),
     )
+
+
+def _store_low(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Give linear layers and convolutions outside `float32_modules` parameters of a lower precision."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype={dtype} is no lower precision: use bfloat16 or float16, or none for float32.")
+    kept = {inner for module in backbone.float32_modules() for inner in module.modules()}
+    for module in backbone.modules():
+        if isinstance(module, (nn.Linear, _ConvNd)) and module not in kept:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _base(config: Mapping[str, Any], file: Path) -> Mapping[str, Tensor]:

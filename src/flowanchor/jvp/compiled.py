@@ -7,7 +7,7 @@ those of units inside a block (modules that stay in float32), which then are who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -40,15 +40,25 @@ class CompiledForward:
 
 
 def compile_blocks(backbone: Backbone, **options: Any) -> None:
-    """Compile the forward of each block; `options` are those of `torch.compile`. Keys of the state dict stay."""
+    """Compile the forward of each block; `options` are those of `torch.compile`. Keys of the state dict stay.
+
+    A block that asks one of several modules names them in `choices`; then these are compiled.
+    """
     for block in backbone.blocks:
-        if not is_compiled(block):
-            block.__dict__["forward"] = CompiledForward(block, **options)
+        for module in _choices(block):
+            if not is_compiled(module):
+                module.__dict__["forward"] = CompiledForward(module, **options)
 
 
 def is_compiled(block: Any) -> bool:
     """Whether this is a block where `compile_blocks` has been."""
-    return isinstance(getattr(block, "__dict__", {}).get("forward"), CompiledForward)
+    chosen = _choices(block)[0]
+    return isinstance(getattr(chosen, "__dict__", {}).get("forward"), CompiledForward)
+
+
+def _choices(block: Any) -> Sequence[Any]:
+    found: Sequence[Any] = getattr(block, "choices", (block,))
+    return found
 
 
 @contextmanager

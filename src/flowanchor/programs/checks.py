@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowanchor.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_whole_numbers(cfg: DictConfig, **least: int | tuple[int, int]) -> None:
@@ -52,3 +53,12 @@ def choose_device(name: Any) -> str:
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cuda.")
     return name
+
+
+def choose_dtype(name: Any) -> torch.dtype | None:
+    """In which the weights of a network that is sampled are stored; None for float32."""
+    if name in (None, "float32"):
+        return None
+    if name not in LOW:
+        raise ConfigError(f"dtype={name} is not known: use bfloat16, float16, or leave it out for float32.")
+    return LOW[name]

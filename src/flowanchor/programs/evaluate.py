@@ -21,7 +21,7 @@ from flowanchor.metrics.presentation import finite_or_none, quality_plot, result
 from flowanchor.metrics.protocol import make_labels, parse_nfe
 from flowanchor.metrics.reference import Shape, open_reference
 from flowanchor.metrics.storage import write_whole
-from flowanchor.programs.checks import check_whole_numbers
+from flowanchor.programs.checks import check_whole_numbers, choose_dtype
 from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.evaluation import Evaluation, WatchedCodec, line_name, sampler_label
 from flowanchor.programs.launch import program
@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     budgets = check_settings(cfg)
     processes = Processes.join(cfg.device)
     console = Console(quiet=not processes.first)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=processes.device)
+    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=processes.device, dtype=choose_dtype(cfg.dtype))
     sampler = build_sampler(cfg.sampler, model)
     samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
     codec = load_codec(model, cfg.get("codec")).to(processes.device)
@@ -167,6 +167,7 @@ def identity(
         "reference": evaluator.source.digest,
         "prompts": conditions.identity(),
         "size": cfg.size,
+        "dtype": cfg.dtype,
     }
 
 

@@ -160,6 +160,7 @@ class Evaluation:
             "num_samples": cfg.num_samples,
             "protocol": cfg.protocol,
             "prompts": self.conditions.settings(),
+            "dtype": cfg.dtype or "float32",
             "seed": cfg.seed,
             "batch_size": cfg.batch_size,
         }

@@ -16,7 +16,7 @@ from flowanchor.codecs.load import load_codec
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
 from flowanchor.metrics.sample_file import SampleFile
-from flowanchor.programs.checks import check_whole_numbers, choose_device
+from flowanchor.programs.checks import check_whole_numbers, choose_device, choose_dtype
 from flowanchor.programs.launch import program
 from flowanchor.provenance import write_run_record
 from flowanchor.reporting.grids import save_grid
@@ -32,7 +32,7 @@ def sample(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_run_record(folder, cfg)
     device = choose_device(cfg.device)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device)
+    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device, dtype=choose_dtype(cfg.dtype))
     sampler = build_sampler(cfg.sampler, model)
     codec = load_codec(model, cfg.get("codec"))
     prompts = choose_prompts(cfg, model)

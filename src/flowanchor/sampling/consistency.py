@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.sampling.grid_sampler import GridSampler
+from flowanchor.sampling.precision import state_dtype
 from flowanchor.sampling.segments import back, check_boundaries, segmented_grid
 
 
@@ -43,7 +44,7 @@ class ConsistencySampler(GridSampler):
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         renoise = renoise or (lambda step: torch.randn(noise.shape, dtype=torch.float64, device=noise.device))
-        dtype = next(backbone.parameters()).dtype
+        dtype = state_dtype(backbone)
         x = noise.double()
         end = x
         ends = [next(edge for edge in (*self.boundaries, 1.0) if edge > now) for now in self.times[:-1].tolist()]

@@ -13,6 +13,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, Sampler
 from flowanchor.sampling.grid import time_grid
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.sampling.precision import state_dtype
 
 # Velocity evaluations per step of torchdiffeq's fixed-grid solvers; every other solver there is adaptive.
 FIXED_SOLVERS = {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
@@ -106,7 +107,7 @@ class FlowSampler(Sampler):
         interval: Interval,
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        dtype = next(backbone.parameters()).dtype
+        dtype = state_dtype(backbone)
 
         def velocity(time: float, x: Tensor) -> Tensor:
             t = torch.full((noise.shape[0],), time, device=noise.device, dtype=torch.float64)

@@ -12,6 +12,7 @@ from flowanchor.codecs.pixels import to_uint8
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
 from flowanchor.sampling.noise import renoiser, sample_noise
+from flowanchor.sampling.precision import asking, state_dtype
 
 
 def generate(
@@ -30,21 +31,23 @@ def generate(
     """Yield uint8 images [b, H, W, C] on the CPU, in order; image i depends only on (seed, start + i, labels[i]).
 
     `labels`: classes [N] or text embeddings [N, L, D]; None for unconditional networks, where `num_samples` gives N.
-    `shape`: of one sample in the network's space; None: the network's own.
+    `shape`: of one sample in the network's space; None: the network's own. A network that was loaded in a lower
+    precision is asked under autocast; its samples are float32 all the same.
     """
     if labels is None and num_samples is None:
         raise ConfigError("Nothing says how many images to generate: set num_samples.")
     total = num_samples if num_samples is not None else len(labels)  # type: ignore[arg-type]
     if batch_size < 1 or total < 1:
         raise ConfigError(f"num_samples={total} and batch_size={batch_size} must both be at least 1.")
-    dtype = next(backbone.parameters()).dtype
+    dtype = state_dtype(backbone)
     shape = backbone.sample_shape if shape is None else shape
     for first in range(0, total, batch_size):
         indices = range(start + first, start + min(first + batch_size, total))
         cond = None if labels is None else labels[first : first + batch_size].to(device)
         noise = sample_noise(seed, indices, shape).to(device=device, dtype=dtype)
         fresh = renoiser(seed, indices, shape, device)
-        latents = sampler.sample(backbone, noise, cond, interval, fresh)
+        with asking(backbone, device):
+            latents = sampler.sample(backbone, noise, cond, interval, fresh)
         with torch.no_grad():
             images = codec.decode(one_image(latents.to(dtype)))
         yield to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.sampling.grid_sampler import GridSampler
+from flowanchor.sampling.precision import state_dtype
 
 
 class MeanFlowSampler(GridSampler):
@@ -35,7 +36,7 @@ class MeanFlowSampler(GridSampler):
         interval: Interval,
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        dtype = next(backbone.parameters()).dtype
+        dtype = state_dtype(backbone)
         x = noise.double()
         for now, after in zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True):
             t, end = (torch.full((noise.shape[0],), time, device=noise.device, dtype=dtype) for time in (now, after))
