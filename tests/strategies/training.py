@@ -222,7 +222,8 @@ def fit(
         use_distributed_sampler=False, inference_mode=False, val_check_interval=2, check_val_every_n_epoch=None,
         limit_val_batches=1 if validate else 0, max_epochs=-1,
     )  # fmt: skip
-    with Communication() as communication:
+    communication = Communication()
+    with nullcontext() if compiled else communication:  # nothing is compiled under such a mode
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if save:
         trainer.save_checkpoint(folder / f"{name}.ckpt")
