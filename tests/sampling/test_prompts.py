@@ -44,6 +44,14 @@ def test_prompts_and_the_negative_one(encoder, network):
     assert found.shape[1] == len(network.null_context), "long enough for guidance"
 
 
+def test_a_prompt_that_is_too_long_for_the_network_is_cut(encoder, network):
+    prompt = "a handwritten seven " * 5
+    with pytest.warns(UserWarning, match="reads 12 tokens of a prompt; the rest of 'a handwritten seven a"):
+        texts = encode_prompts(encoder, network, [prompt, "a two"], None)
+    assert texts.shape == (2, 12, 384) and torch.equal(texts[0], encoder.encode([prompt])[0][:12])
+    assert network(torch.randn(2, 3, 1, 8, 8), torch.tensor([0.1, 0.5]), texts).isfinite().all()
+
+
 def test_an_encoder_of_another_width_is_refused(encoder):
     with pytest.raises(ConfigError, match="384 channels and the network reads 12"):
         encode_prompts(encoder, Wan(**{**SMALL, "text_dim": 12}), ["x"], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from flowanchor.text.base import TextEncoder, pad_embeddings
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel
+
+SHOWN = 80  # characters of a prompt in a warning
 
 
 def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
@@ -55,14 +58,25 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def encode_prompts(encoder: TextEncoder, backbone: Backbone, prompts: Sequence[str], negative: str | None) -> Tensor:
-    """Embeddings [N, L, D]; the network is told those of the negative prompt, where there is one."""
-    texts = encoder.encode([*prompts, negative or ""])
+    """Embeddings [N, L, D]; the network is told those of the negative prompt, where there is one.
+
+    Where a network reads fewer tokens than the encoder, longer prompts are cut, with a warning.
+    """
+    asked = [*prompts, negative or ""]
+    texts = encoder.encode(asked)
     width = getattr(backbone, "text_dim", encoder.width)
     if encoder.width != width:
         raise ConfigError(
             f"text_encoder={encoder.name} has {encoder.width} channels and the network reads {width}: use the encoder "
             "that it was trained with."
         )
+    longest = getattr(backbone, "text_len", max(map(len, texts)))
+    for prompt in dict.fromkeys(one for one, text in zip(asked, texts, strict=True) if len(text) > longest):
+        shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+        warnings.warn(
+            f"This network reads {longest} tokens of a prompt; the rest of '{shown}' is cut off.", stacklevel=2
+        )
+    texts = [text[:longest] for text in texts]
     backbone.set_null_context(texts[-1])
     return pad_embeddings(texts[:-1], len(texts[-1]))
 
