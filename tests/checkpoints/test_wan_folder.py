@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from flowanchor.checkpoints import initialise_student, load_model
 from flowanchor.checkpoints.load import file_digest, find_checkpoint
 from flowanchor.checkpoints.wan_folder import diffusers_names, read_wan
+from flowanchor.codecs.load import load_codec
 from flowanchor.deferred import defer_loading, is_deferred, materialise
-from flowanchor.errors import CheckpointError
+from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.backbones.wan_experts import WanExperts
+from flowanchor.sampling import build_sampler
+from flowanchor.sampling.prompts import load_text_encoder
 
 SMALL = {
     "in_channels": 4, "height": 8, "width": 6, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64,
@@ -109,11 +112,34 @@ def test_the_digest_knows_the_files_by_their_headers(folder):
     assert file_digest(folder) != first
 
 
-def test_two_experts_are_named(folder):
-    shutil.copytree(folder, folder.parent / "transformer_2")
-    with pytest.raises(CheckpointError, match=r"two experts: give .*transformer \(high noise\) or .*transformer_2"):
-        load_model(folder.parent)
+def test_two_experts_are_one_network(network, folder):
+    other = Wan(**SMALL)
+    torch.nn.init.normal_(other.proj_out.weight)
+    other.transformer().save_pretrained(folder.parent / "transformer_2")
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.9}
+    (folder.parent / "model_index.json").write_text(json.dumps(index))
+    pair = load_model(folder.parent).backbone
+    assert isinstance(pair, WanExperts) and pair.boundary == 0.9
+    x, text = torch.randn(2, 4, 1, 8, 6), torch.randn(2, 3, 12)
+    with torch.no_grad():
+        for expert, t in ((network, 0.05), (other, 0.5)):
+            times = torch.full((2,), t)
+            assert torch.equal(pair(x, times, text), expert.eval()(x, times, text))
+    assert (
+        load_model(folder.parent, dtype=torch.bfloat16).backbone.low.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    )
+    student = WanExperts(**SMALL)
+    initialise_student(student, folder.parent)
+    assert torch.equal(student.low.proj_out.weight, other.proj_out.weight)
     assert find_checkpoint(folder.parent / "transformer_2") == folder.parent / "transformer_2"
+    (folder.parent / "model_index.json").unlink()
+    assert load_model(folder.parent).backbone.boundary == 0.875
+
+
+def test_two_experts_of_different_sizes(folder):
+    Wan(**{**SMALL, "num_layers": 1}).transformer().save_pretrained(folder.parent / "transformer_2")
+    with pytest.raises(CheckpointError, match="transformer and .*transformer_2 are networks of different sizes"):
+        load_model(folder.parent)
 
 
 def test_a_file_that_the_index_lists_is_missing(folder):
@@ -140,3 +166,13 @@ def test_an_image_to_video_network_is_refused(folder):
     (folder / "config.json").write_text(json.dumps({**config, "in_channels": 36}))
     with pytest.raises(CheckpointError, match="conditioned on an image"):
         load_model(folder)
+
+
+def test_what_released_weights_do_not_say_is_asked_for(folder):
+    model = load_model(folder)
+    with pytest.raises(ConfigError, match="does not say how its samples become images: add its codec"):
+        load_codec(model)
+    with pytest.raises(ConfigError, match="does not say how it is sampled: add for example sampler=flow"):
+        build_sampler({"steps": 4}, model)
+    with pytest.raises(ConfigError, match="does not say how its prompts are encoded: add text_encoder=umt5"):
+        load_text_encoder(model)

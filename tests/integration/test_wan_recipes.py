@@ -94,3 +94,12 @@ def test_it_trains_and_draws(recipe, command, weights):
     )  # fmt: skip
     with Image.open(folder / "drawn" / "grid.png") as image:
         assert image.width > 2 * 48
+
+
+def test_released_weights_draw_by_themselves(command, weights):
+    words = [*CODEC, "text_encoder=minilm", "sampler=flow", "sampler.steps=2", "sampler.guidance_scale=4"]
+    folder = command(
+        "sample", "checkpoint=weights/transformer", *words, "prompt=colour number 3", "size=48x32", "num_samples=2",
+        "hydra.run.dir=drawn",
+    )  # fmt: skip
+    assert (folder / "drawn" / "grid.png").is_file()

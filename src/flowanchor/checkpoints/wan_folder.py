@@ -17,12 +17,13 @@ from torch import Tensor
 
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
 from flowanchor.errors import CheckpointError
-from flowanchor.weights import LazyWeights, local, own_part
+from flowanchor.weights import Joined, LazyWeights, local, own_part
 
 CONFIG = "config.json"
 DIFFUSERS, RELEASED = "WanTransformer3DModel", "WanModel"
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline; the release: the two folders below
 EXPERTS = ("high_noise_model", "low_noise_model")
+BOUNDARY = 0.875  # noise level, of the released text-to-video network
 
 # Names in the release's config, and in ours.
 _RELEASED_SETTINGS = {
@@ -43,22 +44,24 @@ def is_wan(path: str | Path) -> bool:
 
 
 def read_wan(folder: Path) -> dict[str, Any]:
-    """The folder in the form of a checkpoint of a flow model, its weights not read yet.
+    """The folder in the form of a checkpoint of a flow model, its weights not read yet; two experts are one network.
 
-    Raises `CheckpointError` for two experts where one is meant, files that are missing, networks that are not
-    text-to-video (or image).
+    Raises `CheckpointError` for experts of different sizes, files that are missing, networks that are not text-to-video
+    (or image).
     """
-    parts = _parts(folder)
-    if len(parts) > 1:
-        first, second = (folder / name for name in parts)
-        raise CheckpointError(f"{folder} holds two experts: give {first} (high noise) or {second} (low noise).")
-    folder = folder / parts[0] if parts else folder
-    settings = _settings(folder, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    backbone = {"_target_": "flowanchor.plugins.backbones.wan.Wan", **settings}
+    places = [folder / name for name in _parts(folder)] or [folder]
+    first, *others = [_settings(place, json.loads((place / CONFIG).read_text(encoding="utf-8"))) for place in places]
+    if any(settings != first for settings in others):
+        raise CheckpointError(f"{places[0]} and {places[1]} are networks of different sizes: give one of them.")
+    target, named = "flowanchor.plugins.backbones.wan.Wan", [""]
+    if others:
+        target, named = "flowanchor.plugins.backbones.wan_experts.WanExperts", ["high.", "low."]
+        first["boundary"] = _boundary(folder)
+    weights = {f"student.{name}": WanWeights(place) for name, place in zip(named, places, strict=True)}
     interval = {"_target_": "flowanchor.plugins.objectives.intervals.plain.PlainInterval"}
-    config = {"backbone": backbone, "objective": {"interval": interval}}
+    config = {"backbone": {"_target_": target, **first}, "objective": {"interval": interval}}
     meta = {"format": FORMAT, "config": config, "kind": "flow", "step": 0}
-    return {"flowanchor": meta, "state_dict": WanWeights(folder)}
+    return {"flowanchor": meta, "state_dict": Joined(weights)}
 
 
 def folder_digest_lines(folder: Path) -> Iterator[bytes]:
@@ -73,11 +76,10 @@ def folder_digest_lines(folder: Path) -> Iterator[bytes]:
 
 
 class WanWeights(LazyWeights):
-    """The tensors of such a folder, named as the student of a run: `student.` and diffusers' name."""
+    """The tensors of such a folder by their names in diffusers."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = {f"student.{ours}": (file, theirs) for ours, (file, theirs) in _names(folder).items()}
+        self.folder, self._files = folder, _names(folder)
         self._open: dict[Path, Any] = {}
 
     def shape(self, name: str) -> torch.Size:
@@ -167,6 +169,15 @@ def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder} is a Wan that is conditioned on an image: give a text-to-video one, which makes images too."
         )
     return settings
+
+
+def _boundary(pipeline: Path) -> float:
+    """The noise level from which on a pipeline asks its first network; as released where it does not say."""
+    try:
+        found = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("boundary_ratio")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    return BOUNDARY if found is None else float(found)
 
 
 def _class_name(folder: Path) -> str | None:

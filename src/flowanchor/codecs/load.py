@@ -20,7 +20,12 @@ def load_codec(model: LoadedModel, chosen: DictConfig | None = None) -> Codec:
     `chosen` is a codec of the command line, which takes its place (its weights may lie elsewhere on this machine); the
     statistics that it does not bring are the checkpoint's.
     """
-    own = model.config["codec"]
+    own = model.config.get("codec") or {}
+    if chosen is None and not own:
+        raise ConfigError(
+            f"{model.path} does not say how its samples become images: add its codec (for Wan codec=wan_vae "
+            "codec.weights=FOLDER)."
+        )
     if chosen is None:
         codec: Codec = instantiate_trusted(own)
     else:

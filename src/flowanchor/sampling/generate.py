@@ -74,7 +74,13 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
     if "_target_" in chosen:
         sampler: Sampler = instantiate(chosen, _convert_="all")
     else:
-        sampler = instantiate_trusted({**model.config["sampler"], **chosen})
+        own = model.config.get("sampler")
+        if not own:
+            raise ConfigError(
+                f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=40 "
+                "sampler.guidance_scale=4."
+            )
+        sampler = instantiate_trusted({**own, **chosen})
     check_sampler(sampler, model.kind, model.interval)
     return sampler
 
