@@ -66,6 +66,8 @@ def test_what_is_stored_low(checkpoint, dtype):
     assert state_dtype(low) == torch.float32 and state_dtype(network.double()) == torch.float64
     with asking(network, "cpu"):
         assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16), asking(network, "cpu"):  # as a training run does around its pictures
+        assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def test_it_draws_nearly_the_same(checkpoint):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 
 import torch
@@ -18,7 +18,10 @@ def state_dtype(backbone: Backbone) -> torch.dtype:
 
 
 def asking(backbone: Backbone, device: torch.device | str) -> AbstractContextManager[None]:
-    """Autocast for a network that was loaded in a lower precision; nothing for others."""
+    """Autocast for a network that was loaded in a lower precision; others are asked in the precision around the call.
+
+    A disabled autocast would be no substitute for nothing: it switches off one that a training run has around it.
+    """
     stored = {parameter.dtype for parameter in backbone.parameters()}
     low = next((dtype for dtype in LOW if dtype in stored), None)
-    return torch.autocast(torch.device(device).type, low or LOW[0], enabled=low is not None)
+    return nullcontext() if low is None else torch.autocast(torch.device(device).type, low)
