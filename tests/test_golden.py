@@ -85,7 +85,8 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def check_wan(golden: Golden) -> None:
     """The released key layout, opened as a folder; our velocity is the negative of the released prediction."""
     settings = golden.config
-    x, context, t = golden["in.x"], golden["in.context"], 1 - golden["in.timestep"] / 1000
+    # In float64, so that 1000 (1 - t) is the file's timestep again, to its last digit.
+    x, context, t = golden["in.x"], golden["in.context"], 1 - golden["in.timestep"].double() / 1000
     with TemporaryDirectory() as folder:
         description = {"_class_name": "WanModel", **settings, "text_dim": context.shape[-1]}
         (Path(folder) / "config.json").write_text(json.dumps(description))

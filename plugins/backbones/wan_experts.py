@@ -21,7 +21,7 @@ BOUNDARY = 0.875  # noise level, as released for text-to-video
 
 
 class WanExperts(Backbone):
-    """Two `Wan` of one size: `high` for noise levels `1 - t` above `boundary`, `low` from there to the data.
+    """Two `Wan` of one size: `high` for noise levels `1 - t >= boundary`, `low` from there to the data.
 
     Weights are named `high.<name>` and `low.<name>`. Times of the anchor's half, `2 - t`, belong to the expert of `t`.
 
@@ -48,7 +48,7 @@ class WanExperts(Backbone):
     def expert(self, t: Tensor) -> Wan:
         """Which network answers at times t [B]; raises `ConfigError` where they lie on both sides."""
         noise = torch.where(t > 1, t - 1, 1 - t)
-        high = noise > self.boundary
+        high = noise >= self.boundary
         if bool(high.all()):
             return self.high
         if bool(high.any()):

@@ -50,7 +50,12 @@ def inputs():
 
 @pytest.mark.parametrize(
     "t, name",
-    [([0.0, 0.1, 0.1249], "high"), ([0.125, 0.2, 1.0], "low"), ([2.0, 1.9, 1.876], "high"), ([1.5, 1.1, 1.875], "low")],
+    [
+        ([0.0, 0.1, 0.125], "high"),
+        ([0.125001, 0.2, 1.0], "low"),
+        ([2.0, 1.9, 1.875], "high"),
+        ([1.5, 1.1, 1.8749], "low"),
+    ],
 )
 def test_each_time_asks_its_expert(pair, inputs, t, name):
     x, text = inputs
@@ -97,7 +102,9 @@ def test_one_step_of_training_and_sampling_across_the_boundary(pair, inputs):
     with torch.no_grad():
         drawn = ConsistencySampler(2, boundaries=[0.125]).sample(pair, noise, text, ExpandedInterval())
         middle = noise + 0.125 * pair.high(noise.float(), torch.zeros(3), text).double()
-        by_hand = middle + 0.875 * pair.low(middle.float(), torch.full((3,), 0.125), text).double()
+        by_hand = middle + 0.875 * pair.low(middle.float(), torch.full((3,), 0.125001), text).double()
+    # The boundary itself is the high-noise expert's: the low-noise one is asked just behind it.
+    assert ConsistencySampler(2, boundaries=[0.125]).asked == [0.0, 0.125001]
     torch.testing.assert_close(drawn, by_hand)
 
 
@@ -160,7 +167,22 @@ def test_shifted_times_are_those_of_a_shifted_noise_level():
 
 
 def test_a_region():
-    assert Region(Uniform(), 0.125, 1.0).from_draw(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.125, 0.5625, 1.0]
+    found = Region(Uniform(), 0.125, 1.0).from_draw(torch.tensor([0.0, 0.5, 1.0]))
+    assert found.tolist() == pytest.approx([0.125, 0.5625, 1.0], abs=2e-6)
+
+
+@pytest.mark.parametrize("b", [0.125, 0.1, 0.5, 0.9])
+def test_no_time_is_so_near_to_a_boundary_that_rounding_moves_it(pair, b):
+    """Student, teacher and both halves of the interval agree on the expert, whatever was drawn (float32)."""
+    near = torch.tensor([b, b + 1e-8, b - 1e-8, b + 6e-8, b - 6e-8, 0.0, 1.0])
+    pair.boundary = 1 - b
+    for first in near:
+        t = Routed(Uniform(), b).from_draw(torch.cat([first[None], near]))
+        expert, early = pair.expert(t), 1 - t >= pair.boundary
+        assert pair.expert(2 - t) is expert and early.all() == early.any() == (expert is pair.high)
+    for low, high, expert in ((0.0, b, pair.high), (b, 1.0, pair.low)):
+        t = Region(Uniform(), low, high).from_draw(torch.tensor([0.0, 1e-8, 0.5, 1.0]))
+        assert pair.expert(t) is pair.expert(2 - t) is expert and low <= t.min() and t.max() <= high
 
 
 def test_routed_batches_lie_on_one_side_as_often_as_the_times_do():

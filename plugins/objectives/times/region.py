@@ -7,13 +7,14 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import TimeDistribution
+from flowanchor.sampling.segments import BEHIND
 
 
 class Region(TimeDistribution):
-    """Another distribution squeezed into [low, high]: `low + (high - low) t`."""
+    """Another distribution squeezed into [low, high]: `low + (high - low) t`, none at an end within (0, 1) itself."""
 
     def __init__(self, time: TimeDistribution, low: float, high: float) -> None:
-        if not 0 <= low < high <= 1:
+        if not 0 <= low < low + 4 * BEHIND < high <= 1:
             raise ConfigError(f"The region of times [{low}, {high}] must lie within [0, 1] and not be empty.")
         self.time, self.low, self.high = time, low, high
 
@@ -21,4 +22,8 @@ class Region(TimeDistribution):
         return self.time.draw(size, device)
 
     def from_draw(self, z: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * self.time.from_draw(z)
+        squeezed = self.low + (self.high - self.low) * self.time.from_draw(z)
+        return squeezed.clamp(
+            self.low + BEHIND if self.low > 0 else 0.0,
+            self.high - BEHIND if self.high < 1 else 1.0,
+        )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import TimeDistribution
+from flowanchor.sampling.segments import BEHIND
 
 
 class Routed(TimeDistribution):
@@ -28,7 +29,5 @@ class Routed(TimeDistribution):
         t, b = self.time.from_draw(z), self.boundary
         early = t[:1] < b
         within = torch.where(early, b * (t - b) / (1 - b), b + (1 - b) * t / b)
-        # Rounding must not put a sample onto the other side.
-        top = torch.nextafter(torch.full_like(t[:1], b), torch.zeros_like(t[:1]))
         mapped = torch.where((t < b) == early, t, within)
-        return torch.where(early, mapped.minimum(top), mapped.clamp(b, 1))
+        return torch.where(early, mapped.clamp(0, b - BEHIND), mapped.clamp(b + BEHIND, 1))  # none at b itself

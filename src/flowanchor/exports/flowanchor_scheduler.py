@@ -21,6 +21,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+# A jump from a boundary is asked of the network just behind it: the boundary itself is the other one's.
+BEHIND = 1e-6
+
 
 @dataclass
 class FlowAnchorSchedulerOutput(BaseOutput):
@@ -73,7 +76,8 @@ class FlowAnchorScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._times = self._grid(num_inference_steps)
         settings: Any = self.config
         self.sigmas = 1 - torch.tensor(self._times)
-        self.timesteps = (settings.num_train_timesteps * self.sigmas[:-1]).to(device)
+        asked = [now + BEHIND if now in settings.boundaries else now for now in self._times[:-1]]
+        self.timesteps = (settings.num_train_timesteps * (1 - torch.tensor(asked))).to(device)
         self._step = 0
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
 from flowanchor.checkpoints.sharded import remove, replace_checkpoint, unfinished
@@ -58,7 +57,7 @@ def export_pipeline(
     index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": _version()}
     index |= {**base.parts, "scheduler": SCHEDULER, "transformer": NETWORK, "transformer_2": [None, None]}
     if len(networks) > 1:
-        index |= {"transformer_2": NETWORK, "boundary_ratio": boundary_ratio(cast(Any, model.backbone).boundary)}
+        index |= {"transformer_2": NETWORK, "boundary_ratio": cast(Any, model.backbone).boundary}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(pipeline_card(networks[0], sampler, SCHEDULER[0]), encoding="utf-8")
     size = 0
@@ -89,15 +88,6 @@ def stock_transformer(network: Any, dtype: torch.dtype | None = None) -> Any:
             state[name] = tensor.to(dtype)
     stock.load_state_dict(state, assign=True)
     return stock
-
-
-def boundary_ratio(boundary: float) -> float:
-    """The `boundary_ratio` of `WanPipeline` for a boundary of noise levels.
-
-    At the boundary itself our network of low noise answers and the pipeline's of high noise would: the next larger
-    float32 timestep makes them agree.
-    """
-    return float(np.nextafter(np.float32(1000 * boundary), np.float32(np.inf))) / 1000
 
 
 def _networks(model: LoadedModel) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.sampling.grid_sampler import GridSampler
 from flowanchor.sampling.precision import state_dtype
-from flowanchor.sampling.segments import back, check_boundaries, segmented_grid
+from flowanchor.sampling.segments import BEHIND, back, check_boundaries, segmented_grid
 
 
 class ConsistencySampler(GridSampler):
@@ -29,6 +29,11 @@ class ConsistencySampler(GridSampler):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "boundaries": self.boundaries}
+
+    @property
+    def asked(self) -> list[float]:
+        """Times at which the network is asked: those of the steps, a boundary's on the side of its later segment."""
+        return [now + BEHIND if now in self.boundaries else now for now in self.times[:-1].tolist()]
 
     @property
     def label(self) -> str:
@@ -49,7 +54,7 @@ class ConsistencySampler(GridSampler):
         end = x
         ends = [next(edge for edge in (*self.boundaries, 1.0) if edge > now) for now in self.times[:-1].tolist()]
         for step, (now, after) in enumerate(zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True)):
-            t = torch.full((noise.shape[0],), now, device=noise.device, dtype=dtype)
+            t = torch.full((noise.shape[0],), self.asked[step], device=noise.device, dtype=dtype)
             velocity = self.guidance.velocity(backbone, x.to(dtype), interval.shortcut(t), cond, t).double()
             end = x + (ends[step] - now) * velocity
             x = end if after == ends[step] else back(end, ends[step], after, renoise(step).double())

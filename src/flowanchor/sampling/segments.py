@@ -10,6 +10,10 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 
+# A boundary itself belongs to the expert before it, as released (sigma >= 0.875 is high noise). What lies behind it
+# keeps this distance: 1 - t and 2 - t then fall on the side of t in float32, too.
+BEHIND = 1e-6
+
 
 def check_boundaries(boundaries: Sequence[float] | None, setting: str) -> tuple[float, ...]:
     """The boundaries as numbers; raises `ConfigError` unless they increase within (0, 1)."""
