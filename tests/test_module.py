@@ -130,6 +130,15 @@ def test_what_is_logged(tmp_path):
     assert last["train/loss"] == pytest.approx(last["train/anchor"] + last["train/shortcut"], rel=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_both_terms_are_shown_beside_the_loss(tmp_path, warmup):
+    """Also those of a run that begins with the anchor alone."""
+    module = make()
+    module.objective.anchor_warmup_steps = warmup
+    trainer, _ = fit(module, 4, tmp_path)
+    assert {"train/loss", "train/anchor", "train/shortcut"} <= set(trainer.progress_bar_metrics)
+
+
 def test_the_teacher_is_not_saved_with_the_run(tmp_path):
     teacher = network()
     for p in teacher.parameters():

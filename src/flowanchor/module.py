@@ -125,8 +125,10 @@ class FlowModule(pl.LightningModule):
         self.log(f"{stage}/loss", result.loss.detach(), prog_bar=True, sync_dist=validating, **options)
         terms = {f"{stage}/{name}" for name in result.terms}
         for name, value in values.items():
-            # Lightning wants a name to be logged in one way: as it was at first, though terms may join later.
-            shown = self._shown.setdefault(name, name in terms and not validating and len(terms) > 1)
+            # Lightning wants a name to be logged in one way: as it was at first. An only term is the loss itself; one
+            # that others join after a warm-up is not.
+            several = len(terms) > 1 or bool(getattr(self.objective, "anchor_warmup_steps", 0))
+            shown = self._shown.setdefault(name, name in terms and not validating and several)
             self.log(name, value, prog_bar=shown, sync_dist=validating, **options)
 
     # ------------------------------------------------------------------------------------------------ optimisation

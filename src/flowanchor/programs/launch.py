@@ -42,6 +42,7 @@ LIBRARY_WARNINGS = (
     r"Your `IterableDataset` has `__len__` defined",  # its workers share the batches (data=webdataset)
     r"Total length of `list` across ranks is zero",  # data without held-out samples
     r"Checkpoint directory .* exists and is not empty",  # that is how a run resumes
+    r"Mismatch dtype between input and weight",  # norms keep float32 beside bfloat16
 )
 
 
