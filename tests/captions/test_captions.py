@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from flowanchor.captions.buckets import bucket_sizes, fit, nearest
 from flowanchor.captions.encoder import CaptionEncoder, plan
 from flowanchor.captions.files import CaptionFile, CaptionManifest
-from flowanchor.captions.sources import open_captions
+from flowanchor.captions.sources import HEADER, open_captions
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.text.base import TextEncoder
@@ -202,6 +202,49 @@ def test_what_is_in_a_file(tmp_path):
     assert sorted(seen) == sorted(f"picture {n}" for n in range(24))
     pixels = torch.from_numpy(np.asarray(picture(0)).copy()).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(seen["picture 0"][:, 0], pixels)
+
+
+def test_pixels_are_encoded_as_they_come(tmp_path, monkeypatch):
+    """A file of a thousand large images would not fit memory undone: no more than a batch is read ahead."""
+    source, events = open_captions(str(as_table(tmp_path / "data"))), []
+    files, unreadable = plan(source, [(48, 48)], shard_size=24)
+
+    def read(index, count=None, real=source.read):
+        events.append(1)
+        return real(index, count)
+
+    class Watching(Identity):
+        def encode(self, images):
+            events.append(-len(images))
+            return super().encode(images)
+
+    monkeypatch.setattr(source, "read", read)
+    encoder = CaptionEncoder(source, Watching(), Letters(), tmp_path / "out", files, unreadable, batch_size=4)
+    (tmp_path / "out").mkdir()
+    encoder.record.claim({})
+    assert [finished.shard.count for finished in encoder.encode(encoder.pending())] == [24]
+    ahead = np.cumsum(events)
+    assert ahead[-1] == 0 and ahead.max() == 4, ahead
+
+
+@pytest.mark.parametrize("make", [as_table, as_tars])
+def test_sizes_are_told_by_the_beginning_of_a_file(make, tmp_path, monkeypatch):
+    """A header is read, and the whole file only where the header is longer."""
+    source, asked = open_captions(str(make(tmp_path / "data"))), []
+
+    def read(index, count=None, real=source.read):
+        asked.append(count)
+        return real(index, count)
+
+    monkeypatch.setattr(source, "read", read)
+    sizes = [(32, 48), (48, 32), (48, 48)]
+    whole = plan(source, sizes, shard_size=24)
+    assert asked == [HEADER] * 24
+    monkeypatch.setattr("flowanchor.captions.encoder.HEADER", 20)  # of a PNG: the signature, and less than the size
+    again = plan(source, sizes, shard_size=24)
+    assert asked[24:] == [20, None] * 24
+    assert [(f.size, f.indices.tolist()) for f in whole[0]] == [(f.size, f.indices.tolist()) for f in again[0]]
+    assert len(source.read(0, 20)) == 20 and source.read(0, 20) == source.read(0)[:20]
 
 
 def test_the_program_on_two_processes(tmp_path):

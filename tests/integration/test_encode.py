@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,3 +84,35 @@ def test_mistakes(command, capsys, words, sentence):
         command("encode", *SETTINGS[:-1], *words)
     assert exit.value.code == 1
     assert sentence in capsys.readouterr().err
+
+
+WITHOUT = "no encoder"
+
+
+@pytest.mark.parametrize(
+    "row, words, sentence",
+    [
+        ({"caption": "a"}, [WITHOUT], "Error: Captions need a text encoder: add text_encoder=umt5"),
+        ({"caption": "a"}, ["image_size=10"], "Error: image_size=10 is no multiple of 8: use for example 8."),
+        ({"caption": "a"}, ["codec=wan_vae"], "Error: codec=wan_vae has no weights to encode with"),
+        ({"caption": "a"}, ["text_encoder=umt5"], "Error: text_encoder=umt5 needs its weights"),
+        ({"text": "a"}, [], "Error: Row 1 of images/captions.jsonl has no columns 'file' and 'caption'"),
+        (
+            {"caption": " "},
+            [],
+            "Error: images has no image that can be read and has a caption (the first: 0.png: no caption)",
+        ),
+        ({"caption": "a", "file": "1.png"}, [], "has a caption (the first: 1.png: [Errno 2] No such file"),
+    ],
+)
+def test_mistakes_with_captions(command, tmp_path, capsys, row, words, sentence):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "captions.jsonl").write_text(json.dumps({"file": "0.png", **row}))
+    encoder = [] if WITHOUT in words else ["text_encoder=minilm"]
+    settings = ["data=captions", "data.root=images", *encoder, "captions.multiple=8", "out=x"]
+    words = [word for word in words if word != WITHOUT]
+    with pytest.raises(SystemExit) as exit:
+        command("encode", *SETTINGS, *settings, *words)
+    assert exit.value.code == 1
+    assert sentence in " ".join(capsys.readouterr().err.split())

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.captions.buckets import Size, fit, nearest
 from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
-from flowanchor.captions.sources import CaptionedSource
+from flowanchor.captions.sources import HEADER, CaptionedSource
 from flowanchor.encoding.images import UNREADABLE, ImageBatch
 from flowanchor.encoding.record import EncodingRecord, FinishedShard
 from flowanchor.encoding.writers import DTYPES
@@ -50,8 +50,7 @@ def plan(
     unreadable = []
     for index in range(len(source)):
         try:
-            with Image.open(io.BytesIO(source.read(index))) as image:
-                buckets[nearest((image.height, image.width), sizes)].append(index)
+            buckets[nearest(_size(source, index), sizes)].append(index)
         except UNREADABLE as error:
             unreadable.append(f"{source.names[index]}: {_reason(error)}")
         on_image()
@@ -61,6 +60,18 @@ def plan(
         for start in range(0, len(found), shard_size)
     ]
     return [PlannedFile(number, *part) for number, part in enumerate(parts)], unreadable
+
+
+def _size(source: CaptionedSource, index: int) -> Size:
+    """Height and width, from the beginning of the file where that tells them."""
+    for count in (HEADER, None):
+        try:
+            with Image.open(io.BytesIO(source.read(index, count))) as image:
+                return image.height, image.width
+        except UNREADABLE:
+            if count is None:
+                raise
+    raise AssertionError
 
 
 class _Fitted(Dataset[ImageBatch]):
@@ -146,20 +157,20 @@ class CaptionEncoder:
         loader = iter(DataLoader(_Fitted(self.source, batches), batch_size=None, num_workers=self.num_workers,
                                  collate_fn=_as_it_is))  # fmt: skip
         for file, parts in zip(pending, pieces, strict=True):
-            yield self._file(file, [next(loader) for _ in parts])
+            yield self._file(file, islice(loader, len(parts)))
 
     @torch.no_grad()
-    def _file(self, file: PlannedFile, batches: Sequence[ImageBatch]) -> FinishedShard:
-        latents, unreadable = [], []
+    def _file(self, file: PlannedFile, batches: Iterator[ImageBatch]) -> FinishedShard:
+        latents, unreadable, rows = [], [], []
         for batch in batches:
             unreadable += batch.unreadable
+            rows += batch.indices.tolist()
             if len(batch.indices):
                 latents.append(self._latents(batch))
             self.on_images(len(batch.indices) + len(batch.unreadable))
         self._check([*self.unreadable, *unreadable])
         if not latents:
             raise DataError(f"No image for {file.file} could be read (the first: {unreadable[0]}): check data.root.")
-        rows = np.concatenate([batch.indices for batch in batches]).tolist()
         captions = [self.source.captions[row] for row in rows]
         embeddings = [[text.to(DTYPES[self.dtype]) for text in self.text.encode(texts)] for texts in captions]
         names = [self.source.names[row] for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from flowanchor.encoding.sources import IMAGES, Member, Source, members
 from flowanchor.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl")
+HEADER = 1 << 15  # bytes of a file that nearly always tell an image's size
 
 
 class CaptionedSource(Source):
@@ -27,6 +29,10 @@ class CaptionedSource(Source):
 
     captions: list[tuple[str, ...]]
     uncaptioned: list[str]
+
+    @abstractmethod
+    def read(self, index: int, count: int | None = None) -> bytes:
+        """The image's file, undecoded, or its first `count` bytes; raises `OSError` where it cannot be read."""
 
     def _take(self, found: Iterator[tuple[str, Any]]) -> None:
         self.names, self.captions, self.uncaptioned = [], [], []
@@ -60,8 +66,9 @@ class TableSource(CaptionedSource):
         self.root = table.parent
         self._take((str(row[file]), row.get(caption)) for row in _rows(table, file, caption))
 
-    def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+    def read(self, index: int, count: int | None = None) -> bytes:
+        with (self.root / self.names[index]).open("rb") as file:
+            return file.read(-1 if count is None else count)
 
 
 class TarCaptions(CaptionedSource):
@@ -79,11 +86,11 @@ class TarCaptions(CaptionedSource):
         self._take(iter(found))
         self._places = [places[name] for name in self.names]
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int, count: int | None = None) -> bytes:
         number, offset, size = self._places[index]
         with self.tars[number].open("rb") as file:
             file.seek(offset)
-            return file.read(size)
+            return file.read(size if count is None else min(size, count))
 
 
 def open_captions(root: str | None, file: str = "file", caption: str = "caption") -> CaptionedSource:

@@ -26,6 +26,7 @@ from flowanchor.programs.launch import program
 from flowanchor.programs.progress import counter
 
 VALUES = ("sample", "moments")
+SHARD_SIZE = 10_000  # as released
 REPORT_EVERY = 1.0  # seconds
 
 
@@ -138,7 +139,7 @@ def read_encoding(cfg: DictConfig) -> Encoding:
         image_size=cfg.image_size,
         flips=bool(cfg.flips),
         dtype=cfg.dtype,
-        shard_size=cfg.shard_size,
+        shard_size=cfg.shard_size or SHARD_SIZE,
         shuffle=shuffle,
         seed=cfg.seed,
     )

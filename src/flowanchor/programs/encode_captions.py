@@ -18,12 +18,14 @@ from flowanchor.captions.files import CaptionManifest
 from flowanchor.captions.sources import open_captions
 from flowanchor.encoding.record import compare
 from flowanchor.encoding.writers import DTYPES
-from flowanchor.errors import ConfigError
+from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec
 from flowanchor.latents.manifest import MANIFEST
 from flowanchor.programs.checks import check_whole_numbers, own_device
 from flowanchor.programs.progress import counter
 from flowanchor.text.base import TextEncoder
+
+SHARD_SIZE = 1_000  # a file is held in memory: latents of 1024 x 1024 are 1 MB each, a long text's embeddings 8 MB
 
 
 def encode_captions(cfg: DictConfig) -> None:
@@ -41,7 +43,7 @@ def encode_captions(cfg: DictConfig) -> None:
     settings: dict[str, Any] = {
         "images": source.digest(), "codec": codec.fingerprint(), "text_encoder": text.fingerprint(),
         "image_size": cfg.image_size, "max_ratio": cfg.captions.max_ratio, "multiple": cfg.captions.multiple,
-        "codec_dtype": str(cfg.codec.get("dtype")), "dtype": cfg.dtype, "shard_size": cfg.shard_size,
+        "codec_dtype": str(cfg.codec.get("dtype")), "dtype": cfg.dtype, "shard_size": cfg.shard_size or SHARD_SIZE,
         "batch_size": cfg.batch_size, "negative": cfg.captions.negative,
     }  # fmt: skip
     manifest = CaptionManifest.read(out)
@@ -53,11 +55,17 @@ def encode_captions(cfg: DictConfig) -> None:
         (out / MANIFEST).unlink(missing_ok=True)
     with counter(console) as progress:
         task = progress.add_task("Reading sizes", total=len(source))
-        files, unreadable = plan(source, sizes, cfg.shard_size, lambda: progress.advance(task))
+        files, unreadable = plan(source, sizes, settings["shard_size"], lambda: progress.advance(task))
+    left_out = [*source.uncaptioned, *unreadable]
+    if not files:
+        raise DataError(
+            f"{cfg.data.root} has no image that can be read and has a caption"
+            f"{f' (the first: {left_out[0]})' if left_out else ''}: check data.root."
+        )
     out.mkdir(parents=True, exist_ok=True)
     encoder = CaptionEncoder(
-        source, codec, text, out, files, [*source.uncaptioned, *unreadable], cfg.dtype, cfg.batch_size,
-        cfg.num_workers, process, processes, cfg.max_unreadable,
+        source, codec, text, out, files, left_out, cfg.dtype, cfg.batch_size, cfg.num_workers, process, processes,
+        cfg.max_unreadable,
     )  # fmt: skip
     torch.backends.cudnn.deterministic = True  # two runs make the same files
     encoder.record.claim(settings)
