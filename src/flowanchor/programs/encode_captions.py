@@ -102,7 +102,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_whole_numbers(cfg, max_unreadable=0)
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype={cfg.dtype} is not known: use one of {', '.join(DTYPES)}.")
-    if cfg.text_encoder is None or "_target_" not in cfg.text_encoder:
+    if "_target_" not in (cfg.get("text_encoder") or {}):
         raise ConfigError("Captions need a text encoder: add text_encoder=umt5 text_encoder.weights=FOLDER.")
 
 
