@@ -8,9 +8,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from flowanchor.checkpoints import load_model
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.programs.launch import prepare
 
@@ -27,20 +29,44 @@ CONSTANTS = {
         "objective.time.boundary": 0.125, "objective.time.time.shift": 0.2, "objective.shortcut.boundaries": [0.125],
         "sampler.boundaries": [0.125],
     },
+    "wan22_t2i_high_facm": {
+        "backbone.preset": "A14B", "teacher.guidance_scale": 4.0, "objective.time.low": 0.0,
+        "objective.time.high": 0.125, "objective.shortcut.boundaries": [0.125], "sampler.boundaries": [0.125],
+    },
+    "wan22_t2i_low_facm": {
+        "backbone.preset": "A14B", "teacher.guidance_scale": 3.0, "objective.time.low": 0.125,
+        "objective.time.high": 1.0, "objective.shortcut.boundaries": [0.125], "sampler.boundaries": [0.125],
+    },
 }  # fmt: skip
+WHOLE = ("wan21_t2i_1p3b_facm", "wan22_t2i_facm")
+HALVES = ("wan22_t2i_high_facm", "wan22_t2i_low_facm")
+
+
+def composed(recipe):
+    prepare()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("flowanchor.conf", version_base="1.3"):
+        return compose("train", overrides=[f"experiment={recipe}"])
 
 
 @pytest.mark.parametrize("recipe", CONSTANTS)
 def test_constants(recipe):
-    prepare()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("flowanchor.conf", version_base="1.3"):
-        cfg = compose("train", overrides=[f"experiment={recipe}"])
+    cfg = composed(recipe)
     for key, value in CONSTANTS[recipe].items():
         assert OmegaConf.select(cfg, key) == value, key
     assert cfg.trainer.precision == "bf16-mixed" and cfg.strategy._target_.endswith("ChainJVPStrategy")
     assert cfg.jvp._target_.endswith("Chain") and cfg.objective.interval._target_.endswith("ExpandedInterval")
     assert cfg.objective.anchor_warmup_steps > 0
+
+
+def test_halves_draw_their_times_as_the_whole_does():
+    """Each expert's law is that of shift 5, given its side of the boundary: equal quantiles."""
+    sigma = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    t = (1 - 5 * sigma / (1 + 4 * sigma)).sort().values
+    share = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for recipe, side in zip(HALVES, (t <= 0.125, t >= 0.125), strict=True):
+        time = instantiate(composed(recipe).objective.time, _convert_="all")
+        torch.testing.assert_close(time.from_draw(share), t[side].quantile(share), rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -72,19 +98,27 @@ def weights(tmp_path):
 CODEC = ["codec=wan_vae", "codec.weights=weights", "codec.latent_channels=4", "codec.dtype=float32"]
 
 
-@pytest.mark.parametrize("recipe", CONSTANTS)
+ENCODE = [
+    "data=captions", "data.root=images", *CODEC, "image_size=32", "captions.max_ratio=1", "num_workers=0",
+    "text_encoder=minilm", "out=encoded",
+]  # fmt: skip
+TRAIN = [
+    *SMALL, *CODEC, "text_encoder=minilm", "data.root=encoded", "data.batch_size=4", "data.num_workers=0",
+    "trainer.max_steps=3", "objective.anchor_warmup_steps=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_it_trains_and_draws(recipe, command, weights):
     """Warm-up of the anchor, then both terms; a grid by the VAE; a sample by prompt at another size."""
-    words = ["image_size=32", "captions.max_ratio=1", "num_workers=0", "text_encoder=minilm", "out=encoded"]
-    command("encode", "data=captions", "data.root=images", *CODEC, *words)
+    command("encode", *ENCODE)
     teacher = {
         "wan21_t2i_1p3b_facm": ["teacher.checkpoint=weights/transformer"],
         "wan22_t2i_facm": ["teacher.high=weights/transformer", "teacher.low=weights/transformer_2"],
     }[recipe]
     folder = command(
-        "train", f"experiment={recipe}", *SMALL, *CODEC, *teacher, "text_encoder=minilm", "data.root=encoded",
-        "data.batch_size=4", "data.num_workers=0", "trainer.max_steps=3", "objective.anchor_warmup_steps=1",
-        "callbacks.sample_grid.nfe=[2]", "callbacks.sample_grid.max_classes=2", "name=run",
+        "train", f"experiment={recipe}", *TRAIN, *teacher, "callbacks.sample_grid.nfe=[2]",
+        "callbacks.sample_grid.max_classes=2", "name=run",
     )  # fmt: skip
     run = folder / "outputs" / "train" / "run"
     assert (run / "samples" / "step_00000003.png").is_file()
@@ -94,6 +128,23 @@ def test_it_trains_and_draws(recipe, command, weights):
     )  # fmt: skip
     with Image.open(folder / "drawn" / "grid.png") as image:
         assert image.width > 2 * 48
+
+
+@pytest.mark.parametrize("lora", [[], ["backbone.lora.rank=2"]], ids=["all weights", "adapters"])
+def test_one_expert_after_the_other_becomes_one_network(command, weights, lora):
+    command("encode", *ENCODE)
+    for recipe, teacher in zip(HALVES, ("transformer", "transformer_2"), strict=True):
+        command("train", f"experiment={recipe}", f"teacher.checkpoint=weights/{teacher}", *TRAIN, *lora)
+    runs = "{high: outputs/train/wan22_t2i_high_facm, low: outputs/train/wan22_t2i_low_facm}"
+    folder = command("convert", f"checkpoint={runs}", "output=pair.safetensors")
+    command("sample", "checkpoint=pair.safetensors", "prompt=colour number 3", "num_samples=1", "hydra.run.dir=drawn")
+    assert (folder / "drawn" / "grid.png").is_file()
+    pair = load_model("pair.safetensors").backbone
+    x, text = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 3, 384)
+    for name, t in zip(HALVES, ([0.0], [0.5]), strict=True):
+        alone = load_model(f"outputs/train/{name}").backbone
+        with torch.no_grad():
+            assert torch.equal(pair(x, torch.tensor(t), text), alone(x, torch.tensor(t), text)), name
 
 
 def test_released_weights_draw_by_themselves(command, weights):
