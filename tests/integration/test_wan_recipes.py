@@ -38,7 +38,16 @@ CONSTANTS = {
         "objective.time.high": 1.0, "objective.shortcut.boundaries": [0.125], "sampler.boundaries": [0.125],
     },
 }  # fmt: skip
-WHOLE = ("wan21_t2i_1p3b_facm", "wan22_t2i_facm")
+EXPERTS = ["teacher.high=weights/transformer", "teacher.low=weights/transformer_2"]
+WHOLE = {
+    "Wan 2.1": ["experiment=wan21_t2i_1p3b_facm", "teacher.checkpoint=weights/transformer"],
+    "two experts": ["experiment=wan22_t2i_facm", *EXPERTS],
+    "one student of two": [
+        "experiment=wan22_t2i_facm", *EXPERTS, "backbone=wan", "objective/time=shifted",
+        "objective.shortcut.boundaries=[]", "sampler.boundaries=[]", "teacher.one_side=false",
+        "initialise_from=weights/transformer_2",
+    ],
+}  # fmt: skip
 HALVES = ("wan22_t2i_high_facm", "wan22_t2i_low_facm")
 
 
@@ -112,12 +121,8 @@ TRAIN = [
 def test_it_trains_and_draws(recipe, command, weights):
     """Warm-up of the anchor, then both terms; a grid by the VAE; a sample by prompt at another size."""
     command("encode", *ENCODE)
-    teacher = {
-        "wan21_t2i_1p3b_facm": ["teacher.checkpoint=weights/transformer"],
-        "wan22_t2i_facm": ["teacher.high=weights/transformer", "teacher.low=weights/transformer_2"],
-    }[recipe]
     folder = command(
-        "train", f"experiment={recipe}", *TRAIN, *teacher, "callbacks.sample_grid.nfe=[2]",
+        "train", *WHOLE[recipe], *TRAIN, "callbacks.sample_grid.nfe=[2]",
         "callbacks.sample_grid.max_classes=2", "name=run",
     )  # fmt: skip
     run = folder / "outputs" / "train" / "run"
