@@ -49,6 +49,18 @@ def test_sharded_files_of_diffusers(network, folder):
     assert load_model(folder.parent).path == str(folder.parent), "the folder of a pipeline will do"
 
 
+@pytest.mark.parametrize("patch", [(2, 2, 2), (1, 1, 1), (3, 4, 7)])
+def test_networks_of_other_patches(patch, tmp_path):
+    """Nothing in a folder says what size is drawn; whole patches are."""
+    network = Wan(**{**SMALL, "patch_size": patch, "frames": patch[0], "height": 4 * patch[1], "width": 2 * patch[2]})
+    network.transformer().save_pretrained(tmp_path)
+    opened = load_model(tmp_path).backbone
+    assert all(size % one == 0 for size, one in zip(opened.sample_shape[1:], patch, strict=True))
+    x, t, text = torch.randn(1, *network.sample_shape), torch.tensor([0.4]), torch.randn(1, 3, 12)
+    with torch.no_grad():
+        assert torch.equal(opened(x, t, text), network(x, t, text))
+
+
 def test_the_layout_of_the_release(network, folder, tmp_path):
     merged = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     released = {_released(name): tensor for name, tensor in merged.items()}

@@ -168,6 +168,10 @@ def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is a Wan that is conditioned on an image: give a text-to-video one, which makes images too."
         )
+    # What is drawn unless a size is asked for: the network's usual one, in whole patches.
+    patches = settings.get("patch_size", (1, 2, 2))
+    for name, usual, patch in zip(("frames", "height", "width"), (1, 60, 104), patches, strict=True):
+        settings[name] = -(-usual // patch) * patch
     return settings
 
 
