@@ -27,6 +27,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from flowanchor.programs.folders import register_resolvers
 from flowanchor.programs.messages import explain
 from flowanchor.programs.plugin_path import register_plugin_path
+from flowanchor.programs.texts import quoted
 
 T = TypeVar("T")
 Task = Callable[[DictConfig], T]
@@ -63,6 +64,7 @@ def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[
         @functools.wraps(main)
         def run() -> None:
             prepare()
+            sys.argv[1:] = quoted(sys.argv[1:])
             _check_command_line(sys.argv[1:])
             for message in LIBRARY_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
