@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.jvp.smoothing import smoothed
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 
 WAN_TIMESTEPS = 1000.0
@@ -56,6 +57,9 @@ class Wan(Backbone):
         text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
         condition_dropout: share of prompts that training replaces by the negative prompt (`null_context`).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+        tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
+            averaged; 0: the exact one. An embedding of 1,000 timesteps turns within a step of 0.001 of t, and a
+            shortcut that learns from the derivative of that feeds on itself (docs/wan.md).
         lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
 
     Raises `ConfigError` for sizes that do not fit together.
@@ -84,6 +88,7 @@ class Wan(Backbone):
         rope_max_seq_len: int = 1024,
         condition_dropout: float = 0.0,
         auxiliary_time_cond: bool = False,
+        tangent_smoothing: float = 0.0,
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -91,8 +96,14 @@ class Wan(Backbone):
         self.text_len, self.text_dim = text_len, text_dim
         self.condition_dropout = condition_dropout
         self.takes_end_time = auxiliary_time_cond
+        self.tangent_smoothing = float(tangent_smoothing)
         self.sample_shape = (in_channels, frames, height, width)
         _check_sizes(self.sample_shape, self.patch_size, attention_head_dim, num_layers, condition_dropout)
+        if not 0 <= self.tangent_smoothing < 0.5:
+            raise ConfigError(
+                f"backbone.tangent_smoothing={tangent_smoothing} is a width in time, a small part of 1: use for "
+                "example 0.01, or 0 for exact tangents."
+            )
         # What a stock network of the same weights is built with (`transformer`).
         self.settings = {
             "patch_size": self.patch_size, "num_attention_heads": num_attention_heads,
@@ -212,8 +223,14 @@ class Wan(Backbone):
             return self.condition_embedder.time_proj(functional.silu(added)).unflatten(1, (6, -1))
 
     def _waves(self, t: Tensor) -> Tensor:
+        """Times [B] -> sinusoids [B, freq_dim], of the same frequencies in both halves."""
         weight = self.condition_embedder.time_embedder.linear_1.weight
-        return self.condition_embedder.timesteps_proj(timesteps(t)).to(weight.dtype)
+        half = cast(int, self.settings["freq_dim"]) // 2
+        turns = WAN_TIMESTEPS * 10_000.0 ** -(torch.arange(half, device=t.device) / half)  # radians per unit of t
+        return smoothed(
+            lambda t: self.condition_embedder.timesteps_proj(timesteps(t)).to(weight.dtype),
+            t, turns.repeat(2), self.tangent_smoothing,
+        )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- condition
 

@@ -42,6 +42,7 @@ class WanExperts(Backbone):
         self.sample_shape, self.patch_size = self.high.sample_shape, self.high.patch_size
         self.text_dim, self.text_len = self.high.text_dim, self.high.text_len
         self.takes_end_time = self.high.takes_end_time
+        self.tangent_smoothing = self.high.tangent_smoothing
         self.condition_dropout = self.high.condition_dropout
         self.initialise()
 

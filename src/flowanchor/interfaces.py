@@ -58,6 +58,7 @@ class Backbone(nn.Module, ABC):
     any_size: bool = False  # whether samples of other sizes, with the same channels, fit too
     num_classes: int = 0  # 0: not class-conditional
     takes_end_time: bool = False  # whether `r` has an embedder of its own
+    tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
     condition_dropout: float = 0.0  # share of conditions that `drop_condition` replaces in training
     initialised_by_stage: bool = False  # whether `initialise` alone says what the first weights are
     pending: Any = None  # weights (name -> tensor) that a network without values is to be filled with

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from flowanchor.errors import ConfigError
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
-from flowanchor.plugins.backbones.wan import PRESETS, Wan
+from flowanchor.plugins.backbones.wan import PRESETS, Wan, _exact
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.sampling.guidance import Guidance
 
@@ -91,6 +92,54 @@ def test_tangent_in_float64_against_differences_and_every_engine(inputs):
             assert (found - right).norm() <= limit * right.norm(), engine
     # A time step is 1,000 timesteps, so differences need a step a thousand times smaller than elsewhere.
     assert (answer(FiniteDifference(eps=1e-6, dtype=torch.float64))[1] - full[1]).norm() <= 1e-4 * full[1].norm()
+
+
+def test_smoothed_tangent_is_that_of_a_network_with_averaged_waves(inputs, monkeypatch):
+    """Values and gradients stay; each engine's tangent is the derivative along sinusoids averaged over nearby times."""
+    h = 0.004
+    exact, smooth = filled().double(), filled(tangent_smoothing=h).double()
+    x, t, text = (value.double() for value in inputs)
+    dx, dt = torch.randn_like(x), torch.ones_like(t)
+
+    def answer(network, engine):
+        network.zero_grad()
+        dual = engine(network, x, t, text, dx, dt)
+        dual.prediction.square().sum().backward()
+        return dual.prediction.detach(), dual.tangent, torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    plain, wanted = answer(exact, Full()), answer(smooth, Full())
+    assert torch.equal(plain[0], wanted[0]) and torch.equal(plain[2], wanted[2])
+    assert (plain[1] - wanted[1]).norm() > 0.1 * plain[1].norm()
+    for engine in (Chain(), Chain(False), TwoPass()):
+        for found, right, limit in zip(answer(smooth, engine), wanted, (1e-10, 1e-10, 1e-9), strict=True):
+            assert (found - right).norm() <= limit * right.norm(), engine
+
+    # By hand: the derivative of the waves is a Gaussian average of exact derivatives (quadrature), the rest is exact.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    waves = exact._waves
+    step = 1e-7
+
+    def averaged(change):
+        parts = [
+            w * (waves(t + h * z + change) - waves(t + h * z - change)) for z, w in zip(nodes, weights, strict=True)
+        ]
+        return sum(parts) / (2 * change * sum(weights))
+
+    with torch.no_grad(), _exact(x):
+        now, slope = waves(t), averaged(step)
+        found = []
+        for way in (1, -1):
+            monkeypatch.setattr(exact, "_waves", lambda t, way=way: now + way * step * slope)
+            found.append(exact(x + way * step * dx, t, text))
+        by_hand = (found[0] - found[1]) / (2 * step)
+    assert (wanted[1] - by_hand).norm() <= 1e-5 * by_hand.norm()
+
+
+def test_smoothing_is_refused_where_nothing_would_see_it(inputs):
+    with pytest.raises(ConfigError, match=r"tangent_smoothing=0.01 is seen by forward-mode AD alone: choose jvp=chain"):
+        FiniteDifference()(filled(tangent_smoothing=0.01), *inputs, inputs[0], inputs[1])
+    with pytest.raises(ConfigError, match=r"tangent_smoothing=-1 is a width in time"):
+        Wan(**SMALL, tangent_smoothing=-1)
 
 
 def test_bfloat16_autocast_keeps_the_time_in_float32(inputs):

@@ -72,6 +72,11 @@ class FiniteDifference:
                 "jvp=finite_difference drowns in the roundoff of bfloat16 and float16: choose jvp=chain, or train with "
                 "trainer.precision=32-true."
             )
+        if backbone.tangent_smoothing > 0:
+            raise ConfigError(
+                f"backbone.tangent_smoothing={backbone.tangent_smoothing:g} is seen by forward-mode AD alone: choose "
+                "jvp=chain, or set it to 0 and let jvp.eps do the smoothing of jvp=finite_difference."
+            )
         if sharded and self._needs_copy(backbone):
             raise ConfigError(
                 f"jvp.dtype={self.dtype} needs a whole copy of the weights, and this network is sharded: set "
