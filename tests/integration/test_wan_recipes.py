@@ -65,7 +65,7 @@ def test_constants(recipe):
         assert OmegaConf.select(cfg, key) == value, key
     assert cfg.trainer.precision == "bf16-mixed" and cfg.strategy._target_.endswith("ChainJVPStrategy")
     assert cfg.jvp._target_.endswith("Chain") and cfg.objective.interval._target_.endswith("ExpandedInterval")
-    assert cfg.objective.anchor_warmup_steps > 0
+    assert cfg.objective.anchor_warmup_steps > 0 and cfg.backbone.tangent_smoothing == 0.01
 
 
 def test_halves_draw_their_times_as_the_whole_does():
