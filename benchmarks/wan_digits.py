@@ -117,15 +117,15 @@ def table(students: list[dict[str, Any]]) -> str:
     rows = []
     for width in sorted({one["width"] for one in students}):
         own = [one for one in students if one["width"] == width]
-        cells = [_range([100 * one["shares"][str(steps)] for one in own]) for steps in STEPS]
+        cells = [_range([100 * one["shares"][str(steps)] for one in own], digits=1) for steps in STEPS]
         norm, clamp = ([one[key] for one in own] for key in ("tangent_norm", "clamp_share"))
         rows.append([f"{width:g}" if width else "0 (exact)", *cells, _range(norm), _range([100 * x for x in clamp])])
     header = ["`tangent_smoothing`", *(f"{n} step{'s' * (n > 1)}, %" for n in STEPS), "norm of dF/dt", "clamped, %"]
     return markdown(header, rows)
 
 
-def _range(values: list[float]) -> str:
-    low, high = (f"{value:.0f}" if value >= 1 else f"{value:.1f}" for value in (min(values), max(values)))
+def _range(values: list[float], digits: int = 0) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 

@@ -26,5 +26,5 @@ def test_a_line_per_width_with_its_range_over_seeds():
         return {"width": width, "seed": seed, "shares": shares, "tangent_norm": norm, "clamp_share": 0.5}
 
     lines = wan_digits.table([one(0.01, 0, 1.0, 30), one(0.0, 0, 0.69, 878), one(0.0, 1, 0.995, 40)]).splitlines()
-    assert lines[2] == "| 0 (exact) | 69 to 100 | 69 to 100 | 69 to 100 | 69 to 100 | 40 to 878 | 50 |"
-    assert lines[3] == "| 0.01 | 100 | 100 | 100 | 100 | 30 | 50 |"
+    assert lines[2] == "| 0 (exact) | 69.0 to 99.5 | 69.0 to 99.5 | 69.0 to 99.5 | 69.0 to 99.5 | 40 to 878 | 50 |"
+    assert lines[3] == "| 0.01 | 100.0 | 100.0 | 100.0 | 100.0 | 30 | 50 |"

@@ -177,3 +177,4 @@ def test_the_prompted_digit_is_drawn(tmp_path):
         rates[name, steps] = float((reader.read(drawn) == prompted).mean())
     print(rates)
     assert rates["wan_nano", 2] >= 0.85 and rates["wan_nano", 2] >= rates["wan_nano_teacher", 40] - 0.05, rates
+    assert rates["wan_nano", 4] >= 0.85, rates  # more steps do not spoil it
