@@ -11,6 +11,9 @@ ARGS ?=
 # One thread: the networks of the tests are tiny, and threads that wait for each other on shared cores are slow.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
+# Test files at the same time; each may start a process or two of its own. WORKERS=0: one after the other, in one process.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation compatibility docs clean
 
@@ -38,8 +41,8 @@ format: $(STAMP) ## repair style (ruff)
 typecheck: $(STAMP) ## check types (mypy)
 	$(BIN)/python -m mypy
 
-test: $(STAMP) ## run the tests that take seconds
-	$(PYTEST) -m "not slow" $(ARGS)
+test: $(STAMP) ## run the tests that take seconds (WORKERS=4: more of them at the same time)
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)

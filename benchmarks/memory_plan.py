@@ -183,8 +183,9 @@ def check(
     engines: Sequence[str],
     worlds: Sequence[int],
     cases: Sequence[Case] = tuple(SMALL),
+    rounds: int = ROUNDS,
 ) -> list[Checked]:
-    """Small networks in real groups of gloo processes, measured by what the CPU's allocator handed out.
+    """Small networks in real groups of gloo processes, measured `rounds` times by what the CPU's allocator handed out.
 
     Both sides use the CPU's attention here (tiled, plain PyTorch); whatever else a step allocates is the same code.
     """
@@ -195,7 +196,7 @@ def check(
             for world in worlds:
                 for engine in engines:
                     task = {"measure": "peak", "network": case.network, "size": case.size, "engine": engine}
-                    runs = [together(world, {**task, "setting": asdict(setting)}) for _ in range(ROUNDS)]
+                    runs = [together(world, {**task, "setting": asdict(setting)}) for _ in range(rounds)]
                     # On busy cores a collective ends late now and then, and its buffers live on: each process' least.
                     measured = [min(peaks) for peaks in zip(*runs, strict=True)]
                     planned = plan(case.build, ENGINES[engine](resolve("auto")), setting, world).step_peak

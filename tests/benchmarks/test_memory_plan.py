@@ -66,9 +66,11 @@ def test_collectives_are_counted():
 
 
 def test_the_plan_is_what_two_processes_allocate():
-    found = check([LEAN, "Chain(recompute=False)"], (2,), [SMALL[1]])
+    found = check([LEAN, "Chain(recompute=False)"], (2,), [SMALL[1]], rounds=1)
     assert len(found) == 2
     for one in found:
+        if abs(one.error) > 0.1:  # a collective that ended late: the least of several rounds counts
+            (one,) = check([one.engine], (2,), [SMALL[1]])
         assert abs(one.error) <= 0.1, one
     assert "Largest error" in check_table(found)
 
