@@ -1,0 +1,187 @@
+"""Files and folders that are there as a whole or not at all.
+
+Everything that flowanchor writes is written beside its target, on the same file system, flushed to the disk, and moved
+into its place in one move: nobody reads half of it, and what lay there before stays until the new one is complete.
+
+    with replacing(path) as draft:      # a file, by any writer
+        torch.save(content, draft)
+    write_whole(path, text)             # bytes, text, arrays
+    write_tensors(path, tensors)        # .safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL, PREVIOUS = ".partial", ".previous"
+
+
+def unfinished(path: Path) -> Path:
+    """Where the next content of `path` is written before it takes its place."""
+    return path.with_name(f"{path.name}{PARTIAL}")
+
+
+def superseded(path: Path) -> Path:
+    """Where the content of `path` goes that the next one has replaced, if it is kept (`replace`)."""
+    return path.with_name(f"{path.name}{PREVIOUS}")
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False, keep_previous: bool = False) -> Iterator[Path]:
+    """Yield a path to write a file to; at the end of the block it takes the place of `path`, with the umask's rights.
+
+    An error inside the block leaves `path` as it was and nothing beside it.
+
+    Args:
+        shared: several programs may write this target at once (a cache): each has a draft of its own.
+        keep_previous: what was there before stays as `superseded(path)`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = _own_draft(path) if shared else unfinished(path)
+    try:
+        remove(draft)
+        draft.touch()
+        rights = draft.stat().st_mode & 0o777  # those of the umask; safetensors would make it 600
+        yield draft
+        os.chmod(draft, rights)
+        flush(draft)
+        replace(draft, path, keep_previous)
+    except BaseException:
+        with suppress(OSError):
+            remove(draft)
+        raise
+
+
+def write_whole(
+    path: Path, content: bytes | str | Mapping[str, np.ndarray], *, shared: bool = False, keep_previous: bool = False
+) -> None:
+    """Write bytes, text (UTF-8), or arrays as an .npz; raises `OSError` where that is impossible."""
+    with replacing(path, shared=shared, keep_previous=keep_previous) as draft, draft.open("wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        elif isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.savez(file, **content)  # type: ignore[arg-type]
+
+
+def write_json(path: Path, content: Any, *, shared: bool = False) -> None:
+    """Write plain values as indented JSON."""
+    write_whole(path, json.dumps(content, indent=2) + "\n", shared=shared)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, *, shared: bool = False
+) -> None:
+    """Write a .safetensors file; raises `OSError` where that is impossible."""
+    with replacing(path, shared=shared) as draft:
+        save_tensors(draft, tensors, metadata)
+
+
+def save_tensors(draft: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own writer, into a draft; what its disk refuses is an `OSError`."""
+    try:
+        save_file(dict(tensors), draft, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(_number(str(error)), str(error), str(draft)) from error
+
+
+def replace(draft: Path, path: Path, keep_previous: bool = False) -> None:
+    """Move a complete file or folder into the place of `path`; one of new and old is there at every moment.
+
+    A file replaces a file in one move. A folder, or what is to be kept, is moved aside first: a reader that finds
+    nothing at `path` looks at `superseded(path)`.
+    """
+    plain = not keep_previous and not draft.is_dir() and not path.is_dir()
+    if plain or not os.path.lexists(path):
+        os.replace(draft, path)
+    else:
+        old = superseded(path)
+        remove(old)
+        path.rename(old)
+        draft.rename(path)
+        if not keep_previous:
+            remove(old)
+    _flush_entry(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or a folder with all its files."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            flush(inner)
+        _flush_entry(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_entry(folder: Path) -> None:
+    """Have the disk hold a folder's list of names, where its file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's content, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_blocks(file)
+
+
+def _by_blocks(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _own_draft(path: Path) -> Path:
+    """A draft of this process alone; drafts of processes of this machine that have died are removed."""
+    host = socket.gethostname()
+    for old in path.parent.glob(f"{path.name}.{host}.*{PARTIAL}"):
+        process = old.name.removesuffix(PARTIAL).rpartition(".")[2]
+        if process.isdigit() and not _lives(int(process)):
+            with suppress(OSError):
+                old.unlink()
+    return path.with_name(f"{path.name}.{host}.{os.getpid()}{PARTIAL}")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _number(text: str) -> int:
+    """The system's number of an error that safetensors tells in words: `Os { code: 28, ... }`."""
+    code = text.partition("code: ")[2].partition(",")[0]
+    return int(code) if code.isdigit() else 5  # EIO
