@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from flowanchor.base.files import write_tensors
 from flowanchor.errors import CheckpointError, ConfigError
 
 MAX_SIGMA_REL = 12**-0.5  # gamma = 0: the flat average over all of training, the widest of the family
@@ -86,15 +87,12 @@ def save_snapshot(
     path: Path, state: dict[str, Tensor], sigma_rel: float, updates: int, copied: list[str], dtype: torch.dtype
 ) -> None:
     """Write one average; floating entries that are averages are stored as `dtype`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     keep = set(copied)
     tensors = {name: (v if name in keep else v.to(dtype)).clone().contiguous() for name, v in state.items()}
     step = path.name.split("_")[0]
     metadata = {"step": str(int(step)), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
     metadata["copied"] = json.dumps(sorted(keep))
-    partial = path.with_suffix(".partial")  # a cut-off write must not leave half a snapshot behind
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    write_tensors(path, tensors, metadata)
 
 
 def snapshot_files(folder: Path) -> list[tuple[Path, int]]:

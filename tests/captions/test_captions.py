@@ -279,7 +279,7 @@ import os, signal
 from flowanchor.captions import files
 from flowanchor.programs.encode import main
 
-finished, digest = [], files.file_sha256
+finished, digest = [], files.sha256
 
 def kill(path):
     finished.append(path)
@@ -288,7 +288,7 @@ def kill(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return digest(path)
 
-files.file_sha256 = kill
+files.sha256 = kill
 main()
 """
 

@@ -318,7 +318,7 @@ def test_a_disk_that_would_be_full_is_noticed_first(images, tmp_path, monkeypatc
 def test_a_disk_that_is_full_loses_nothing(images, tmp_path, monkeypatch):
     from flowanchor.encoding import writers
 
-    save, calls = writers.save_file, []
+    save, calls = writers.save_tensors, []
 
     def full(*arguments, **settings):
         calls.append(1)
@@ -326,7 +326,7 @@ def test_a_disk_that_is_full_loses_nothing(images, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(*arguments, **settings)
 
-    monkeypatch.setattr(writers, "save_file", full)
+    monkeypatch.setattr(writers, "save_tensors", full)
     with pytest.raises(DataError, match="The disk is full.*shard001"):
         encode(images, tmp_path / "out")
     encode(images, tmp_path / "out")

@@ -19,7 +19,7 @@ from flowanchor.codecs.identity import Identity
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec, Sampler
-from flowanchor.reporting.grids import join, labelled_grid
+from flowanchor.reporting.grids import join, labelled_grid, save_picture
 
 
 class SampleGrid(pl.Callback):
@@ -107,8 +107,7 @@ class SampleGrid(pl.Callback):
         titles = [f"{nfe} step{'s' if nfe > 1 else ''}" for nfe in images]
         picture = join([labelled_grid(x, columns=self.per_class, row_names=names) for x in images.values()], titles)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        save_picture(picture, path)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", np.asarray(picture), step, dataformats="HWC")

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.files import write_tensors
 from flowanchor.captions.buckets import Size, fit, nearest
 from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
 from flowanchor.captions.sources import HEADER, CaptionedSource
 from flowanchor.encoding.images import UNREADABLE, ImageBatch
 from flowanchor.encoding.record import EncodingRecord, FinishedShard
-from flowanchor.encoding.writers import DTYPES
+from flowanchor.encoding.writers import DTYPES, disk_space
 from flowanchor.errors import DataError
 from flowanchor.interfaces import Codec
 from flowanchor.text.base import TextEncoder
@@ -201,7 +201,8 @@ class CaptionEncoder:
         unreadable = [*self.unreadable, *(name for shard in finished for name in shard.unreadable)]
         self._check(unreadable)
         embeddings = self.text.encode([negative])[0]
-        save_file({"text": embeddings.contiguous()}, self.out / NEGATIVE)
+        with disk_space(self.out / NEGATIVE):
+            write_tensors(self.out / NEGATIVE, {"text": embeddings.contiguous()})
         from flowanchor.captions.files import CaptionFile
 
         shapes = [tuple(CaptionFile(self.out / file.file).latents([0]).shape[1:]) for file in self.files]

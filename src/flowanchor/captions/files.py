@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flowanchor.encoding.writers import disk_space, file_sha256
+from flowanchor.base.files import replacing, save_tensors, sha256, write_json
+from flowanchor.encoding.writers import disk_space
 from flowanchor.errors import DataError
 from flowanchor.latents.manifest import MANIFEST, Shard
 
@@ -47,9 +47,7 @@ class CaptionManifest:
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, in one move."""
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
+        write_json(folder / MANIFEST, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> CaptionManifest | None:
@@ -82,14 +80,9 @@ def write_file(
         "caption_start": _starts([len(sample) for sample in embeddings]),
     }
     described = json.dumps({"names": list(names), "captions": [list(c) for c in captions]})
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_space(path):
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(content, partial, metadata={"samples": described})  # one entry: their order is not fixed
-        partial.chmod(mode)
-        digest, size = file_sha256(partial), partial.stat().st_size
-        partial.replace(path)
+    with disk_space(path), replacing(path) as draft:
+        save_tensors(draft, content, {"samples": described})  # one entry: their order is not fixed
+        digest, size = sha256(draft), draft.stat().st_size
     return Shard(path.name, len(latents), size, digest)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.files import replacing
 from flowanchor.checkpoints.foreign import EXPORT
 from flowanchor.checkpoints.importing import describe_misfit
 from flowanchor.checkpoints.infer import compare
-from flowanchor.checkpoints.sharded import unfinished
 from flowanchor.errors import CheckpointError
 
 
@@ -42,10 +42,8 @@ def write_authors(
     if raw is not None and ema != "none":
         content["model"] = _whole(raw)
     content[EXPORT] = {"kind": meta["kind"], "step": int(meta["step"]), "ema": ema, "config": meta["config"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = unfinished(path)
-    torch.save(content, partial)
-    partial.replace(path)
+    with replacing(path) as draft:
+        torch.save(content, draft)
 
 
 def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

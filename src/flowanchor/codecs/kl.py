@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowanchor.base.files import write_tensors
 from flowanchor.codecs.kl_keys import autoencoder_weights, infer_architecture
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
@@ -131,10 +132,7 @@ class KLCodec(Codec):
     def save(self, path: Path) -> None:
         """Write the weights as a .safetensors file that `weights=` reads, under diffusers' names."""
         weights = {key: value.detach().cpu().contiguous() for key, value in self._loaded().state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(weights, partial, metadata={"codec": json.dumps({"name": self.name})})
-        partial.replace(path)
+        write_tensors(path, weights, {"codec": json.dumps({"name": self.name})})
 
     def _loaded(self) -> nn.Module:
         if self.network is None:

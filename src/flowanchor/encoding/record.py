@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.files import write_whole
 from flowanchor.errors import ConfigError
 from flowanchor.latents.manifest import Shard
 
@@ -73,9 +74,7 @@ class EncodingRecord:
         return self.folder / f"shard-{number}.json"
 
     def _write(self, path: Path, content: Any) -> None:
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
+        write_whole(path, json.dumps(content))
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
-import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from flowanchor.base.files import flush, replace, save_tensors, sha256, unfinished, write_json
 from flowanchor.errors import DataError
 from flowanchor.latents.manifest import Shard
 
@@ -30,7 +27,7 @@ class ShardWriter(ABC):
     """Takes the images of one file, in order; `finish` puts it in its place."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        self.path, self.partial = path, unfinished(path)
         self.count = 0
 
     @abstractmethod
@@ -45,8 +42,9 @@ class ShardWriter(ABC):
         """Write, move into place, and describe the file."""
         with disk_space(self.path):
             self._write()
-            digest, size = file_sha256(self.partial), self.partial.stat().st_size
-            self.partial.replace(self.path)
+            digest, size = sha256(self.partial), self.partial.stat().st_size
+            flush(self.partial)
+            replace(self.partial, self.path)
         return Shard(self.path.name, self.count, size, digest)
 
 
@@ -68,10 +66,7 @@ class SafetensorsWriter(ShardWriter):
         content = {"latents": latents[:, 0].contiguous(), "labels": labels}
         if latents.shape[1] > 1:
             content["latents_flip"] = latents[:, 1].contiguous()
-        self.partial.touch()
-        mode = self.partial.stat().st_mode
-        save_file(content, self.partial, metadata={"format": "pt"})  # one entry: their order is not fixed
-        self.partial.chmod(mode)  # safetensors makes files that only their owner can read
+        save_tensors(self.partial, content, {"format": "pt"})  # one entry: their order is not fixed
 
 
 class TarWriter(ShardWriter):
@@ -119,9 +114,7 @@ def write_index(folder: Path, name: str, shards: list[Shard]) -> None:
         "name": name,
         "shardlist": [{"url": s.file, "nsamples": s.count, "filesize": s.bytes} for s in shards],
     }
-    partial = folder / "index.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / "index.json")
+    write_json(folder / "index.json", content)
 
 
 @contextmanager
@@ -129,19 +122,10 @@ def disk_space(path: Path) -> Iterator[None]:
     """A full disk in one sentence; what was finished before stays."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise DataError(
                 f"The disk is full: {path} could not be written. Make room and run the same command again: the files "
                 "that are finished stay, and it goes on from there."
             ) from error
         raise
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.files import write_json
 from flowanchor.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -54,9 +55,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, in one move."""
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.replace(folder / MANIFEST)
+        write_json(folder / MANIFEST, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.files import replacing
 from flowanchor.errors import DataError
 
 STATISTICS = "latents_stats.pt"  # the released name
@@ -96,9 +97,8 @@ class LatentStatistics:
             name: torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             for name, values in (("mean", self.mean), ("std", self.std))
         }
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save(content, partial)
-        partial.replace(path)
+        with replacing(path) as draft:
+            torch.save(content, draft)
 
     def as_config(self) -> dict[str, Any]:
         """Plain numbers, for a run's configuration: `read` takes them back."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowanchor.base.files import write_json, write_tensors
 from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
@@ -145,16 +145,10 @@ def _endless(order: EpochBatchSampler) -> Iterator[list[int]]:
 
 
 def _store(model: nn.Module, card: dict[str, Any], path: Path) -> None:
-    """Write beside the target and rename, so that two programs at once cannot read half a file."""
+    """The weights, then the card that says that they are there; two programs may do so at once."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file(model.state_dict(), weights)
-        os.replace(weights, path)
-        card_path = path.with_suffix(".json")
-        draft = card_path.with_name(f"{card_path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(card, indent=2) + "\n")
-        os.replace(draft, card_path)
+        write_tensors(path, model.state_dict(), shared=True)
+        write_json(path.with_suffix(".json"), card, shared=True)
     except OSError as error:
         raise ConfigError(
             f"The metric's classifier cannot be stored in {path.parent} ({error}): add metric.cache_dir=FOLDER with a "

@@ -13,6 +13,8 @@ from matplotlib.ticker import NullLocator
 from rich.box import SIMPLE
 from rich.table import Table
 
+from flowanchor.base.files import replacing
+
 
 def results_table(report: Mapping[str, Any]) -> Table:
     """One line per result of a `metrics.json`, with the circumstances of all of them in the caption."""
@@ -114,7 +116,8 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
     )
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=150, format="png")
 
 
 def finite_or_none(value: Any) -> Any:

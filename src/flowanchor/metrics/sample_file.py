@@ -10,6 +10,8 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
+from flowanchor.base.files import replacing
+
 
 class SampleFile:
     """Collects uint8 chunks [b, H, W, C] into `images` of an .npz, next to `labels`, one chunk in memory at a time.
@@ -54,7 +56,7 @@ class SampleFile:
         """Turn the draft into the .npz."""
         self.close()
         labels = np.full(self.count, -1, dtype=np.int64) if self.labels is None else self.labels
-        with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with replacing(self.path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             archive.write(self.draft, "images.npy")
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, labels)

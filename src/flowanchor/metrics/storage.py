@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from flowanchor.base import files
 from flowanchor.errors import ConfigError
 
 # What reading a file raises that is cut off or foreign.
@@ -18,22 +17,13 @@ DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def write_whole(path: Path, content: bytes | Mapping[str, np.ndarray]) -> None:
-    """Write bytes, or arrays as an .npz, beside the target and rename: nobody reads half a file.
+    """`flowanchor.base.files.write_whole` of bytes, or arrays as an .npz, where several programs may write at once.
 
     Raises `ConfigError` where the disk is full or the folder cannot be written; an earlier file stays as it was.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.savez(file, **content)  # type: ignore[arg-type]
-        os.replace(draft, path)
+        files.write_whole(path, content, shared=True)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             f"{path} cannot be written ({reason}): make room, or choose other folders by hydra.run.dir=FOLDER and "

@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 import flowanchor
+from flowanchor.base.files import write_json, write_whole
 from flowanchor.checkpoints import read_checkpoint
 from flowanchor.checkpoints.load import file_digest
 from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
@@ -67,8 +68,7 @@ class Parts:
             )
         self.seconds[title] = time.perf_counter() - start
         self._earlier[title] = self.seconds[title]
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        self.record.write_text(json.dumps(self._earlier, indent=2) + "\n")
+        write_json(self.record, self._earlier)
         print(f"   {title}: {self.seconds[title]:.0f} s", flush=True)
 
 
@@ -145,8 +145,7 @@ def _forget_other_teacher(student: Path, teacher: Path) -> None:
     if student.is_dir() and not (note.is_file() and note.read_text() == digest):
         print(f"\n   {student} is the student of another teacher: starting it anew", flush=True)
         shutil.rmtree(student)
-    student.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest)
+    write_whole(note, digest)
 
 
 # -------------------------------------------------------------------------------------------------------------- whole

@@ -11,6 +11,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from flowanchor.base.files import replacing
+
 
 class _AppendingWriter(ExperimentWriter):
     """Keeps the rows of an earlier part of the run; drops those that the resumed part logs again."""
@@ -38,7 +40,7 @@ class _AppendingWriter(ExperimentWriter):
         file = Path(self.metrics_file_path)
         with file.open(newline="") as lines:
             kept = [row for row in csv.DictReader(lines) if row.get("step", "").isdigit() and int(row["step"]) < step]
-        with file.open("w", newline="") as lines:
+        with replacing(file) as draft, draft.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, fieldnames=self.metrics_keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from flowanchor.base.files import write_json
 from flowanchor.errors import DataError
 from flowanchor.reporting.grids import join, labelled_grid
 from flowanchor.reporting.html import Page, Raw
@@ -57,7 +58,7 @@ class Demo:
         metrics = {model: _read_json(folder / "metrics.json") for model, folder in self.evaluations.items()}
         results = self._results(metrics)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(self.folder / "results.json", results)
         samples = self._samples(results)
         bars = bars_of(results)
         self._overview(results, samples).save(self.folder / "overview.png")

@@ -11,6 +11,7 @@ from matplotlib import font_manager
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from flowanchor.base.files import replacing
 from flowanchor.errors import ConfigError
 
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
@@ -102,9 +103,14 @@ def join(pictures: Sequence[Image.Image], titles: Sequence[str], space: int = 16
     return page
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """A picture as a PNG file; creates its folder."""
+    with replacing(path) as draft:
+        picture.save(draft, format="PNG")
+
+
 def save_grid(path: str | Path, images: NDArray[Any], **options: Any) -> Path:
     """`labelled_grid` into a PNG file; creates its folder."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(images, **options).save(target)
+    save_picture(labelled_grid(images, **options), target)
     return target

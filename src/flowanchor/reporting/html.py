@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from flowanchor.base.files import write_whole
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --line: #d8dee4; --soft: #f6f8fa;
         --good: #1a7f37; --bad: #b42318; }
@@ -124,6 +126,5 @@ class Page:
     def save(self, path: str | Path) -> Path:
         """Write the document; creates its folder."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.html(), encoding="utf-8")
+        write_whole(target, self.html())
         return target

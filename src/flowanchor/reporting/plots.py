@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from flowanchor.base.files import replacing
 from flowanchor.errors import DataError
 
 COLOURS = ("#4c4c4c", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f")
@@ -155,6 +156,6 @@ def _losses(series: Mapping[str, Any]) -> list[str]:
 
 def _save(figure: Figure, path: str | Path) -> Path:
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target)
+    with replacing(target) as draft:
+        figure.savefig(draft, format=target.suffix.removeprefix(".") or "png")
     return target

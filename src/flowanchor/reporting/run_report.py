@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from flowanchor.base.files import replacing, write_json, write_whole
 from flowanchor.reporting.html import Page
 from flowanchor.reporting.plots import COLOURS, MARKERS, new_figure
 from flowanchor.reporting.runs import Group, Run, group_runs
@@ -61,8 +61,8 @@ def write_report(runs: Sequence[Run], folder: Path, title: str) -> list[dict[str
     groups = group_runs(runs)
     rows = summarise(groups)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (folder / "table.md").write_text(markdown(rows))
+    write_json(folder / "table.json", rows)
+    write_whole(folder / "table.md", markdown(rows))
     figures = {"curves": curves_figure(groups), "quality": quality_figure(rows, _metric(runs))}
     page = Page(title).paragraph(
         f"{len(runs)} runs of {len(groups)} kinds. Numbers are means over the runs of a kind, with the standard "
@@ -72,7 +72,8 @@ def write_report(runs: Sequence[Run], folder: Path, title: str) -> list[dict[str
     for name, heading in (("quality", "Quality"), ("curves", "Training")):
         figure = figures[name]
         if figure is not None:
-            figure.savefig(folder / f"{name}.png")
+            with replacing(folder / f"{name}.png") as draft:
+                figure.savefig(draft, format="png")
             page.heading(heading).picture(figure)
     page.heading("Runs").table([_line(group.label, run) for group in groups for run in group.runs])
     page.save(folder / "report.html")
