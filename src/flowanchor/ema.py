@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone
-from flowanchor.weights import copy_weights, local, shape_of
+from flowanchor.module import skipped_steps
+from flowanchor.weights import all_finite, copy_weights, local, shape_of
 
 
 class Profile:
@@ -158,6 +159,8 @@ class EMA(pl.Callback):
         if trainer.global_step <= self._latest_step:  # gradients are still being accumulated
             return
         self._latest_step = trainer.global_step
+        if skipped_steps(pl_module):
+            return  # nothing has changed, or it has diverged
         self.update(pl_module)
         if self.snapshot_every is not None and trainer.global_step % self.snapshot_every == 0:
             self._snapshot(trainer, pl_module)
@@ -272,7 +275,15 @@ class EMA(pl.Callback):
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "ema_snapshots"
 
+    def shadows(self) -> Iterator[Tensor]:
+        """This rank's parts of all averages."""
+        for profile in self._shadows.values():
+            yield from profile.values()
+
     def _snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.strategy.reduce_boolean_decision(all_finite(self.shadows())):
+            rank_zero_warn(f"No snapshot of step {trainer.global_step} was written: the averages are not finite.")
+            return
         student: nn.Module = pl_module.student  # type: ignore[assignment]
         averaged = {id(p) for p in self._averaged(student).values()}
         borrowed = student.borrowed() if isinstance(student, Backbone) else set()
@@ -298,5 +309,6 @@ class EMA(pl.Callback):
                 path.unlink()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.snapshot_every is not None and self.updates and trainer.global_step % self.snapshot_every:
+        due = self.snapshot_every is not None and self.updates and trainer.global_step % self.snapshot_every
+        if due and not skipped_steps(pl_module):
             self._snapshot(trainer, pl_module)

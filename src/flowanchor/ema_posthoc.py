@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowanchor.base.files import write_tensors
+from flowanchor.base.seal import write_sealed
 from flowanchor.errors import CheckpointError, ConfigError
 
 MAX_SIGMA_REL = 12**-0.5  # gamma = 0: the flat average over all of training, the widest of the family
@@ -92,7 +92,7 @@ def save_snapshot(
     step = path.name.split("_")[0]
     metadata = {"step": str(int(step)), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
     metadata["copied"] = json.dumps(sorted(keep))
-    write_tensors(path, tensors, metadata)
+    write_sealed(path, tensors, metadata)
 
 
 def snapshot_files(folder: Path) -> list[tuple[Path, int]]:

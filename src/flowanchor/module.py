@@ -64,7 +64,8 @@ class FlowModule(pl.LightningModule):
         self.max_nonfinite_steps = max_nonfinite_steps
         self.compile_options = compile_options
         self.nonfinite_steps = 0
-        self._nonfinite_in_a_row = 0
+        self.skipped_in_a_row = 0
+        self.last_good_step: int | None = None  # the number of steps after the last one that was not skipped
         self._seen_terms: list[dict[str, Tensor]] = []
         self._borrowed: set[str] | None = None
         self._shown: dict[str, bool] = {}
@@ -159,7 +160,7 @@ class FlowModule(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = clip_joint_norm(parameters, gradient_clip_val or math.inf)
         if bool(torch.isfinite(norm)):
-            self._nonfinite_in_a_row = 0
+            self.skipped_in_a_row, self.last_good_step = 0, self.trainer.global_step + 1
         else:
             self._skip_step(optimizer)
         self._seen_terms.clear()
@@ -170,7 +171,7 @@ class FlowModule(pl.LightningModule):
         """Drop the gradients, so that the optimizer leaves weights and moments alone; count, name, stop if it lasts."""
         optimizer.zero_grad(set_to_none=True)
         self.nonfinite_steps += 1
-        self._nonfinite_in_a_row += 1
+        self.skipped_in_a_row += 1
         broken = sorted(
             {name for terms in self._seen_terms for name, value in terms.items() if not torch.isfinite(value)}
         )
@@ -179,7 +180,7 @@ class FlowModule(pl.LightningModule):
             if broken
             else "the gradient (every loss term was finite on this process)"
         )
-        row = self._nonfinite_in_a_row
+        row = self.skipped_in_a_row
         rank_zero_warn(
             f"Step {self.trainer.global_step} was skipped: {where} was not finite "
             f"({row} in a row, {self.nonfinite_steps} in all)."
@@ -187,8 +188,17 @@ class FlowModule(pl.LightningModule):
         if row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
                 f"Training stopped at step {self.trainer.global_step}: {where} was not finite {row} times in a row "
-                "(max_nonfinite_steps); the last checkpoint is untouched: lower optimizer.lr, "
+                "(max_nonfinite_steps), and no checkpoint was written meanwhile: lower optimizer.lr, "
                 "use trainer.precision=32-true, or check the data."
+            )
+
+    def on_train_end(self) -> None:
+        """A run whose last steps did nothing has not succeeded."""
+        if self.skipped_in_a_row:
+            raise NonFiniteLossError(
+                f"Training ended at step {self.trainer.global_step}, and its last {self.skipped_in_a_row} steps were "
+                "skipped because the loss or its gradient was not finite: no checkpoint was written meanwhile; lower "
+                "optimizer.lr, use trainer.precision=32-true, or check the data."
             )
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -215,6 +225,11 @@ class FlowModule(pl.LightningModule):
         own = self.state_dict()
         checkpoint["state_dict"].update({key: value for key, value in own.items() if self.is_elsewhere(key)})
         self.nonfinite_steps = int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0))
+
+
+def skipped_steps(module: pl.LightningModule | None) -> int:
+    """How many steps in a row, up to the present one, a module has skipped because they were not finite."""
+    return module.skipped_in_a_row if isinstance(module, FlowModule) else 0
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ which are read when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -120,6 +120,20 @@ class Overlaid(LazyWeights):
 def shape_of(weights: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of an entry, without reading it where that can be avoided."""
     return weights.shape(name) if isinstance(weights, LazyWeights) else weights[name].shape
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity; of sharded ones this process' part is looked at.
+
+    One answer is awaited per device and type, not one per tensor.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in map(local, tensors):
+        if tensor.numel() and tensor.is_floating_point():
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    largest = [torch.stack(torch._foreach_norm(kind, float("inf"))) for kind in kinds.values()]
+    return all(bool(torch.isfinite(found).all()) for found in largest)
 
 
 @torch.no_grad()

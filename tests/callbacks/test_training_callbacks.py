@@ -11,12 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import flowanchor.conf
-from flowanchor.callbacks.checkpointing import LastCheckpoint
+from flowanchor.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from flowanchor.callbacks.progress import Progress
 from flowanchor.callbacks.throughput import Throughput
 from flowanchor.ema import EMA
@@ -78,7 +77,7 @@ def fit(folder: Path, steps: int, *callbacks: pl.Callback, model: Toy | None = N
 
 def checkpoints(folder: Path) -> list[pl.Callback]:
     """As in conf/callbacks/default.yaml."""
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         dirpath=folder / "checkpoints", filename="best", monitor="val/loss", mode="min", save_top_k=1,
         auto_insert_metric_name=False, enable_version_counter=False,
     )  # fmt: skip
@@ -92,11 +91,19 @@ def step_of(path: Path) -> int:
 
 def test_last_and_best_have_stable_names(tmp_path: Path) -> None:
     fit(tmp_path, 10, *checkpoints(tmp_path))  # 4 and 8 by the interval, 10 because training ends
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "last.ckpt.previous",
+    ]
     assert step_of(tmp_path / "checkpoints/last.ckpt") == 10
     assert step_of(tmp_path / "checkpoints/best.ckpt") == 9  # the loss falls, so the latest validation is the best
     fit(tmp_path, 14, *checkpoints(tmp_path), ckpt_path=str(tmp_path / "checkpoints/last.ckpt"))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "last.ckpt.previous",
+    ]
     assert step_of(tmp_path / "checkpoints/last.ckpt") == 14
 
 

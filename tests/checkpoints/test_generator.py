@@ -105,7 +105,7 @@ def test_everything_that_holds_a_checkpoint_opens(tmp_path, file):
     run = tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
     torch.save(content, run / "last.ckpt")
-    write_sharded(tmp_path / "sharded.ckpt", content, True, lambda: None)
+    write_sharded(tmp_path / "sharded.ckpt", content)
     expected = drawn([0, 1])
     for path in (tmp_path / "run", run / "last.ckpt", tmp_path / "sharded.ckpt"):
         assert torch.equal(flowanchor.load(path, ema="none").sample([0, 1]), expected), path

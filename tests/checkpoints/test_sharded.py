@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowanchor.base.files import replace, superseded, unfinished
 from flowanchor.checkpoints import initialise_student, latest_checkpoint, load_model, read_checkpoint
 from flowanchor.checkpoints.load import file_digest, find_checkpoint
 from flowanchor.checkpoints.sharded import (
@@ -17,9 +18,6 @@ from flowanchor.checkpoints.sharded import (
     META,
     is_sharded,
     read_whole,
-    replace_checkpoint,
-    superseded,
-    unfinished,
     write_sharded,
 )
 from flowanchor.errors import CheckpointError
@@ -56,7 +54,7 @@ def content(step: int = 7) -> dict[str, Any]:
 
 def write(folder: Path, **kwargs: Any) -> dict[str, Any]:
     written = content(**kwargs)
-    write_sharded(folder, written, True, lambda: None)
+    write_sharded(folder, written)
     return written
 
 
@@ -202,9 +200,9 @@ def test_a_killed_save_leaves_a_checkpoint(tmp_path, monkeypatch, killed_after):
         monkeypatch.setattr(Path, "rename", counted)
         if killed_after in moves:
             with pytest.raises(Killed):
-                replace_checkpoint(path)
+                replace(unfinished(path), path)
         else:
-            replace_checkpoint(path)
+            replace(unfinished(path), path)
         monkeypatch.undo()
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -214,7 +212,7 @@ def test_a_killed_save_leaves_a_checkpoint(tmp_path, monkeypatch, killed_after):
 
     shutil.rmtree(unfinished(path), ignore_errors=True)
     write(unfinished(path), step=3)
-    replace_checkpoint(path)
+    replace(unfinished(path), path)
     assert read_checkpoint(path)["flowanchor"]["step"] == 3
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"] and not superseded(path).exists()
 
@@ -223,8 +221,8 @@ def test_a_file_and_a_folder_replace_each_other(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save(content(step=1), path)
     write(unfinished(path), step=2)
-    replace_checkpoint(path)
+    replace(unfinished(path), path)
     assert is_sharded(path)
     torch.save(content(step=3), unfinished(path))
-    replace_checkpoint(path)
+    replace(unfinished(path), path)
     assert path.is_file() and read_checkpoint(path)["flowanchor"]["step"] == 3

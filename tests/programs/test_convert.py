@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(sys, "argv", ["src/train.py", *settings, "hydra.run.dir=run", "ema.snapshot_every=1"])
         train()
     content = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
-    write_sharded(folder / "sharded.ckpt", content, True, lambda: None)
+    write_sharded(folder / "sharded.ckpt", content)
     return folder
 
 

@@ -41,7 +41,7 @@ def sources(training, folder):
     content = checkpoint(training, network)
     torch.save(content, folder / "weights.ckpt")
     (folder / "weights").mkdir()
-    write_sharded(folder / "weights", content, True, lambda: None)
+    write_sharded(folder / "weights", content)
     write_consolidated(folder / "weights.safetensors", network.state_dict(), content["flowanchor"], "none")
     return {name: str(folder / name) for name in ("weights.ckpt", "weights", "weights.safetensors")}, state(network)
 

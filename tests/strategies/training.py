@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowanchor.checkpoints import initialise_student
-from flowanchor.checkpoints.lightning import ShardedCheckpointIO
+from flowanchor.checkpoints.lightning import RunCheckpointIO
 from flowanchor.data.digits import DigitsDataModule
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
 from flowanchor.ema import EMA
@@ -218,7 +218,7 @@ def fit(
         strategy=strategy, precision=precision, accumulate_grad_batches=accumulate,
         gradient_clip_val=clip, callbacks=[ema, record], logger=False, enable_checkpointing=False, log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
-        plugins=None if deferred else [ShardedCheckpointIO()],
+        plugins=None if deferred else [RunCheckpointIO()],
         use_distributed_sampler=False, inference_mode=False, val_check_interval=2, check_val_every_n_epoch=None,
         limit_val_batches=1 if validate else 0, max_epochs=-1,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Everything that flowanchor writes is written beside its target, on the same file
 into its place in one move: nobody reads half of it, and what lay there before stays until the new one is complete.
 
     with replacing(path) as draft:      # a file, by any writer
-        torch.save(content, draft)
+        picture.save(draft, format="PNG")
     write_whole(path, text)             # bytes, text, arrays
     write_tensors(path, tensors)        # .safetensors
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -99,6 +100,20 @@ def save_tensors(draft: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(_number(str(error)), str(error), str(draft)) from error
 
 
+def save_torch(draft: Path, content: Any) -> None:
+    """`torch.save` into a draft; what its disk refuses is an `OSError`, and no `RuntimeError` about a position."""
+    try:
+        with draft.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(draft)) from error
+
+
 def replace(draft: Path, path: Path, keep_previous: bool = False) -> None:
     """Move a complete file or folder into the place of `path`; one of new and old is there at every moment.
 
@@ -106,12 +121,13 @@ def replace(draft: Path, path: Path, keep_previous: bool = False) -> None:
     nothing at `path` looks at `superseded(path)`.
     """
     plain = not keep_previous and not draft.is_dir() and not path.is_dir()
-    if plain or not os.path.lexists(path):
+    if plain:
         os.replace(draft, path)
     else:
         old = superseded(path)
-        remove(old)
-        path.rename(old)
+        if os.path.lexists(path):
+            remove(old)
+            path.rename(old)
         draft.rename(path)
         if not keep_previous:
             remove(old)

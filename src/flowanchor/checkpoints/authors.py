@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowanchor.base.files import replacing
+from flowanchor.base.files import replacing, save_torch
 from flowanchor.checkpoints.foreign import EXPORT
 from flowanchor.checkpoints.importing import describe_misfit
 from flowanchor.checkpoints.infer import compare
@@ -43,7 +42,7 @@ def write_authors(
         content["model"] = _whole(raw)
     content[EXPORT] = {"kind": meta["kind"], "step": int(meta["step"]), "ema": ema, "config": meta["config"]}
     with replacing(path) as draft:
-        torch.save(content, draft)
+        save_torch(draft, content)
 
 
 def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from flowanchor.base.files import replacing
+from flowanchor.base.seal import BLANK, SEAL, seal
 
 FORMAT = 1  # of checkpoints of every kind
 SUFFIX = ".safetensors"
@@ -22,7 +24,7 @@ _DTYPES = {
 
 
 def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str, Any], ema: str) -> int:
-    """Write weights and their description in one move; returns the file's size in bytes.
+    """Write weights, their description and their digest in one move; returns the file's size in bytes.
 
     Tensors are taken from `weights` one at a time (safetensors' own writer wants all of them at once).
 
@@ -31,7 +33,7 @@ def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str
         ema: which weights these are: the profile's name, or "none" for the raw ones.
     """
     described = {**meta, "format": FORMAT, "ema": ema}
-    header: dict[str, Any] = {"__metadata__": {"flowanchor": json.dumps(described)}}
+    header: dict[str, Any] = {"__metadata__": {"flowanchor": json.dumps(described), SEAL: BLANK}}
     position = 0
     for name in weights:  # twice: the sizes come first in the file
         tensor = weights[name]
@@ -42,17 +44,14 @@ def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in weights:
-            content = weights[name].detach().contiguous().flatten().view(torch.uint8)
-            file.write(content.numpy().data)
-        size = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as draft:
+        with draft.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in weights:
+                content = weights[name].detach().contiguous().flatten().view(torch.uint8)
+                file.write(content.numpy().data)
+            size = file.tell()
+        seal(draft)
     return size
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, read_consolidated, write_consolidated
-from flowanchor.checkpoints.sharded import remove, replace_checkpoint, unfinished
 from flowanchor.errors import CheckpointError
 
 CONFIG, WEIGHTS, CARD, CODEC = "config.json", f"model{SUFFIX}", "README.md", f"codec{SUFFIX}"
@@ -79,7 +79,8 @@ def write_folder(
     content = {"library_name": "flowanchor", "flowanchor": described}
     (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")
-    replace_checkpoint(folder)
+    flush(partial)
+    replace(partial, folder)
 
 
 def _without_paths(settings: Any) -> Any:

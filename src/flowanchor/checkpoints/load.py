@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from flowanchor.base.files import superseded
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published, read_safetensors
-from flowanchor.checkpoints.sharded import is_sharded, read_sharded, superseded
+from flowanchor.checkpoints.sharded import is_sharded, read_sharded
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_wan
 from flowanchor.deferred import is_deferred, loading_context, materialise, parameters_on_meta
@@ -25,7 +26,7 @@ from flowanchor.interfaces import Backbone, Interval
 from flowanchor.weights import Joined, Overlaid, Renamed, copy_weights, shape_of
 
 # What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
-_DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
+DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _read(file)
     except PermissionError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         pickled = zipfile.is_zipfile(file) and isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors and plain values" if pickled else "it is no complete file of torch.save"
         raise CheckpointError(
@@ -134,7 +135,7 @@ def is_ours(path: str | Path) -> bool:
         content = _read(file)
     except PermissionError:
         raise
-    except _DAMAGED:
+    except DAMAGED:
         return file.is_dir()  # a damaged file is foreign until proven ours
     return isinstance(content, dict) and isinstance(content.get("flowanchor"), dict)
 

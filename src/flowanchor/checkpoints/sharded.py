@@ -11,7 +11,6 @@ without restriction.
 from __future__ import annotations
 
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -24,10 +23,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from flowanchor.base.files import flush, save_torch
+from flowanchor.base.seal import sums_of, write_sums
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import LazyWeights, Renamed
 
 META, INDEX = "meta.pt", ".metadata"
+
+Barrier = Callable[[], None]
+Gather = Callable[[Any], list[Any]]  # a value of each process -> the values of all of them
 
 # What an index of torch.distributed.checkpoint is made of.
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -158,12 +162,24 @@ def read_whole(folder: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_sharded(folder: Path, checkpoint: dict[str, Any], first: bool, barrier: Callable[[], None]) -> None:
-    """Write a checkpoint whose tensors are sharded; every process calls it, the `first` one writes `meta.pt`.
+def alone(value: Any) -> list[Any]:
+    """What one process gathers."""
+    return [value]
+
+
+def nobody() -> None:
+    """What one process waits for."""
+
+
+def write_sharded(
+    folder: Path, checkpoint: dict[str, Any], rank: int = 0, gather: Gather = alone, barrier: Barrier = nobody
+) -> None:
+    """Write a checkpoint whose tensors are sharded; every process calls it, the first one writes `meta.pt`.
 
     Args:
         folder: a new folder, the same on every process.
         checkpoint: in the form of an ordinary checkpoint, with `DTensor`s in it.
+        rank, gather, barrier: which of the processes this is, and how it meets the others; by default it is alone.
     """
     content = dict(checkpoint)
     tensors: dict[str, Any] = {f"state_dict/{name}": value for name, value in content.pop("state_dict").items()}
@@ -177,8 +193,11 @@ def write_sharded(folder: Path, checkpoint: dict[str, Any], first: bool, barrier
         content["optimizer_states"] = [_split_optimizer(i, state, tensors) for i, state in enumerate(states)]
     writer = FileSystemWriter(folder, single_file_per_rank=True)
     dcp.save(tensors, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
-    if first:
-        torch.save(content, folder / META)
+    sums = gather(sums_of(sorted(folder.glob(f"__{rank}_*")) + ([folder / INDEX] if rank == 0 else [])))
+    if rank == 0:
+        write_sums(folder, {name: entry for part in sums for name, entry in part.items()})
+        save_torch(folder / META, content)  # last: it says that the folder is complete
+        flush(folder)
     barrier()
 
 
@@ -192,34 +211,3 @@ def _split_optimizer(i: int, state: dict[str, Any], tensors: dict[str, Any]) -> 
             else:
                 plain.setdefault(index, {})[name] = value
     return {"state": plain, "param_groups": state["param_groups"]}
-
-
-# ----------------------------------------------------------------------------------------------------------- replacing
-
-
-def unfinished(path: Path) -> Path:
-    """Where the next checkpoint is written before it takes the place of `path`."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def superseded(path: Path) -> Path:
-    """Where the checkpoint at `path` lies for the moment in which the next one takes its place."""
-    return path.with_name(f"{path.name}.previous")
-
-
-def replace_checkpoint(path: Path) -> None:
-    """Put `unfinished(path)`, which is complete, in the place of `path`; one of the two exists at every moment."""
-    old = superseded(path)
-    if path.exists():
-        remove(old)
-        path.rename(old)
-    unfinished(path).rename(path)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowanchor.base.files import write_tensors
+from flowanchor.base.seal import write_sealed
 from flowanchor.codecs.kl_keys import autoencoder_weights, infer_architecture
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
@@ -132,7 +132,7 @@ class KLCodec(Codec):
     def save(self, path: Path) -> None:
         """Write the weights as a .safetensors file that `weights=` reads, under diffusers' names."""
         weights = {key: value.detach().cpu().contiguous() for key, value in self._loaded().state_dict().items()}
-        write_tensors(path, weights, {"codec": json.dumps({"name": self.name})})
+        write_sealed(path, weights, {"codec": json.dumps({"name": self.name})})
 
     def _loaded(self) -> nn.Module:
         if self.network is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from flowanchor.checkpoints.sharded import remove, replace_checkpoint, unfinished
+from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.checkpoints.trusted import instantiate_trusted
 from flowanchor.errors import CheckpointError
 from flowanchor.exports.base_pipeline import INDEX, BasePipeline
@@ -65,7 +65,8 @@ def export_pipeline(
         stock = stock_transformer(network, dtype)
         stock.save_pretrained(partial / name)
         size += sum(parameter.numel() for parameter in stock.parameters())
-    replace_checkpoint(output)
+    flush(partial)
+    replace(partial, output)
     return size
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.base.files import replacing
+from flowanchor.base.files import replacing, save_torch
 from flowanchor.errors import DataError
 
 STATISTICS = "latents_stats.pt"  # the released name
@@ -98,7 +98,7 @@ class LatentStatistics:
             for name, values in (("mean", self.mean), ("std", self.std))
         }
         with replacing(path) as draft:
-            torch.save(content, draft)
+            save_torch(draft, content)
 
     def as_config(self) -> dict[str, Any]:
         """Plain numbers, for a run's configuration: `read` takes them back."""

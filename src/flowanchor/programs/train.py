@@ -14,8 +14,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from flowanchor.checkpoints import initialise_student, latest_checkpoint, read_checkpoint
-from flowanchor.checkpoints.lightning import ShardedCheckpointIO
+from flowanchor.checkpoints import initialise_student, latest_checkpoint
+from flowanchor.checkpoints.lightning import use_run_checkpoints
+from flowanchor.checkpoints.soundness import resume_step
 from flowanchor.codecs.load import adopt_statistics, check_codec
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
@@ -55,13 +56,11 @@ def train(cfg: DictConfig) -> float | None:
     check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module, strategy)
     if resumed is not None:
-        done = read_checkpoint(resumed)["flowanchor"]["step"]
+        done = resume_step(resumed)
         if 0 < trainer.max_steps <= done:
             rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
             return measure_score(cfg, folder) if cfg.score else None
         rank_zero_info(f"Resuming {folder} from step {done}.")
-        if resumed.is_dir() and not getattr(strategy, "reads_sharded_checkpoints", False):
-            trainer.strategy.checkpoint_io = ShardedCheckpointIO()
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     if cfg.score:
         return measure_score(cfg, folder)
@@ -148,7 +147,7 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: A
     if cfg.ema and "_target_" in cfg.ema:
         callbacks.insert(0, instantiate(cfg.ema))
     loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
-    return cast(
+    trainer = cast(
         pl.Trainer,
         instantiate(
             cfg.trainer,
@@ -161,6 +160,8 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: A
             _convert_="all",
         ),
     )
+    use_run_checkpoints(trainer)
+    return trainer
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

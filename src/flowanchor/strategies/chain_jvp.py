@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,8 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flowanchor.base.files import remove, replace, unfinished
 from flowanchor.checkpoints import read_checkpoint
-from flowanchor.checkpoints.sharded import remove, replace_checkpoint, unfinished, write_sharded
+from flowanchor.checkpoints.lightning import RunCheckpointIO
+from flowanchor.checkpoints.sharded import write_sharded
+from flowanchor.checkpoints.soundness import sound_checkpoint
 from flowanchor.deferred import is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.module import TEACHER
@@ -45,7 +49,6 @@ class ChainJVPStrategy(ModelParallelStrategy):
     """
 
     deferred_initialisation = True  # networks may come without values (flowanchor.deferred)
-    reads_sharded_checkpoints = True
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class ChainJVPStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),
         )
+        self.checkpoint_io = RunCheckpointIO()
         if replicate < 1:
             raise ConfigError(f"strategy.replicate={replicate} is too small: use 1, or a divisor of the processes.")
         self.replicate, self.prefetch, self.reduce_every_micro_batch = replicate, prefetch, reduce_every_micro_batch
@@ -174,23 +178,36 @@ class ChainJVPStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint, a folder or a file; an earlier one of that name stays until this one is complete."""
         path = Path(self.broadcast(str(filepath)))
-        if self.is_global_zero:
-            remove(unfinished(path))
-        self.barrier()
-        if self._save_distributed_checkpoint:
-            write_sharded(unfinished(path), checkpoint, self.is_global_zero, self.barrier)
-        else:
+        if not self._save_distributed_checkpoint:
             whole = _gathered(checkpoint, self.is_global_zero)
             if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(whole, unfinished(path), storage_options)
+                self.checkpoint_io.save_checkpoint(whole, path, storage_options)
+            self.barrier()
+            return
+        draft = unfinished(path)
         if self.is_global_zero:
-            replace_checkpoint(path)
+            remove(draft)
         self.barrier()
+        try:
+            write_sharded(draft, checkpoint, self.global_rank, _gather_objects, self.barrier)
+        except BaseException:
+            if self.is_global_zero:
+                shutil.rmtree(draft, ignore_errors=True)  # on a full disk its room is needed
+            raise
+        if self.is_global_zero:
+            replace(draft, path, keep_previous=path in self.kept_checkpoints)
+        self.barrier()
+
+    @property
+    def kept_checkpoints(self) -> set[Path]:
+        """Checkpoints whose predecessor stays beside them (`LastCheckpoint`)."""
+        kept: set[Path] = getattr(self.checkpoint_io, "kept", set())
+        return kept
 
     @torch.no_grad()
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and optimizer from a folder or a file, of any number of processes; each reads its part."""
-        path = Path(self.broadcast(str(checkpoint_path)))
+        path = sound_checkpoint(Path(self.broadcast(str(checkpoint_path))))
         content = read_checkpoint(path)
         assert self.lightning_module is not None
         elsewhere = getattr(self.lightning_module, "is_elsewhere", lambda key: key.startswith(TEACHER))
@@ -222,6 +239,12 @@ def average_plain_gradients(module: nn.Module) -> None:
     for p, count, total in zip(plain, used.tolist(), sums, strict=True):
         if count:
             p.grad = (total / dist.get_world_size()).view_as(p).to(p.dtype)
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _gathered(value: Any, keep: bool) -> Any:
