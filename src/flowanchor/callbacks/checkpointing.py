@@ -15,7 +15,7 @@ from flowanchor.base.files import remove, superseded
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.ema import EMA
 from flowanchor.errors import NonFiniteLossError
-from flowanchor.module import skipped_steps
+from flowanchor.module import FlowModule, skipped_steps
 from flowanchor.weights import all_finite
 
 
@@ -119,7 +119,7 @@ class LastCheckpoint(SoundCheckpoint):
         """Where no step succeeded since it was written, its weights are what has diverged: the one before it counts."""
         saved, before = self._last_global_step_saved, superseded(self.file)
         made_here = saved not in (0, self._resumed_from)  # of a run that fails at once its settings may be the cause
-        diverged = made_here and saved == getattr(pl_module, "last_good_step", None)
+        diverged = made_here and isinstance(pl_module, FlowModule) and saved == pl_module.last_good_step
         if not (diverged and trainer.is_global_zero and before.exists()):
             return
         aside = self.file.with_name(f"{self.file.name}.diverged")
@@ -152,7 +152,9 @@ def is_finite(trainer: pl.Trainer) -> bool:
 
 
 def _saved(trainer: pl.Trainer) -> Iterator[Tensor]:
-    yield from (p for p in trainer.lightning_module.parameters() if p.requires_grad)
+    module = trainer.lightning_module
+    elsewhere = module.is_elsewhere if isinstance(module, FlowModule) else lambda name: False
+    yield from (p for name, p in module.named_parameters() if not elsewhere(name))
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
