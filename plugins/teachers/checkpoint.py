@@ -23,6 +23,8 @@ class CheckpointVelocity(VelocityField):
             branch of its own interval: a teacher that was itself distilled), or `auto`, which picks by its objective.
     """
 
+    weights_from = ("checkpoint",)
+
     def __init__(
         self,
         checkpoint: str,
@@ -36,7 +38,7 @@ class CheckpointVelocity(VelocityField):
             raise ConfigError(
                 "The teacher needs a checkpoint: add teacher.checkpoint=PATH (a .ckpt file or a run folder)."
             )
-        model = load_model(checkpoint, ema=ema)
+        model = load_model(checkpoint, ema=ema, hashed=False)  # the run hashes it, once for all processes
         if ask not in ("auto", "plain", "anchor"):
             raise ConfigError(f"teacher.ask={ask} is unknown: choose auto, plain or anchor.")
         ask = ("anchor" if model.kind == "shortcut" else "plain") if ask == "auto" else ask

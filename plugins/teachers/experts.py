@@ -25,6 +25,8 @@ class ExpertsVelocity(VelocityField):
             be asked twice; `ConfigError` where a batch does not.
     """
 
+    weights_from = ("high", "low")
+
     def __init__(
         self,
         high: str,

@@ -295,7 +295,8 @@ class EMA(pl.Callback):
             state = self.averages(pl_module, name, keep=trainer.is_global_zero)
             if trainer.is_global_zero:
                 path = self._folder(trainer) / f"{trainer.global_step:08d}_{name}.safetensors"
-                save_snapshot(path, state, profile.sigma_rel, self.updates, copied, self.snapshot_dtype)
+                run = getattr(pl_module, "identity", {}).get("run")
+                save_snapshot(path, state, profile.sigma_rel, self.updates, copied, self.snapshot_dtype, run)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ensure(pl_module)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,17 +83,58 @@ class Snapshot:
     updates: int
     sigma_rel: float
     copied: frozenset[str]  # entries that are not averages: buffers, frozen parameters
+    run: str | None = None  # the name of the run that made it; None: made before runs had one
+    weights: Mapping[str, Tensor] | None = None  # held by a checkpoint, not by a file of its own
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Name -> tensor."""
+        return load_file(self.path) if self.weights is None else self.weights
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The checkpoint that an average is made for."""
+
+    run: str | None  # its run's name
+    at_home: bool  # whether it lies in a run folder, whose snapshots without a name are its own
+    averages: tuple[Snapshot, ...] = ()  # those that it holds itself
+
+    @classmethod
+    def of(cls, file: Path, content: Mapping[str, Any]) -> Owner:
+        """The owner that a checkpoint's content describes."""
+        meta = content["flowanchor"]
+        settings = meta["config"].get("ema") or {}
+        widths = settings.get("sigma_rel") or []
+        updates: Any = ((content.get("callbacks") or {}).get("EMA") or {}).get("updates")
+        kept = {f"power_{width:g}": width for width in (widths if isinstance(widths, list) else [widths])}
+        held = [] if updates is None else [name for name in kept if name in (content.get("ema") or {})]
+        averages = tuple(
+            Snapshot(file, int(meta["step"]), int(updates), kept[n], frozenset(), weights=content["ema"][n])
+            for n in held
+        )
+        return cls(meta.get("run"), file.parent.name == "checkpoints", averages)
+
+    def owns(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot is one of this checkpoint's run."""
+        named = snapshot.run is not None and self.run is not None
+        return snapshot.run == self.run if named else self.at_home
 
 
 def save_snapshot(
-    path: Path, state: dict[str, Tensor], sigma_rel: float, updates: int, copied: list[str], dtype: torch.dtype
+    path: Path,
+    state: dict[str, Tensor],
+    sigma_rel: float,
+    updates: int,
+    copied: list[str],
+    dtype: torch.dtype,
+    run: str | None = None,
 ) -> None:
-    """Write one average; floating entries that are averages are stored as `dtype`."""
+    """Write one average of a run, by that name; floating entries that are averages are stored as `dtype`."""
     keep = set(copied)
     tensors = {name: (v if name in keep else v.to(dtype)).clone().contiguous() for name, v in state.items()}
     step = path.name.split("_")[0]
     metadata = {"step": str(int(step)), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
-    metadata["copied"] = json.dumps(sorted(keep))
+    metadata |= {"copied": json.dumps(sorted(keep)), **({} if run is None else {"run": run})}
     write_sealed(path, tensors, metadata)
 
 
@@ -112,6 +155,7 @@ def read_snapshots(folder: str | Path) -> list[Snapshot]:
                 Snapshot(
                     path=path, step=int(meta["step"]), updates=int(meta["updates"]),
                     sigma_rel=float(meta["sigma_rel"]), copied=frozenset(json.loads(meta["copied"])),
+                    run=meta.get("run"),
                 )
             )  # fmt: skip
         except (KeyError, ValueError) as error:
@@ -126,27 +170,44 @@ def read_snapshots(folder: str | Path) -> list[Snapshot]:
     return snapshots
 
 
-def synthesise(folder: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
+def synthesise(
+    folder: str | Path, sigma_rel: float, step: int | None = None, owner: Owner | None = None
+) -> dict[str, Tensor]:
     """State dict of the power-function average of width `sigma_rel` at `step` (default: the last snapshot's).
 
-    Snapshots up to that step are combined in float64; buffers and frozen parameters come from the latest. Entries that
-    are averages come back as float32. Raises `ConfigError` for a width that no power function has, `CheckpointError`
-    if the folder has no snapshot up to that step.
+    Snapshots up to that step, of the `owner`'s run alone, and the averages that the owner holds itself are combined in
+    float64; buffers and frozen parameters come from the latest. Entries that are averages come back as float32.
+
+    Raises `ConfigError` for a width that no power function has, `CheckpointError` if the folder has no snapshot of that
+    run, or none that reaches that step.
     """
     gamma_want = gamma_from_sigma_rel(sigma_rel)
-    snapshots = read_snapshots(folder)
+    snapshots = [s for s in read_snapshots(folder) if owner is None or owner.owns(s)]
+    if not snapshots:
+        raise CheckpointError(
+            f"The snapshots in {folder} are those of another run: ask for one of the stored averages, or give the "
+            "checkpoint in the folder of its run."
+        )
     used = [s for s in snapshots if step is None or s.step <= step]
     if not used:
         raise CheckpointError(
             f"The first snapshot in {folder} is of step {min(s.step for s in snapshots)}, after step {step}: "
-            "ask for a later step."
+            "ask for a later step, or for one of the stored averages."
         )
+    held = [replace(s, copied=used[-1].copied) for s in owner.averages] if owner is not None else []
+    profiles = {(s.updates, s.sigma_rel) for s in held}
+    used = [s for s in used if (s.updates, s.sigma_rel) not in profiles] + held
     latest = max(used, key=lambda s: s.updates)
     # Updates and steps differ only if averaging began late; a step between snapshots is beyond the last by a bit.
     t_want = latest.updates + (0 if step is None else max(0, step - latest.step))
     t = np.array([s.updates for s in used], np.float64)
     gamma = np.array([gamma_from_sigma_rel(s.sigma_rel) for s in used])
     weights, misfit = solve_weights(t, gamma, float(t_want), gamma_want)
+    if misfit > POOR_FIT and t_want > latest.updates:
+        raise CheckpointError(
+            f"No snapshot in {folder} reaches step {step}, the last before it is of step {latest.step}: ask for one of "
+            "the stored averages, or give a checkpoint at the step of a snapshot."
+        )
     if misfit > POOR_FIT:
         warnings.warn(
             f"sigma_rel={sigma_rel:g} is only roughly reproduced from the snapshots in {folder} (misfit {misfit:.0%}): "
@@ -155,7 +216,7 @@ def synthesise(folder: str | Path, sigma_rel: float, step: int | None = None) ->
         )
     total: dict[str, Tensor] = {}
     for weight, snapshot in zip(weights.tolist(), used, strict=True):
-        for name, tensor in load_file(snapshot.path).items():
+        for name, tensor in snapshot.tensors().items():
             if name in snapshot.copied:
                 if snapshot is latest:
                     total[name] = tensor

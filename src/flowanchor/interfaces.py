@@ -373,7 +373,13 @@ class ObjectiveResult:
 
 
 class VelocityField(nn.Module, ABC):
-    """Where the target velocity comes from: the data, a frozen teacher, or the student itself (the `teacher` group)."""
+    """Where the target velocity comes from: the data, a frozen teacher, or the student itself (the `teacher` group).
+
+    `weights_from`: its arguments that are paths of weights. What these hold is part of a run's identity: it is recorded
+    by its digest, and a resume under other weights is refused.
+    """
+
+    weights_from: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +18,7 @@ from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, Times, VelocityField
 from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
+from flowanchor.optimizer_settings import with_own_settings
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
 TRAIN_STREAM, VALIDATION_STREAM = 1, 2
@@ -63,6 +64,8 @@ class FlowModule(pl.LightningModule):
         self.seed = seed
         self.max_nonfinite_steps = max_nonfinite_steps
         self.compile_options = compile_options
+        self.identity: dict[str, Any] = {}  # saved with it: the run's name, whose weights it uses, what resumes changed
+        self.kept_settings: Container[str] = ()  # of the optimizer: those that a resume takes from the checkpoint
         self.nonfinite_steps = 0
         self.skipped_in_a_row = 0
         self.last_good_step: int | None = None  # the number of steps after the last one that was not skipped
@@ -143,7 +146,7 @@ class FlowModule(pl.LightningModule):
         trained = [parameters for parameters in (rest, whole, own) if parameters]
         groups = [{"params": parameters} for parameters in trained] if len(trained) > 1 else trained[0]
         try:
-            return self.make_optimizer(groups)
+            return with_own_settings(self.make_optimizer(groups), self.kept_settings)
         except ValueError as error:  # PyTorch's own check of rates, decays and betas
             raise ConfigError(f"The optimizer refuses its settings ({error}): correct them under optimizer.") from error
 
@@ -219,6 +222,7 @@ class FlowModule(pl.LightningModule):
             "config": self.config,
             "step": int(self.trainer.global_step),
             "nonfinite_steps": self.nonfinite_steps,
+            **self.identity,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

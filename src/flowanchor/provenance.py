@@ -1,4 +1,9 @@
-"""What a run folder records of its run: the resolved configuration, and where the numbers came from."""
+"""What a run folder records of its run: the resolved configuration, and where the numbers came from.
+
+`config.yaml` and `provenance.json` belong to the training, and are written when its first step is about to be made. A
+resume keeps what is known of the earlier parts: it is added to `provenance.json` under `resumed`, with what it changed.
+Programs that only use a run write `<program>.config.yaml` and `<program>.provenance.json`, wherever they land.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,31 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.base.files import write_json, write_whole
 from flowanchor.errors import ConfigError
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
+RESUMED = "resumed"  # the entry of the later parts
+HYDRA = ".hydra"  # as Hydra itself would write it before anything is known
 
 # What makes a run this run: continuing it with another of these would mix two experiments in one folder.
-IDENTITY = ("backbone", "objective", "data", "teacher")
+IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
+
+# Settings that change nothing that is computed.
+_NEUTRAL = ("name", "debug")
 
 # Packages that the numbers of a run can depend on.
 PACKAGES = (
@@ -42,39 +56,81 @@ PACKAGES = (
 
 
 @rank_zero_only
-def write_run_record(folder: str | Path, cfg: DictConfig) -> None:
-    """Write config.yaml (resolved) and provenance.json into `folder`, on the first process only.
+def write_run_record(folder: str | Path, cfg: DictConfig, step: int = 0, **more: Any) -> None:
+    """Record in `folder`, on the first process only, that a training goes on from `step` with the settings of `cfg`.
 
-    Raises `ConfigError` if the folder cannot be written.
+    `more`: what else is recorded of this part. Raises `ConfigError` if the folder cannot be written.
     """
     folder = Path(folder)
-    record = json.dumps(provenance(), indent=2) + "\n"
+    parts = [
+        part for part in read_parts(folder) if part.get("step", 0) < step
+    ]  # later ones were lost, or are made anew
+    first, *later = [*parts, {**provenance(), "step": step, **more}]
+    record = {key: value for key, value in first.items() if key != RESUMED}
+    with _writing(folder):
+        write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / PROVENANCE, {**record, RESUMED: later} if later else record)
+        if HydraConfig.initialized():
+            own = HydraConfig.instance().cfg
+            contents = {"config": cfg, "hydra": own, "overrides": HydraConfig.get().overrides.task}
+            for name, content in contents.items():
+                write_whole(folder / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(content))
+
+
+@rank_zero_only
+def write_program_record(folder: str | Path, program: str, cfg: DictConfig, **more: Any) -> None:
+    """Record what a program did in `folder` that trains nothing, under its own name; else as `write_run_record`."""
+    folder = Path(folder)
+    with _writing(folder):
+        write_whole(folder / f"{program}.{CONFIG}", OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(folder / f"{program}.{PROVENANCE}", {**provenance(), **more})
+
+
+def read_parts(folder: str | Path) -> list[dict[str, Any]]:
+    """What is recorded of the parts of a run, the first one first; an empty list without a readable record."""
+    try:
+        found = json.loads((Path(folder) / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return []
+    if not isinstance(found, dict):
+        return []
+    later = found.get(RESUMED)
+    return [found, *(part for part in (later if isinstance(later, list) else []) if isinstance(part, dict))]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        (folder / PROVENANCE).write_text(record)
+        yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(
-            f"The output folder {folder} cannot be written ({reason}): choose another one with hydra.run.dir=FOLDER."
-        ) from error
+        raise unwritable(folder, error) from error
 
 
-def check_same_run(folder: str | Path, cfg: DictConfig) -> None:
-    """Raise `ConfigError` if `folder` holds another run: one with another backbone, objective, data set or teacher."""
-    path = Path(folder) / CONFIG
-    if not path.is_file():
+def unwritable(folder: Path, error: OSError) -> ConfigError:
+    """What to tell where a run folder cannot be written."""
+    reason = (error.strerror or str(error)).lower()
+    return ConfigError(
+        f"The output folder {folder} cannot be written ({reason}): choose another one with hydra.run.dir=FOLDER."
+    )
+
+
+def check_same_run(
+    folder: str | Path, cfg: DictConfig, theirs: Mapping[str, Any] | None = None, known: Collection[str] = ()
+) -> None:
+    """Raise `ConfigError` if `folder` holds another run: one with another backbone, objective, data set or teacher.
+
+    Args:
+        theirs: the settings of that run, as its checkpoint says; None: as its config.yaml does.
+        known: settings that are compared elsewhere, by more than their text.
+    """
+    theirs = _recorded(Path(folder)) if theirs is None else theirs
+    if theirs is None:
         return
-    try:
-        recorded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as the record of a run: pick another folder with name=NAME, or remove that file."
-        ) from error
     ours = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(ours, dict)
-    theirs = recorded if isinstance(recorded, dict) else {}
-    changed = [key for part in IDENTITY for key in _differences(theirs.get(part), ours.get(part), part)]
+    changed = [key for key in differences(theirs, ours) if f"{key}.".startswith(tuple(f"{p}." for p in IDENTITY))]
+    changed = [key for key in changed if key not in known]
     if "data.batch_size" in changed and _joint_batch(theirs) == _joint_batch(ours) is not None:
         changed.remove("data.batch_size")  # per process: the same batch, shared by another number of processes
     if changed:
@@ -83,6 +139,19 @@ def check_same_run(folder: str | Path, cfg: DictConfig) -> None:
             f"The folder {folder} holds a run with other settings ({listed}): pick another name=NAME for this run, "
             "or repeat the settings of that one to resume it."
         )
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        recorded = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as the record of a run: pick another folder with name=NAME, or remove that file."
+        ) from error
+    return recorded if isinstance(recorded, dict) else {}  # type: ignore[return-value]
 
 
 def _joint_batch(settings: Any) -> int | None:
@@ -104,6 +173,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else sys.argv[1:],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -137,8 +207,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _differences(theirs: Any, ours: Any, key: str) -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        names = dict.fromkeys([*theirs, *ours])
-        return [found for name in names for found in _differences(theirs.get(name), ours.get(name), f"{key}.{name}")]
-    return [] if theirs == ours else [key]
+def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings that differ: dotted name -> theirs, ours; None where there is none."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in dict.fromkeys([*theirs, *ours]):
+            if key or name not in _NEUTRAL:
+                found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
+        return found
+    return {} if theirs == ours else {key: (theirs, ours)}

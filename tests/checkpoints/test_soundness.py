@@ -11,8 +11,9 @@ import torch
 from flowanchor.base.files import superseded
 from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.checkpoints.lightning import RunCheckpointIO
+from flowanchor.checkpoints.load import read_checkpoint
 from flowanchor.checkpoints.sharded import is_sharded, write_sharded
-from flowanchor.checkpoints.soundness import damage, refuse_damaged, resume_step, sound_checkpoint
+from flowanchor.checkpoints.soundness import damage, readable, refuse_damaged, sound_checkpoint
 from flowanchor.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -22,6 +23,10 @@ def content(step: int) -> dict:
     torch.manual_seed(step)
     meta = {"format": 1, "kind": "flow", "step": step, "config": {}}
     return {"flowanchor": meta, "state_dict": {"student.w": torch.randn(100, 100)}, "global_step": step}
+
+
+def step_of(path: Path) -> int:
+    return int(read_checkpoint(path)["flowanchor"]["step"])
 
 
 def write(path: Path, step: int, sharded: bool = False) -> None:
@@ -44,11 +49,11 @@ def test_the_run_goes_on_from_the_one_before(tmp_path: Path, sharded: bool) -> N
     last = tmp_path / "last.ckpt"
     write(superseded(last), 1, sharded)
     write(last, 2, sharded)
-    assert damage(last) is None and sound_checkpoint(last) == last and resume_step(last) == 2
+    assert damage(last) is None and sound_checkpoint(last) == last and step_of(last) == 2
     hole(last)
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged .*last.ckpt.damaged.*before it, of step 1"):
         assert sound_checkpoint(last) == last
-    assert resume_step(last) == 1 and is_sharded(last) == sharded
+    assert step_of(last) == 1 and is_sharded(last) == sharded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.damaged"]
     hole(last)
     with pytest.raises(CheckpointError, match="is damaged .*and there is none before it: start afresh"):
@@ -69,10 +74,10 @@ def test_the_step_of_a_file_that_cannot_be_read_is_that_of_the_one_before(tmp_pa
     last = tmp_path / "last.ckpt"
     write(superseded(last), 7)
     last.write_bytes(b"half")
-    assert resume_step(last) == 7
+    assert readable(last) == superseded(last)
     superseded(last).unlink()
     with pytest.raises(CheckpointError):
-        resume_step(last)
+        readable(last)
 
 
 @pytest.mark.parametrize("kind", ["last.ckpt", "folder.ckpt", "one.safetensors"])
@@ -105,7 +110,7 @@ def test_a_checkpoint_is_written_beside_its_target_with_the_rights_of_the_umask(
     assert all(source.parent == target.parent == tmp_path for source, target in moves) and len(moves) >= 3
     assert not list(elsewhere.iterdir())
     assert sorted(path.name for path in tmp_path.glob("last*")) == ["last.ckpt", "last.ckpt.previous"]
-    assert resume_step(last) == 2 and resume_step(superseded(last)) == 1
+    assert step_of(last) == 2 and step_of(superseded(last)) == 1
     mask = os.umask(0)
     os.umask(mask)
     assert last.stat().st_mode & 0o777 == 0o666 & ~mask
@@ -140,4 +145,4 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_earlier_checkpoint(
     with pytest.raises(OSError, match="No space left") as caught:
         write(last, 2)
     assert caught.value.errno == 28
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"] and resume_step(last) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"] and step_of(last) == 1

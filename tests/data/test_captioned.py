@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,16 @@ def test_two_processes_share_the_batches_of_one(folder):
         data._process = lambda rank=rank: (rank, 2)
         halves.append([list(indices) for indices in data._train_order()])
     assert [a + b for a, b in zip(*halves, strict=True)] == [list(indices) for indices in whole]
+
+
+def test_an_iteration_holds_whole_steps(folder):
+    data = module(folder)
+    straight = [list(i) for i in data._train_order()]
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, accumulate_grad_batches=4)
+    order = data._train_order()
+    assert order.batches == 6 and len(order) == 4 and [list(i) for i in order] == straight[:4]
+    order.seek(4)
+    assert [list(i) for i in order][:2] == straight[4:6], "what an epoch left comes next"
 
 
 def test_a_resumed_run_sees_the_next_batches(folder):

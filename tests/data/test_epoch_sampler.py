@@ -34,6 +34,7 @@ class Recorder(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[int]] = []
+        self.steps: list[int] = []  # batches seen when an optimizer step was made
 
     def training_step(self, batch, _):
         self.seen.append(ids(batch))
@@ -41,6 +42,9 @@ class Recorder(pl.LightningModule):
 
     def validation_step(self, batch, _):
         self.log("val/loss", batch.x1.mean())
+
+    def on_before_optimizer_step(self, optimizer):
+        self.steps.append(len(self.seen))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -70,6 +74,7 @@ def fit(tmp_path, steps, ckpt=None, callbacks=(), workers=0, **trainer):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not resumable.*")
         runner.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    runner.steps = module.steps
     return module.seen, runner
 
 
@@ -171,6 +176,23 @@ def test_limited_epochs_and_overfitting(tmp_path, uninterrupted):
     assert limited == uninterrupted[:12]
     overfitted, _ = fit(tmp_path, 9, overfit_batches=3, limit_val_batches=0)
     assert overfitted == uninterrupted[:3] * 3
+
+
+@pytest.mark.parametrize("accumulate", [3, 4, 16])  # of 11 batches per epoch: none divides it, and one is larger
+def test_every_step_has_all_its_batches(tmp_path, uninterrupted, accumulate):
+    steps = STEPS // accumulate
+    seen, trainer = fit(tmp_path, steps, accumulate_grad_batches=accumulate)
+    assert trainer.steps == [accumulate * (step + 1) for step in range(steps)]
+    assert seen == uninterrupted[: accumulate * steps], "the order is that without accumulation"
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5])  # steps of 4 batches: an iteration has two, the epoch ends in the third
+def test_resumed_while_steps_span_epochs(tmp_path, uninterrupted, stop):
+    before, trainer = fit(tmp_path, stop, accumulate_grad_batches=4)
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    after, resumed = fit(tmp_path, 7, ckpt=tmp_path / "stop.ckpt", accumulate_grad_batches=4)
+    assert before + after == uninterrupted[:28]
+    assert resumed.steps == [4 * (step + 1) for step in range(7 - stop)]
 
 
 def test_changed_batch_size_is_reported_on_resume(tmp_path):

@@ -94,6 +94,24 @@ def test_a_sample_is_moved_within_its_window_only():
     assert sorted(order.tolist()) == list(range(1000)) and 25 < moved.max() <= 50
 
 
+@pytest.mark.parametrize("accumulate, epoch, length", [(3, 6, 6), (4, 8, 8), (8, 8, 8), (20, 8, 20)])
+def test_an_iteration_holds_whole_steps(accumulate, epoch, length):
+    plan = TarPlan([25], 3, 0, 1, 2, window=5, seed=0, accumulate=accumulate)  # eight batches
+    assert (plan.batches, plan.length) == (epoch, length)
+    for position in (0, length):
+        made = [list(plan.work(position, worker)) for worker in range(2)]
+        assert sum(count for pieces in made for *_, count in pieces) == length
+        assert {number for pieces in made for number, *_ in pieces} == set(
+            range(position // epoch, (position + length - 1) // epoch + 1)
+        )
+
+
+def test_the_trainer_gets_whole_steps_from_tars(write_tars):
+    data = module(write_tars(COUNTS))
+    data.trainer.accumulate_grad_batches = 3
+    assert len(data.train_dataloader()) == 6 == len(list(data.train_dataloader()))
+
+
 def test_the_shards_come_in_a_new_order_each_epoch():
     plan = TarPlan([10] * 8, 10, 0, 1, 1, window=5, seed=0)
     assert len({tuple(plan.stretch(epoch, 0).shards.tolist()) for epoch in range(5)}) == 5

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from flowanchor.checkpoints import load_model
+from flowanchor.checkpoints.consolidated import write_consolidated
+from flowanchor.checkpoints.load import file_digest
+from flowanchor.checkpoints.sources import identify, weight_settings
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lora import ADAPTER, is_adapter, merged
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.programs.convert import main as convert
 
 SMALL = {
     "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
     "num_layers": 3, "freq_dim": 32, "text_dim": 12, "text_len": 6,
+}  # fmt: skip
+
+START = {
+    "kind": "flow", "step": 0,
+    "config": {
+        "backbone": {"_target_": "flowanchor.plugins.backbones.wan.Wan", **SMALL},
+        "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.plain.PlainInterval"}},
+    },
 }  # fmt: skip
 
 
@@ -140,5 +156,49 @@ def test_a_run_saves_adapters_alone_and_goes_on(training, base, tmp_path):
         for name, p in start.state_dict().items():
             assert torch.equal(model.backbone.state_dict()[name], p), name
     base.rename(tmp_path / "gone")
-    with pytest.raises(CheckpointError, match="holds adapters alone"):
+    with pytest.raises(CheckpointError, match="holds adapters alone.*initialise_from=PATH"):
         load_model(tmp_path / "half.ckpt")
+    moved = load_model(tmp_path / "half.ckpt", ema="none", initialise_from=tmp_path / "gone").backbone.state_dict()
+    assert all(torch.equal(moved[name], p) for name, p in model.backbone.state_dict().items())
+
+
+@pytest.fixture
+def adapters(training, base, tmp_path):
+    """A checkpoint of adapters that knows what its base holds; the base is a checkpoint file."""
+    write_consolidated(tmp_path / "base.safetensors", load_model(base).backbone.state_dict(), START, "none")
+    start = str(tmp_path / "base.safetensors")
+    training.fit(tmp_path, "run", 2, 8, save=True, wan="one", lora={"rank": 3}, start=start, validate=False)
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    content["flowanchor"]["sources"] = identify(weight_settings(content["flowanchor"]["config"]))
+    torch.save(content, tmp_path / "run.ckpt")
+    return tmp_path / "run.ckpt"
+
+
+def test_another_base_is_refused(adapters, tmp_path):
+    own, other = tmp_path / "base.safetensors", tmp_path / "other.safetensors"
+    known = load_model(adapters)
+    assert known.sources == {"initialise_from": file_digest(own)}
+    weights = load_model(own).backbone.state_dict()
+    own.rename(tmp_path / "moved.safetensors")
+    write_consolidated(own, {name: p + 1 for name, p in weights.items()}, START, "none")
+    shutil.copy(own, other)
+    for elsewhere in (None, other):
+        with pytest.raises(CheckpointError, match=f"have changed .sha256 {known.sources['initialise_from'][:12]}"):
+            load_model(adapters, initialise_from=elsewhere)
+    moved = load_model(adapters, initialise_from=tmp_path / "moved.safetensors")
+    assert moved.sources == known.sources
+
+
+@pytest.mark.parametrize("words", [["output=hub", "format=huggingface"], ["consolidate", "output=one.safetensors"]])
+def test_what_is_published_needs_no_base(adapters, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["src/convert.py", *words, f"checkpoint={adapters}"])
+    before = load_model(adapters).backbone
+    convert()
+    (tmp_path / "base.safetensors").rename(tmp_path / "gone.safetensors")
+    found = load_model(words[-1].removeprefix("output=") if "one" in words[-1] else "hub")
+    assert not found.sources
+    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), torch.randn(2, 4, 12)
+    with torch.no_grad():
+        assert torch.equal(found.backbone(x, t, text), before(x, t, text))

@@ -46,7 +46,12 @@ def join_experts(
     settings.setdefault("preset", "A14B")  # every size of a run without a preset is written out
     bases = {part: configs[part].get("initialise_from") for part in PARTS}
     config = {**configs["low"], "backbone": settings, "initialise_from": bases}
-    meta = {**contents["low"]["flowanchor"], "config": config}
+    sources = {
+        f"initialise_from.{part}": found["initialise_from"]
+        for part in PARTS
+        if "initialise_from" in (found := contents[part]["flowanchor"].get("sources") or {})
+    }
+    meta = {**contents["low"]["flowanchor"], "config": config, "sources": sources}
     names = {part: name for part, (name, _) in chosen.items()}
     if names["high"] != names["low"]:
         raise CheckpointError(

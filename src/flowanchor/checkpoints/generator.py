@@ -120,6 +120,7 @@ def load(
     codec: Mapping[str, Any] | None = None,
     text_encoder: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    initialise_from: str | Path | Mapping[str, str] | None = None,
 ) -> Generator:
     """Open a model for sampling.
 
@@ -131,11 +132,12 @@ def load(
         codec: settings of its codec to replace: `{"weights": "vavae.pt"}` where the weights lie elsewhere here.
         text_encoder: the same of its text encoder.
         dtype: torch.bfloat16 for half the memory; None: float32.
+        initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
 
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
     """
-    model = load_model(local_folder(path_or_repo), ema=ema, device=device, dtype=dtype)
+    model = load_model(local_folder(path_or_repo), ema, device, dtype, initialise_from)
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         own = model.config.get(part) or {}

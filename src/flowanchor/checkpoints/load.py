@@ -6,11 +6,12 @@ import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -27,6 +28,8 @@ from flowanchor.weights import Joined, Overlaid, Renamed, copy_weights, shape_of
 
 # What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
 DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
+_LARGE = 4 << 30  # bytes whose reading is announced
+_DIGESTS: dict[tuple[Any, ...], str] = {}  # what this process has hashed: names, sizes and times of files -> digest
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class LoadedModel:
     digest: str  # first 12 hex digits of the file's sha256
     path: str
     step: int
+    sources: dict[str, str] = field(default_factory=dict)  # the sha256 of what lies elsewhere: adapters' base
+
+    def record(self) -> dict[str, Any]:
+        """Which weights these are, for a record of what was done with them."""
+        place = str(Path(self.path).resolve())
+        return {"checkpoint": place, "hash": self.digest, "step": self.step, "ema": self.ema, "sources": self.sources}
 
 
 def latest_checkpoint(run: str | Path) -> Path | None:
@@ -145,6 +154,8 @@ def load_model(
     ema: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    initialise_from: str | Path | Mapping[str, str] | None = None,
+    hashed: bool = True,
 ) -> LoadedModel:
     """Load the network of a run.
 
@@ -157,6 +168,8 @@ def load_model(
             `materialise` asks for them.
         dtype: bfloat16 or float16, for sampling: so the weights of linear layers and convolutions are stored, read
             straight to the device; what the network wants in float32 stays there. None: float32.
+        initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
+        hashed: False leaves `digest` empty: the file is not read for it.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
@@ -169,8 +182,7 @@ def load_model(
     with loading_context() if dtype is None else parameters_on_meta():
         backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
     name, weights = select_weights(content, ema, file)
-    if backbone.borrowed():
-        weights = Overlaid(weights, _base(config, file))
+    weights, sources = whole_weights(backbone, weights, meta, file, initialise_from)
     load_weights(backbone, weights, file)
     if dtype is not None:
         _store_low(backbone, dtype)
@@ -181,9 +193,10 @@ def load_model(
         kind=meta["kind"],
         config=config,
         ema=name,
-        digest=file_digest(file)[:12],
+        digest=file_digest(file)[:12] if hashed else "",
         path=str(file),
         step=int(meta["step"]),
+        sources=sources,
     )
 
 
@@ -198,16 +211,64 @@ def _store_low(backbone: Backbone, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _base(config: Mapping[str, Any], file: Path) -> Mapping[str, Tensor]:
-    """The weights that the adapters of a run stand beside."""
-    base = config.get("initialise_from")
-    try:
-        return weights_at(base or "")[0]
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{file} holds adapters alone, and the weights that they adapt are not where the run found them ({base}): "
-            "put them there again."
-        ) from error
+def whole_weights(
+    backbone: Backbone,
+    weights: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    file: Path,
+    elsewhere: str | Path | Mapping[str, str] | None = None,
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The weights of a whole network: those of `file` and, where it holds adapters alone, those that they stand beside.
+
+    The latter are looked for where the run found them, or `elsewhere`, and are known by their digest.
+
+    Returns them, and the sha256 of each file of the latter by its setting. Raises `CheckpointError` where they are not
+    there, or are others than those that were trained with.
+    """
+    if all(name in weights for name in backbone.borrowed()):
+        if elsewhere:
+            raise ConfigError(f"{file} holds all its weights: leave out initialise_from={elsewhere}.")
+        return weights, {}
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    digests: dict[str, str] = {}
+    recorded = meta.get("sources") or {}
+    for name, typed in by_part("initialise_from", elsewhere or meta["config"].get("initialise_from")).items():
+        known = recorded.get(name) or {}
+        places = [typed] if elsewhere or not known else [typed, known["path"]]
+        base, digests[name] = _find_base(file, name, places, known.get("digest"))
+        parts[name.partition(".")[2]] = select_weights(read_checkpoint(base), None, base)[1]
+    below = parts[""] if "" in parts else Joined({f"{part}.": inner for part, inner in parts.items()})
+    return Overlaid(weights, below), digests
+
+
+def by_part(setting: str, value: Any) -> dict[str, str]:
+    """A setting that names weights, or those of each part of a network: dotted name -> path."""
+    if isinstance(value, Mapping):
+        return {f"{setting}.{part}": str(path) for part, path in value.items()}
+    return {setting: "" if value is None else str(value)}
+
+
+def _find_base(file: Path, name: str, places: list[str], wanted: str | None) -> tuple[Path, str]:
+    """The first of the places that holds the weights of a digest, and that digest."""
+    others = []
+    for place in places:
+        try:
+            base = find_checkpoint(place) if place else None
+        except CheckpointError:
+            base = None
+        if base is not None:
+            digest = file_digest(base)
+            if wanted is None or digest == wanted:
+                return base, digest
+            others.append(f"{base} has sha256 {digest[:12]}")
+    reason = (
+        f"the weights that they adapt are not where the run found them ({places[0] or None})"
+        if not others
+        else f"the weights that they adapt have changed (sha256 {str(wanted)[:12]}; {', '.join(others)})"
+    )
+    raise CheckpointError(
+        f"{file} holds adapters alone, and {reason}: put them there again, or say where they are with {name}=PATH."
+    )
 
 
 def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tuple[str, Mapping[str, Tensor]]:
@@ -215,13 +276,14 @@ def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tupl
     profiles: dict[str, Mapping[str, Tensor]] = content.get("ema") or {}
     ema = None if ema is None else str(ema)  # a command line may bring a number
     if ema is not None and ema.startswith("posthoc:"):
-        from flowanchor.ema_posthoc import synthesise
+        from flowanchor.ema_posthoc import Owner, synthesise
 
         try:
             width = float(ema.partition(":")[2])
         except ValueError as error:
             raise CheckpointError(f"There is no EMA profile '{ema}': write for example posthoc:0.15.") from error
-        return ema, synthesise(file.parent.parent / "ema_snapshots", width)
+        owner = Owner.of(file, content)
+        return ema, synthesise(file.parent.parent / "ema_snapshots", width, int(content["flowanchor"]["step"]), owner)
     if ema is None and profiles:
         ema = next(iter(profiles))
     raw = content["state_dict"]
@@ -282,16 +344,28 @@ def _may_lack(backbone: Backbone) -> tuple[str, ...]:
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file, hex; of a sharded checkpoint, that of its files' names and contents; of Wan, their headers."""
+    """sha256 of a file, hex; of a sharded checkpoint, that of its files' names and contents; of Wan, their headers.
+
+    A file is read once in a process, until its size or times change.
+    """
     path, digest = Path(path), hashlib.sha256()
     if is_wan(path):
         for line in folder_digest_lines(path):
             digest.update(line)
         return digest.hexdigest()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = [file.stat() for file in files]
+    times = [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+    key = (path.is_dir(), *map(str, files), *times)
+    if key in _DIGESTS:
+        return _DIGESTS[key]
+    size = sum(state.st_size for state in states)
+    if size > _LARGE:
+        rank_zero_info(f"Reading the {size / 1e9:.0f} GB of {path} for their sha256.")
+    for file in files:
         if path.is_dir():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as content:
             while chunk := content.read(1 << 20):
                 digest.update(chunk)
-    return digest.hexdigest()
+    return _DIGESTS.setdefault(key, digest.hexdigest())

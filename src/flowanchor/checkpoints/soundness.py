@@ -53,14 +53,16 @@ def refuse_damaged(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged ({found}): copy it again{advice}.")
 
 
-def resume_step(path: Path) -> int:
-    """The step from which a run goes on that finds `path`; of the checkpoint before it where this one is unreadable."""
+def readable(path: Path) -> Path:
+    """`path`, or the checkpoint before it where it cannot even be read; raises `CheckpointError` where neither can."""
     try:
-        return int(read_checkpoint(path)["flowanchor"]["step"])
+        read_checkpoint(path)
     except CheckpointError:
         if not superseded(path).exists():
             raise
-        return int(read_checkpoint(superseded(path))["flowanchor"]["step"])
+        read_checkpoint(superseded(path))
+        return superseded(path)
+    return path
 
 
 def sound_checkpoint(path: Path) -> Path:

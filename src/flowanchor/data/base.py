@@ -108,6 +108,7 @@ class FlowDataModule(LightningDataModule, ABC):
             repeat=self.repeat,
             drop_last=self.drop_last,
             views=self.random_views,
+            accumulate=self._accumulated(),
         )
 
     def _loader(self, split: str, order: EpochBatchSampler, position: Any = None) -> DataLoader:
@@ -128,6 +129,10 @@ class FlowDataModule(LightningDataModule, ABC):
 
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _accumulated(self) -> int:
+        """Batches per optimizer step."""
+        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
 
     def _batches_trained(self) -> int:
         if self.trainer is None:

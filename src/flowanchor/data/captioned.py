@@ -106,7 +106,8 @@ class CaptionedDataModule(FlowDataModule):
             counts.setdefault(size, []).append(np.arange(first, first + shard.count))
             first += shard.count
         groups = {size: np.concatenate(rows) for size, rows in counts.items()}
-        return GroupedSampler(groups, self.batch_size, self.seed, rank, world_size, repeat=self.repeat)
+        accumulate = self._accumulated()
+        return GroupedSampler(groups, self.batch_size, self.seed, rank, world_size, self.repeat, accumulate)
 
     def val_dataloader(self) -> DataLoader | list[Any]:  # type: ignore[override]
         """Nothing: no samples are held out."""
@@ -147,10 +148,11 @@ class GroupedSampler(EpochBatchSampler):
         rank: int = 0,
         world_size: int = 1,
         repeat: int = 1,
+        accumulate: int = 1,
     ) -> None:
         self.groups = groups
         total = sum(map(len, groups.values()))
-        super().__init__(total, batch_size, seed, rank, world_size, repeat, drop_last=True, views=True)
+        super().__init__(total, batch_size, seed, rank, world_size, repeat, views=True, accumulate=accumulate)
         joint = self.global_batch_size
         small = {f"{h} x {w}": len(rows) for (h, w), rows in groups.items() if len(rows) < joint}
         if len(small) == len(groups):
@@ -163,7 +165,8 @@ class GroupedSampler(EpochBatchSampler):
             warnings.warn(f"Latents of these sizes are too few for a batch of {joint} and are never seen: {listed}.",
                           stacklevel=2)  # fmt: skip
 
-    def __len__(self) -> int:
+    @property
+    def batches(self) -> int:
         joint = self.global_batch_size
         return self.repeat * sum(len(rows) // joint for rows in self.groups.values())
 

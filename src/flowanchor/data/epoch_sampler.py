@@ -32,6 +32,8 @@ class EpochBatchSampler(Sampler[list[int]]):
         shuffle: False keeps the data's own order.
         views: what is yielded tells of the pass and of a fair coin, too: `index + length * (2 * pass + coin)`, for data
             that draws anew what it shows of a sample (mirrored or not, which draw from a posterior).
+        accumulate: batches per optimizer step. The trainer ends a step where an iteration ends, so one holds whole
+            steps only; the order of the batches does not depend on it.
 
     Raises:
         DataError: no data, or a global batch larger than the data with `drop_last`.
@@ -48,6 +50,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         drop_last: bool = True,
         shuffle: bool = True,
         views: bool = False,
+        accumulate: int = 1,
     ) -> None:
         if batch_size < 1 or repeat < 1:
             raise ConfigError(
@@ -68,6 +71,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.repeat, self.drop_last, self.shuffle, self.views = repeat, drop_last, shuffle, views
+        self.accumulate = accumulate
         self._position = 0
 
     @property
@@ -75,14 +79,19 @@ class EpochBatchSampler(Sampler[list[int]]):
         """Samples per step over all processes."""
         return self.batch_size * self.world_size
 
-    def __len__(self) -> int:
+    @property
+    def batches(self) -> int:
         """Batches per epoch, the same on every rank."""
         samples = self.length * self.repeat
         return samples // self.global_batch_size if self.drop_last else -(-samples // self.global_batch_size)
 
+    def __len__(self) -> int:
+        """Batches per iteration: an epoch's, down to whole optimizer steps; what is left comes in the next one."""
+        return whole_steps(self.batches, self.accumulate)
+
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration at the beginning of this epoch."""
-        self.seek(epoch * len(self))
+        self.seek(epoch * self.batches)
 
     def seek(self, batches: int) -> None:
         """Start the next iteration after this many batches since the beginning of the training."""
@@ -92,7 +101,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         """`len(self)` batches from the current position on, across the end of an epoch if need be."""
         order: np.ndarray | None = None
         for position in range(self._position, self._position + len(self)):
-            epoch, index = divmod(position, len(self))
+            epoch, index = divmod(position, self.batches)
             if order is None or index == 0:
                 order = self._epoch_order(epoch)
             yield self._share(order, index)
@@ -115,6 +124,11 @@ class EpochBatchSampler(Sampler[list[int]]):
         if missing:
             batch = np.concatenate([batch, np.resize(order, missing)])
         return batch[self.rank * share : (self.rank + 1) * share].tolist()
+
+
+def whole_steps(batches: int, accumulate: int) -> int:
+    """A number of batches, down to a multiple of those of an optimizer step; at least one step."""
+    return max(batches // accumulate, 1) * accumulate
 
 
 class Failed:

@@ -12,6 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
+from flowanchor.data.epoch_sampler import whole_steps
 from flowanchor.errors import DataError
 
 
@@ -34,10 +35,11 @@ class Stretch:
 
 
 class TarPlan:
-    """Every sample once per epoch over all processes and their workers, but for what does not fill a joint batch.
+    """Every sample once per epoch over all processes and their workers, but for what does not fill an optimizer step.
 
-    Batch `i` of a process is read by its reader `i % readers`. What is left out (fewer than `batch_size * world_size`
-    samples) is others in every epoch.
+    Batch `i` of a process is read by its reader `i % readers`. What is left out (fewer than `batch_size * world_size *
+    accumulate` samples) is others in every epoch: a step that spans two epochs would have the tars read anew from
+    their start in the middle of a pass. Data with fewer batches than a step is passed over several times for one.
 
     Args:
         counts: samples per shard.
@@ -46,13 +48,22 @@ class TarPlan:
         readers: loader workers of a process, at least 1.
         window: how far, in samples, a sample may be moved within its stretch.
         seed: of everything.
+        accumulate: batches per optimizer step.
 
     Raises:
         DataError: fewer samples than a joint batch.
     """
 
     def __init__(
-        self, counts: list[int], batch_size: int, rank: int, world_size: int, readers: int, window: int, seed: int
+        self,
+        counts: list[int],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        readers: int,
+        window: int,
+        seed: int,
+        accumulate: int = 1,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -63,6 +74,8 @@ class TarPlan:
                 f"A batch of {batch_size * world_size} ({batch_size} on each of {world_size} processes) is larger than "
                 f"the data, {int(self.counts.sum())} samples: use a smaller data.batch_size."
             )
+        self.length = whole_steps(self.batches, accumulate)  # of what a loader gives at a time
+        self.batches = min(self.batches, self.length)
 
     def stretch(self, epoch: int, reader: int) -> Stretch:
         """What one reader of this process reads in an epoch."""
@@ -77,10 +90,10 @@ class TarPlan:
     def work(self, position: int, worker: int) -> Iterator[tuple[int, int, int, int]]:
         """What a loader's worker makes once `position` batches of the training are done.
 
-        A loader takes batches from its workers in turn, the first from worker 0. One epoch's length of batches is made,
-        across the end of an epoch if need be. Yields epoch, reader, its first batch, how many.
+        A loader takes batches from its workers in turn, the first from worker 0. `length` batches are made, across the
+        end of an epoch if need be. Yields epoch, reader, its first batch, how many.
         """
-        numbers = range(position + worker, position + self.batches, self.readers)
+        numbers = range(position + worker, position + self.length, self.readers)
         for epoch, group in groupby(numbers, key=lambda number: number // self.batches):
             indices = [number % self.batches for number in group]
             yield epoch, indices[0] % self.readers, indices[0] // self.readers, len(indices)

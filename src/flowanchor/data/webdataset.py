@@ -118,7 +118,8 @@ class WebDatasetDataModule(FlowDataModule):
     def _batches(self) -> TarBatches:
         urls, counts = self.tars()
         rank, world_size = self._process()
-        plan = TarPlan(counts, self.batch_size, rank, world_size, max(1, self.num_workers), self.window, self.seed)
+        readers, accumulate = max(1, self.num_workers), self._accumulated()
+        plan = TarPlan(counts, self.batch_size, rank, world_size, readers, self.window, self.seed, accumulate)
         return TarBatches(urls, plan, self.stored, self.flips, self.num_classes, self.max_bad)
 
 
@@ -134,7 +135,7 @@ class TarBatches(IterableDataset):
         self.position = 0
 
     def __len__(self) -> int:
-        return self.plan.batches
+        return self.plan.length
 
     def __iter__(self) -> Iterator[Batch | Failed]:
         worker = get_worker_info()
@@ -231,6 +232,7 @@ class TarLoader(DataLoader):
             "samples": int(plan.counts.sum()),
             "shards": len(plan.counts),
             "batch_size": plan.batch_size,
+            "batches": plan.batches,
             "world_size": plan.world_size,
             "readers": plan.readers,
             "window": plan.window,

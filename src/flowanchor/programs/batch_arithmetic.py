@@ -46,6 +46,23 @@ def check_batch(cfg: DictConfig) -> None:
         )
 
 
+def check_epoch(batches: float, accumulated: int, wanted: int | None) -> None:
+    """Look whether the trainer's epochs hold whole optimizer steps: it ends a step where an epoch ends.
+
+    The data modules see to that (`EpochBatchSampler.accumulate`); `trainer.limit_train_batches` and loaders of others
+    may not. Raises `ConfigError` where `wanted` (`global_batch_size`) promises more than such a step gets, else warns.
+    """
+    if batches == float("inf") or batches % accumulated == 0:
+        return
+    sentence = (
+        f"An epoch has {batches} batches, no multiple of trainer.accumulate_grad_batches={accumulated}: its last "
+        f"step would have {int(batches) % accumulated} of them; set trainer.limit_train_batches to a multiple."
+    )
+    if wanted is not None:
+        raise ConfigError(sentence)
+    rank_zero_warn(sentence)
+
+
 def count_processes(devices: Any, num_nodes: int, accelerator: str) -> int:
     """Processes of the run as Lightning will start them, or as a launcher already has."""
     launched = os.environ.get("TORCHELASTIC_RUN_ID") is not None or os.environ.get("SLURM_NTASKS") is not None

@@ -55,6 +55,12 @@ def choose_device(name: Any) -> str:
     return name
 
 
+def base_of_adapters(cfg: DictConfig) -> Any:
+    """Where the weights lie that a run's adapters stand beside: a path, or one for each part; None: as the run says."""
+    found = cfg.get("initialise_from")
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
+
 def choose_dtype(name: Any) -> torch.dtype | None:
     """In which the weights of a network that is sampled are stored; None for float32."""
     if name in (None, "float32"):

@@ -27,13 +27,15 @@ from flowanchor.checkpoints.load import (
     load_model,
     read_checkpoint,
     select_weights,
+    whole_weights,
 )
 from flowanchor.checkpoints.model_card import model_card, read_metrics
 from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.deferred import parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.exports.base_pipeline import BasePipeline
 from flowanchor.exports.wan_pipeline import export_pipeline, is_exported
-from flowanchor.programs.checks import check_whole_numbers
+from flowanchor.programs.checks import base_of_adapters, check_whole_numbers
 from flowanchor.programs.launch import program
 
 ACTIONS = ("consolidate",)
@@ -110,7 +112,7 @@ def _choices(cfg: DictConfig) -> Choices:
 
 def _source(cfg: DictConfig) -> Source:
     if OmegaConf.is_dict(cfg.checkpoint):
-        return Source(*join_experts(cfg.checkpoint, cfg.ema_profile))
+        return _whole(cfg, Source(*join_experts(cfg.checkpoint, cfg.ema_profile)))
     file = find_checkpoint(cfg.checkpoint)
     if not is_ours(file):
         foreign = read_foreign(file)
@@ -126,7 +128,22 @@ def _source(cfg: DictConfig) -> Source:
     content = read_checkpoint(file)
     ema, weights = select_weights(content, cfg.ema_profile, file)
     raw = select_weights(content, "none", file)[1] if len(content["state_dict"]) else None
-    return Source(file, weights, content["flowanchor"], ema, raw)
+    return _whole(cfg, Source(file, weights, content["flowanchor"], ema, raw))
+
+
+def _whole(cfg: DictConfig, source: Source) -> Source:
+    """The weights of the whole network: those under adapters may not be where the output is opened."""
+    settings, base = source.meta["config"].get("backbone") or {}, base_of_adapters(cfg)
+    if base is None and not settings.get("lora"):
+        return source
+    with parameters_on_meta():
+        network = instantiate_trusted(settings)
+    weights, raw = (
+        None if part is None else whole_weights(network, part, source.meta, source.file, base)[0]
+        for part in (source.weights, source.raw)
+    )
+    assert weights is not None
+    return Source(source.file, weights, source.meta, source.ema, raw)
 
 
 def _cast(source: Source, name: str | None) -> Source:
@@ -195,7 +212,7 @@ def _export(cfg: DictConfig, output: Path) -> None:
             "Join the two experts first: convert.py checkpoint='{high: RUN, low: RUN}' output=PAIR.safetensors."
         )
     base, dtype = BasePipeline.read(cfg.pipeline), _dtype(cfg.dtype)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile)
+    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, initialise_from=base_of_adapters(cfg))
     size = export_pipeline(model, base, output, dtype, cfg.link)
     print(f"{output}: {size:,} parameters, weights {model.ema} of {model.path}")
 

@@ -21,12 +21,12 @@ from flowanchor.metrics.presentation import finite_or_none, quality_plot, result
 from flowanchor.metrics.protocol import make_labels, parse_nfe
 from flowanchor.metrics.reference import Shape, open_reference
 from flowanchor.metrics.storage import write_whole
-from flowanchor.programs.checks import check_whole_numbers, choose_dtype
+from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_dtype
 from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.evaluation import Evaluation, WatchedCodec, line_name, sampler_label
 from flowanchor.programs.launch import program
 from flowanchor.programs.processes import Processes
-from flowanchor.provenance import write_run_record
+from flowanchor.provenance import write_program_record
 from flowanchor.sampling.prompts import sample_shape
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     budgets = check_settings(cfg)
     processes = Processes.join(cfg.device)
     console = Console(quiet=not processes.first)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=processes.device, dtype=choose_dtype(cfg.dtype))
+    model = load_model(
+        cfg.checkpoint, cfg.ema_profile, processes.device, choose_dtype(cfg.dtype), base_of_adapters(cfg)
+    )
     sampler = build_sampler(cfg.sampler, model)
     samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
     codec = load_codec(model, cfg.get("codec")).to(processes.device)
@@ -70,6 +72,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         store.begin(cfg.restart)
         evaluator.reference  # noqa: B018 (looked at, and its errors told, before anything is generated)
         run.floor = None if floor_n is None else evaluator.floor(cfg.num_samples)
+        write_program_record(folder, "eval", cfg, used=model.record())
     processes.wait()
     results = measure_all(run, samplers, console)
     if not processes.first:
@@ -161,6 +164,7 @@ def identity(
         **{name: cfg[name] for name in named},
         **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in groups},
         "checkpoint": model.digest,
+        **({"sources": model.sources} if model.sources else {}),
         "ema": model.ema,
         "codec": [codec.fingerprint(), OmegaConf.to_container(cfg.codec) if cfg.get("codec") else None],
         "extractor": evaluator.extractor_digest,
@@ -208,7 +212,6 @@ def _progress(console: Console) -> Progress:
 def main(cfg: DictConfig) -> float | None:
     """Print the table; returns the Frechet distance at the smallest NFE, for sweeps."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    write_run_record(folder, cfg)
     report = evaluate(cfg, folder)
     if report is None:
         return None

@@ -142,6 +142,7 @@ class Evaluation:
         return {
             "checkpoint": str(model.path),
             "checkpoint_hash": model.digest,
+            **({"sources": model.sources} if model.sources else {}),
             "step": model.step,
             "ema": model.ema,
             "kind": model.kind,

@@ -16,9 +16,9 @@ from flowanchor.codecs.load import load_codec
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
 from flowanchor.metrics.sample_file import SampleFile
-from flowanchor.programs.checks import check_whole_numbers, choose_device, choose_dtype
+from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_device, choose_dtype
 from flowanchor.programs.launch import program
-from flowanchor.provenance import write_run_record
+from flowanchor.provenance import write_program_record
 from flowanchor.reporting.grids import save_grid
 from flowanchor.sampling import build_sampler, generate
 from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, read_prompts, sample_shape
@@ -30,9 +30,8 @@ def sample(cfg: DictConfig) -> None:
         raise ConfigError("No checkpoint was given: add checkpoint=PATH (a .ckpt file or a run folder).")
     check_whole_numbers(cfg, num_samples=(1, 64), batch_size=(1, 256), seed=0, grid_images=(1, 100))
     folder = Path(HydraConfig.get().runtime.output_dir)
-    write_run_record(folder, cfg)
     device = choose_device(cfg.device)
-    model = load_model(cfg.checkpoint, ema=cfg.ema_profile, device=device, dtype=choose_dtype(cfg.dtype))
+    model = load_model(cfg.checkpoint, cfg.ema_profile, device, choose_dtype(cfg.dtype), base_of_adapters(cfg))
     sampler = build_sampler(cfg.sampler, model)
     codec = load_codec(model, cfg.get("codec"))
     prompts = choose_prompts(cfg, model)
@@ -42,6 +41,7 @@ def sample(cfg: DictConfig) -> None:
         encoder = load_text_encoder(model, cfg.get("text_encoder")).to(device)
         asked = encode_prompts(encoder, model.backbone, prompts, cfg.negative)
         del encoder  # a large one leaves the device to the network
+    write_program_record(folder, "sample", cfg, used=model.record())
     chunks = generate(
         model.backbone,
         model.interval,

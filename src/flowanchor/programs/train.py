@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.checkpoints import initialise_student, latest_checkpoint
 from flowanchor.checkpoints.lightning import use_run_checkpoints
-from flowanchor.checkpoints.soundness import resume_step
+from flowanchor.checkpoints.soundness import readable
+from flowanchor.checkpoints.sources import weight_settings
 from flowanchor.codecs.load import adopt_statistics, check_codec
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
@@ -26,8 +27,10 @@ from flowanchor.module import FlowModule
 from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
+from flowanchor.programs.resuming import EarlierPart
+from flowanchor.programs.run_identity import RunIdentity
 from flowanchor.programs.score import check_score, measure_score
-from flowanchor.provenance import check_same_run, write_run_record
+from flowanchor.provenance import check_same_run
 from flowanchor.sampling.generate import check_sampler
 
 
@@ -39,10 +42,20 @@ def train(cfg: DictConfig) -> float | None:
     check_batch(cfg)
     check_score(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    resumed = None if cfg.trainer.fast_dev_run else latest_checkpoint(folder)
-    if resumed is not None:
-        check_same_run(folder, cfg)
-    write_run_record(folder, cfg)
+    trained = latest_checkpoint(folder)
+    resumed = None if cfg.trainer.fast_dev_run else trained
+    earlier = None if resumed is None else EarlierPart.read(readable(resumed))
+    if earlier is not None:
+        plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        check_same_run(folder, cfg, earlier.config, known=weight_settings(plain))
+        if 0 < cfg.trainer.max_steps <= earlier.step:
+            rank_zero_info(
+                f"{folder} has already been trained for {earlier.step} steps; raise trainer.max_steps to go on."
+            )
+            return measure_score(cfg, folder) if cfg.score else None
+    elif trained is not None:
+        folder = folder / "fast_dev_run"  # a trial touches nothing of the run that lies here
+    identity = RunIdentity(folder, cfg, earlier)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     if cfg.threads:
@@ -55,15 +68,14 @@ def train(cfg: DictConfig) -> float | None:
     module = build_module(cfg, initialise=resumed is None, deferred=getattr(strategy, "deferred_initialisation", False))
     check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module, strategy)
-    if resumed is not None:
-        done = resume_step(resumed)
-        if 0 < trainer.max_steps <= done:
-            rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
-            return measure_score(cfg, folder) if cfg.score else None
-        rank_zero_info(f"Resuming {folder} from step {done}.")
-    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if cfg.score:
-        return measure_score(cfg, folder)
+    trainer.callbacks.append(identity)  # type: ignore[attr-defined]
+    try:
+        identity.begin(trainer, module)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        if cfg.score:
+            return measure_score(cfg, folder)
+    finally:
+        identity.release()
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
 

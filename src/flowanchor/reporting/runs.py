@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from flowanchor.errors import DataError
+from flowanchor.provenance import read_parts
 
 Series = dict[str, tuple[list[int], list[float]]]  # name -> steps, values
 
@@ -159,8 +160,9 @@ def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run
 
 def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
     path = folder / ".hydra" / "overrides.yaml"
+    recorded = [part["overrides"] for part in read_parts(folder) if "overrides" in part]
     try:
-        words = yaml.safe_load(path.read_text()) if path.is_file() else []
+        words = recorded[-1] if recorded else yaml.safe_load(path.read_text()) if path.is_file() else []
     except yaml.YAMLError as error:
         problems.append(f"{path.name}: {type(error).__name__}")
         words = []

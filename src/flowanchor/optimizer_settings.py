@@ -1,0 +1,45 @@
+"""What an optimizer does after a resume: its moments are the checkpoint's, its settings those that it was made with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container
+from typing import Any
+
+import torch
+
+from flowanchor.errors import CheckpointError
+
+
+def with_own_settings(optimizer: torch.optim.Optimizer, kept: Container[str] = ()) -> torch.optim.Optimizer:
+    """Have an optimizer keep its own settings of every group when the state of another one is loaded into it.
+
+    Settings are what its constructor takes: the rate, betas, decay. What a training changes in a group (a scheduler's
+    rate, counters of an optimizer's own) comes from the state, as do the settings in `kept`. Whatever loads the state,
+    loads it through here. Loading raises `CheckpointError` where the groups are others.
+    """
+    named = set(inspect.signature(type(optimizer).__init__).parameters) - {"self", "params"}
+    own = [{key: value for key, value in group.items() if key in named} for group in optimizer.param_groups]
+
+    def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        theirs = state["param_groups"]
+        sizes = [[len(group["params"]) for group in groups] for groups in (theirs, optimizer.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"The checkpoint's optimizer has groups of {sizes[0]} parameters and this one of {sizes[1]}: resume "
+                "with the settings of the run, or train into a new folder with name=NAME."
+            )
+        groups = []
+        for settings, group in zip(own, theirs, strict=True):
+            if group.get("initial_lr", settings.get("lr")) != settings.get("lr"):
+                raise CheckpointError(
+                    f"optimizer.lr={settings['lr']} cannot take the place of {group['initial_lr']} on a resume, "
+                    "because a scheduler sets the rate: repeat that one, or train into a new folder with name=NAME."
+                )
+            scheduled = {"lr"} if "initial_lr" in group else set()  # the scheduler's present rate
+            new = {key: value for key, value in settings.items() if key not in kept and key not in scheduled}
+            groups.append({**group, **new})
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(load)
+    return optimizer

@@ -1,0 +1,207 @@
+"""One process trains in a run folder at a time: `run.lock` there says which.
+
+A process that was killed leaves its lock behind. On its own machine that is seen at once; from another machine by the
+lock's age, since the holder touches it every few seconds; and a SLURM job that was requeued knows its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from flowanchor.errors import ConfigError
+from flowanchor.provenance import unwritable
+
+LOCK = "run.lock"
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 60.0  # seconds without one after which a process of another machine counts as dead
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that trains."""
+
+    token: str  # of this lock alone
+    host: str
+    pid: int
+    since: str
+    machine: str | None = None  # the kernel that runs it, and its space of process numbers
+    started: str | None = None  # in ticks of that kernel: numbers of processes are used again
+    job: str | None = None  # of SLURM
+    restarts: int = 0  # how often that job was requeued
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(
+            uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, _machine(), _started(os.getpid()), job,
+            int(restarts) if restarts.isdigit() else 0,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class RunLock:
+    """The right to train in a folder: `take()` it, and `release()` it at the end."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / LOCK
+        self.me = Holder.this_process()
+        self.lost = False  # another process has taken it, believing this one dead
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Raise `ConfigError` where another process has it; may wait for `SILENCE` to see whether that one lives."""
+        try:
+            while not self._create():
+                self._check_dead(_read(self.path, patient=True))
+        except OSError as error:
+            raise unwritable(self.path.parent, error) from error
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the lock if it is this process' own."""
+        self._done.set()
+        if self._thread is not None and os.getpid() == self.me.pid:  # not in a child that inherited it
+            self._thread.join()
+            self._thread = None
+            self._remove(self.me)
+
+    def check(self) -> None:
+        """Raise `ConfigError` where another process trains in the folder by now."""
+        if self.lost:
+            raise ConfigError(
+                f"{_read(self.path) or 'Another process'} trains in {self.path.parent} as well, because this one was "
+                "silent for long: this one stops here, the other one goes on."
+            )
+
+    def _create(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(self.me), file)
+        return True
+
+    def _check_dead(self, holder: Holder | None) -> None:
+        """Remove the lock of a dead process; raise `ConfigError` for one that lives."""
+        alive = self._lives(holder) if holder is not None else self._beats()
+        if alive:
+            raise ConfigError(
+                f"Another process trains in {self.path.parent} ({holder or 'unknown'}): wait for it, end it, or pick "
+                f"another name=NAME for this run; if there is no such process any more, remove {self.path}."
+            )
+        if self._remove(holder):
+            rank_zero_info(f"Taking over {self.path.parent} from a process that is no more ({holder or 'unknown'}).")
+
+    def _lives(self, holder: Holder) -> bool:
+        if holder.job is not None and holder.job == self.me.job and holder.restarts < self.me.restarts:
+            return False  # SLURM ends a job before it starts it again
+        if (holder.machine or holder.host) == (self.me.machine or self.me.host):
+            return _is_running(holder)
+        return self._beats()
+
+    def _beats(self) -> bool:
+        """Whether the holder gives a sign of life within `SILENCE` after its last one."""
+        last = _touched(self.path)
+        if last is None:
+            return False
+        waited, told = self._now() - last, False
+        while waited < SILENCE:
+            if not told:
+                rank_zero_info(f"Looking for at most {SILENCE - waited:.0f} s whether {self.path} is still in use.")
+                told = True
+            time.sleep(min(1.0, SILENCE / 10))
+            waited += min(1.0, SILENCE / 10)
+            if _touched(self.path) != last:
+                return True
+        return False
+
+    def _now(self) -> float:
+        """The time by the clock that stamps the files here, which may be that of a server."""
+        probe = self.path.with_name(f"{LOCK}.{self.me.token}")
+        probe.touch()
+        now = _touched(probe)
+        probe.unlink()
+        return time.time() if now is None else now
+
+    def _remove(self, holder: Holder | None) -> bool:
+        """Remove the lock if it is still that holder's: of several that try, one does."""
+        aside = self.path.with_name(f"{LOCK}.{self.me.token}")
+        try:
+            self.path.rename(aside)
+        except OSError:
+            return False
+        taken = _read(aside)
+        if taken != holder and not self.path.exists():  # a new one, by a process that was faster
+            aside.rename(self.path)
+        aside.unlink(missing_ok=True)
+        return taken == holder
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT):
+            holder = _read(self.path)
+            if holder is not None and holder != self.me:
+                self.lost = True
+                return
+            with suppress(OSError):
+                if holder is not None or not self._create():  # somebody has tidied up
+                    os.utime(self.path)
+
+
+def _read(path: Path, patient: bool = False) -> Holder | None:
+    """Who holds a lock; None where there is none, or one that is no record of ours. `patient`: it may be in writing."""
+    for wait in (0.5, 0.0) if patient else (0.0,):
+        with suppress(OSError, ValueError, TypeError):
+            return Holder(**json.loads(path.read_text()))
+        time.sleep(wait)
+    return None
+
+
+def _touched(path: Path) -> float | None:
+    with suppress(OSError), path.open("rb") as file:  # opening it asks a network's server anew
+        return os.fstat(file.fileno()).st_mtime
+    return None
+
+
+def _machine() -> str | None:
+    """What tells apart machines, and containers that cannot see each other's processes; None where nothing does."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began; None where that is unknown, or it has ended and is only not yet reaped."""
+    with suppress(OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else rest[18]
+    return None
+
+
+def _is_running(holder: Holder) -> bool:
+    """Whether a process of this machine is still the one that took the lock."""
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return holder.started is None or _started(holder.pid) == holder.started
