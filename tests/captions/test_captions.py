@@ -118,7 +118,7 @@ def test_bad_sources(tmp_path):
         open_captions(str(folder), file="image")
     with (folder / "table.jsonl").open("a") as file:
         file.write('\n{"file": "00.png", "caption": "again"}')
-    with pytest.raises(DataError, match="00.png is listed twice"):
+    with pytest.raises(DataError, match="table.jsonl lists the image 00.png twice"):
         open_captions(str(folder))
 
 

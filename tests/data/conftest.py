@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -96,3 +99,14 @@ def samples() -> Callable[..., list[tuple[int, bool]]]:
         return found
 
     return read
+
+
+@pytest.fixture(scope="session")
+def hostile() -> ModuleType:
+    """Runs readers on files of strangers (hostile.py)."""
+    spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hostile_files"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from flowanchor.data.pictures import middle
 from flowanchor.errors import ConfigError
 
 MULTIPLE = 16  # of both sides: 8 of Wan's VAE times 2 of a patch
@@ -37,7 +38,8 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
-    """The image scaled until it covers the bucket, and its centre."""
+    """The image scaled until it covers the bucket, and its centre; a line of pixels is cut first."""
+    image = middle(image)
     height, width = size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -12,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import write_tensors
+from flowanchor.base.reading import shown
 from flowanchor.captions.buckets import Size, fit, nearest
 from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
 from flowanchor.captions.sources import HEADER, CaptionedSource
-from flowanchor.encoding.images import UNREADABLE, ImageBatch
+from flowanchor.data.pictures import UNREADABLE, open_picture, picture_size, reason_of
+from flowanchor.encoding.images import ImageBatch
 from flowanchor.encoding.record import EncodingRecord, FinishedShard
 from flowanchor.encoding.writers import DTYPES, disk_space
 from flowanchor.errors import DataError
@@ -52,7 +51,7 @@ def plan(
         try:
             buckets[nearest(_size(source, index), sizes)].append(index)
         except UNREADABLE as error:
-            unreadable.append(f"{source.names[index]}: {_reason(error)}")
+            unreadable.append(f"{shown(source.names[index])}: {reason_of(error)}")
         on_image()
     parts = [
         (size, np.asarray(found[start : start + shard_size], dtype=np.int64))
@@ -66,8 +65,8 @@ def _size(source: CaptionedSource, index: int) -> Size:
     """Height and width, from the beginning of the file where that tells them."""
     for count in (HEADER, None):
         try:
-            with Image.open(io.BytesIO(source.read(index, count))) as image:
-                return image.height, image.width
+            width, height = picture_size(source.read(index, count))
+            return height, width
         except UNREADABLE:
             if count is None:
                 raise
@@ -88,11 +87,10 @@ class _Fitted(Dataset[ImageBatch]):
         images, indices, unreadable = [], [], []
         for index in wanted.tolist():
             try:
-                with Image.open(io.BytesIO(self.source.read(index))) as image:
-                    images.append(pil_to_tensor(fit(image.convert("RGB"), size)))
+                images.append(pil_to_tensor(fit(open_picture(self.source.read(index), "RGB"), size)))
                 indices.append(index)
             except UNREADABLE as error:
-                unreadable.append(f"{self.source.names[index]}: {_reason(error)}")
+                unreadable.append(f"{shown(self.source.names[index])}: {reason_of(error)}")
         stacked = torch.stack(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
         return ImageBatch(stacked, np.asarray(indices, dtype=np.int64), unreadable)
 
@@ -220,10 +218,6 @@ class CaptionEncoder:
         )
         manifest.write(self.out)
         return manifest
-
-
-def _reason(error: BaseException) -> str:
-    return re.sub(r" <.*>", "", str(error))[:100]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowanchor.base.files import replacing, save_tensors, sha256, write_json
+from flowanchor.base.reading import read_regular, shown
+from flowanchor.data.latent_files import FLOATS, WHOLE
 from flowanchor.encoding.writers import disk_space
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import MANIFEST, Shard
+from flowanchor.latents.manifest import LONGEST, MANIFEST, Shard, check_kinds, check_shards
 
 FORMAT = 1
 NEGATIVE = "negative.safetensors"
@@ -56,16 +59,29 @@ class CaptionManifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(path, LONGEST))
             if content.get("kind") != "captions":
                 raise DataError(f"{path} is that of another kind of data: give a folder of encode.py data=captions.")
             found = {key: value for key, value in content.items() if key in {f.name for f in fields(cls)}}
             found["shards"] = tuple(Shard(**shard) for shard in found["shards"])
             found["sizes"] = tuple(tuple(size) for size in found["sizes"])
             found["shape"], found["unreadable"] = tuple(found["shape"]), tuple(found["unreadable"])
-            return cls(**found)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error}): run encode.py again, which completes the folder.") from error
+            manifest = cls(**found)
+            manifest._check()
+            return manifest
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{path} is damaged ({shown(error)[:200]}): run encode.py again, which completes the folder."
+            ) from error
+
+    def _check(self) -> None:
+        """Raise `ValueError` where a value is of another kind than it has to be."""
+        check_kinds(str, self.negative, *self.unreadable)
+        check_kinds(int, self.count, self.text_width, *self.shape, *(side for size in self.sizes for side in size))
+        check_kinds(dict, self.codec, self.text_encoder, self.source)
+        check_shards(self.shards)
+        if len(self.shape) != 2 or len(self.sizes) != len(self.shards) or any(len(size) != 2 for size in self.sizes):
+            raise ValueError("its shape or its sizes are none")
 
 
 def write_file(
@@ -93,14 +109,27 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 class CaptionFile:
     """One file, mapped into memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, count: int | None = None) -> None:
         self.path = path
         try:
+            if not path.is_file():
+                raise OSError("no such file")
             self._file = safe_open(path, framework="pt")
             self._latents, self._text = self._file.get_slice("latents"), self._file.get_slice("text")
+            starts = [self._file.get_slice(name) for name in ("text_start", "caption_start")]
+            kinds = [part.get_dtype() in FLOATS for part in (self._latents, self._text)]
+            kinds += [part.get_dtype() in WHOLE for part in starts]
+            sides = [len(part.get_shape()) for part in (self._latents, self._text, *starts)]
+            if not all(kinds) or sides != [5, 2, 1, 1]:
+                raise ValueError("tensors of other types or shapes")
             self.text_start = self._file.get_tensor("text_start").tolist()
             self.caption_start = self._file.get_tensor("caption_start").tolist()
-        except (SafetensorError, OSError) as error:
+            rows = self._latents.get_shape()[0]
+            if len(self.caption_start) != rows + 1 or count not in (None, rows):
+                raise ValueError(f"{rows} images, captions of {len(self.caption_start) - 1}")
+            _check_starts(self.text_start, self._text.get_shape()[0], 0)
+            _check_starts(self.caption_start, len(self.text_start) - 1, 1)
+        except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): delete it and run encode.py again.") from error
 
     def latents(self, rows: Sequence[int]) -> Tensor:
@@ -109,7 +138,16 @@ class CaptionFile:
 
     def texts(self) -> list[list[str]]:
         """The captions of every sample."""
-        return list(json.loads(self._file.metadata()["samples"])["captions"])
+        try:
+            found = json.loads(self._file.metadata()["samples"])["captions"]
+            for captions in found:
+                check_kinds(list, captions)
+                check_kinds(str, *captions)
+            if [len(captions) for captions in found] != [b - a for a, b in pairwise(self.caption_start)]:
+                raise ValueError("captions of other images")
+            return list(found)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{self.path} holds no captions ({error}): delete it and run encode.py again.") from error
 
     def captions(self, row: int) -> int:
         """How many captions a sample has."""
@@ -120,3 +158,23 @@ class CaptionFile:
         number = self.caption_start[row] + caption
         found: Tensor = self._text[self.text_start[number] : self.text_start[number + 1]]
         return found.float()
+
+
+def read_negative(folder: Path) -> Tensor:
+    """The embeddings [L, D] of the negative prompt, as stored; raises `DataError`."""
+    path = folder / NEGATIVE
+    try:
+        if not path.is_file():
+            raise OSError("no such file")
+        with safe_open(path, framework="pt") as file:
+            if (part := file.get_slice("text")).get_dtype() not in FLOATS or len(part.get_shape()) != 2:
+                raise ValueError("tensors of other types or shapes")
+            return file.get_tensor("text")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): run encode.py again, which completes the folder.") from error
+
+
+def _check_starts(starts: list[int], end: int, step: int) -> None:
+    """Raise `ValueError` unless the numbers go from 0 to `end`, each at least `step` above the one before."""
+    if starts[:1] != [0] or starts[-1] != end or any(b - a < step for a, b in pairwise(starts)):
+        raise ValueError("places of captions that do not fit together")

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
+from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowanchor.encoding.sources import IMAGES, Member, Source, members
+from flowanchor.base.reading import open_regular, read_regular, shown
+from flowanchor.data.pictures import BYTES
+from flowanchor.data.tar_members import Content
+from flowanchor.encoding.sources import Source
+from flowanchor.encoding.tars import read_member, read_tar, tar_names, tell_unused
 from flowanchor.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl")
+NOTE = 1 << 24  # bytes of a line of a table, and of a caption's file in a tar, at most
 HEADER = 1 << 15  # bytes of a file that nearly always tell an image's size
 
 
@@ -34,7 +42,7 @@ class CaptionedSource(Source):
     def read(self, index: int, count: int | None = None) -> bytes:
         """The image's file, undecoded, or its first `count` bytes; raises `OSError` where it cannot be read."""
 
-    def _take(self, found: Iterator[tuple[str, Any]]) -> None:
+    def _take(self, found: Iterator[tuple[str, Any]], where: object) -> None:
         self.names, self.captions, self.uncaptioned = [], [], []
         for name, captions in found:
             texts = _texts(captions)
@@ -42,11 +50,13 @@ class CaptionedSource(Source):
                 self.names.append(name)
                 self.captions.append(texts)
             else:
-                self.uncaptioned.append(f"{name}: no caption")
+                self.uncaptioned.append(f"{shown(name)}: no caption")
         if len(set(self.names)) != len(self.names):
             seen: set[str] = set()
             twice = next(name for name in self.names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"The image {twice} is listed twice: list its captions together, as a JSON list.")
+            raise DataError(
+                f"{shown(where)} lists the image {shown(twice)} twice: list its captions together, as a JSON list."
+            )
         self.labels, self.num_classes = np.zeros(len(self.names), dtype=np.int64), 0
 
     def digest(self) -> str:
@@ -64,11 +74,10 @@ class TableSource(CaptionedSource):
 
     def __init__(self, table: Path, file: str = "file", caption: str = "caption") -> None:
         self.root = table.parent
-        self._take((str(row[file]), row.get(caption)) for row in _rows(table, file, caption))
+        self._take(((str(row[file]), row.get(caption)) for row in _rows(table, file, caption)), table)
 
     def read(self, index: int, count: int | None = None) -> bytes:
-        with (self.root / self.names[index]).open("rb") as file:
-            return file.read(-1 if count is None else count)
+        return read_regular(self.root / self.names[index], BYTES, count=count)
 
 
 class TarCaptions(CaptionedSource):
@@ -76,21 +85,23 @@ class TarCaptions(CaptionedSource):
 
     def __init__(self, tars: list[Path], caption: str = "caption") -> None:
         self.tars = tars
-        places = {}
-        found = []
-        for number, path in enumerate(tars):
-            for key, place, text in _samples(path, caption):
-                name = f"{path.name}/{key}"
-                places[name] = (number, *place)
-                found.append((name, text))
-        self._take(iter(found))
+        places, found, unused = {}, [], Counter[str]()
+        for number, (path, tar) in enumerate(zip(tars, tar_names(tars), strict=True)):
+            content = read_tar(path, ("txt", "json"))
+            for key, place in content.images.items():
+                places[f"{tar}/{key}"] = (number, place)
+                text = None
+                for extension, note in content.notes.get(key, {}).items():  # the last one counts
+                    text = _caption(note, extension, f"{shown(key)}.{extension} of {shown(path)}", caption)
+                found.append((f"{tar}/{key}", text))
+            unused += content.unused
+        self._take(iter(found), "data.root")
         self._places = [places[name] for name in self.names]
+        self.remarks = tuple(tell_unused(unused))
 
     def read(self, index: int, count: int | None = None) -> bytes:
-        number, offset, size = self._places[index]
-        with self.tars[number].open("rb") as file:
-            file.seek(offset)
-            return file.read(size if count is None else min(size, count))
+        number, place = self._places[index]
+        return read_member(self.tars[number], place, count)
 
 
 def open_captions(root: str | None, file: str = "file", caption: str = "caption") -> CaptionedSource:
@@ -127,21 +138,42 @@ def read_captions(table: Path, caption: str = "caption") -> list[str]:
 
 
 def _rows(table: Path, file: str | None, caption: str) -> Iterator[dict[str, Any]]:
-    with table.open(encoding="utf-8", newline="") as lines:
+    """The rows of a table; raises `DataError` with the number of one that cannot be read or lacks a column."""
+    rows = _parsed(table)
+    for number in counting(1):
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"Row {number} of {shown(table)} cannot be read ({shown(reason)[:120]}): correct it."
+            ) from error
+        if row is None:
+            return
+        if not isinstance(row, dict) or file not in (*row, None) or caption not in row and number == 1:
+            known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise DataError(
+                f"Row {number} of {shown(table)} has no column '{caption}' (it has {shown(known)[:200]}): add it."
+                if file is None
+                else f"Row {number} of {shown(table)} has no columns '{file}' and '{caption}' (it has "
+                f"{shown(known)[:200]}): name them by captions.file= and captions.caption=."
+            )
+        yield row
+
+
+def _parsed(table: Path) -> Iterator[Any]:
+    with io.TextIOWrapper(open_regular(table), encoding="utf-8-sig", newline="") as text:
         if table.suffix == ".csv":
-            rows: Iterator[Any] = iter(csv.DictReader(lines))
+            yield from csv.DictReader(_lines(text))
         else:
-            rows = (json.loads(line) for line in lines if line.strip())
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or file not in (*row, None) or caption not in row and number == 1:
-                known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise DataError(
-                    f"Row {number} of {table} has no column '{caption}' (it has {known}): add it."
-                    if file is None
-                    else f"Row {number} of {table} has no columns '{file}' and '{caption}' (it has {known}): name them "
-                    "by captions.file= and captions.caption=."
-                )
-            yield row
+            yield from (json.loads(line) for line in _lines(text) if line.strip())
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(NOTE):
+        if len(line) == NOTE:
+            raise ValueError(f"a line of more than {NOTE:,} letters")
+        yield line
 
 
 def _texts(found: Any) -> tuple[str, ...]:
@@ -149,30 +181,25 @@ def _texts(found: Any) -> tuple[str, ...]:
     if isinstance(found, str) and found.lstrip().startswith("["):
         try:
             found = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):  # a text that begins so
             pass
-    texts = found if isinstance(found, list) else [found]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    texts = [_whole(text) for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+    return tuple(text for text in texts if text)
 
 
-def _samples(path: Path, caption: str) -> Iterator[tuple[str, tuple[int, int], Any]]:
-    """Key, offset and size, caption of each image in a tar."""
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, Any] = {}
-    for member in members(path):
-        if member.extension in IMAGES:
-            images[member.key] = (member.offset, member.size)
-        elif member.extension in ("txt", "json"):
-            texts[member.key] = _caption(member, path, caption)
-    for key, place in images.items():
-        yield key, place, texts.get(key)
+def _whole(text: str) -> str:
+    """Without blanks around it, and without halves of letters, which JSON can hold and no encoder takes."""
+    return text.strip().encode(errors="replace").decode()
 
 
-def _caption(member: Member, path: Path, caption: str) -> Any:
-    text = member.read().decode("utf-8", errors="replace")
-    if member.extension == "txt":
+def _caption(content: Content, extension: str, name: str, caption: str) -> Any:
+    """What a file of a tar says of an image."""
+    if len(content) > NOTE:
+        raise DataError(f"{name} has {len(content):,} bytes, more than a caption: leave it out.")
+    text = bytes(content).decode("utf-8", errors="replace")
+    if extension == "txt":
         return text
     try:
         return json.loads(text).get(caption)
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{member.name} of {path} is no JSON object: it must hold the entry '{caption}'.") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{name} is no JSON object: it must hold the entry '{caption}'.") from error

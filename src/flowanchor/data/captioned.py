@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowanchor.captions.files import NEGATIVE, CaptionFile, CaptionManifest
+from flowanchor.captions.files import CaptionFile, CaptionManifest, read_negative
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import no_images
 from flowanchor.data.epoch_sampler import EpochBatchSampler
@@ -74,7 +73,7 @@ class CaptionedDataModule(FlowDataModule):
                     f"data.{name}={getattr(self, name)}, but {self.root}/manifest.json says {theirs}: use "
                     f"data.{name}={theirs}."
                 )
-        self.null_condition: Tensor = load_file(self.root / NEGATIVE)["text"]
+        self.null_condition: Tensor = read_negative(self.root)
         self._examples: CaptionBatches | None = None
 
     def fixed_prompts(self, count: int) -> tuple[list[str], Tensor]:
@@ -118,7 +117,7 @@ class CaptionBatches(Dataset):
     """Samples of all files, under the indices of `EpochBatchSampler(views=True)`."""
 
     def __init__(self, root: Path, manifest: CaptionManifest, seed: int, shortest: int) -> None:
-        self.files = [CaptionFile(root / shard.file) for shard in manifest.shards]
+        self.files = [CaptionFile(root / shard.file, shard.count) for shard in manifest.shards]
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in manifest.shards])])
         self.seed, self.shortest = seed, shortest
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from flowanchor.base.reading import read_regular, shown
+from flowanchor.data.array_pickle import load_arrays
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ArrayImages, ImageSet, interleave_classes
 from flowanchor.errors import ConfigError, DataError
@@ -16,6 +16,7 @@ from flowanchor.errors import ConfigError, DataError
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)
 FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
+BYTES = 1 << 30  # of a file at most; one of CIFAR-10 has 31 million
 PARTS = {"train": [f"data_batch_{number}" for number in range(1, 6)], "heldout": ["test_batch"]}
 
 
@@ -97,38 +98,23 @@ class CIFAR10DataModule(FlowDataModule):
             images = pixels.reshape(-1, *SHAPE)
             if len(images) != len(labels) or labels.max(initial=0) > 9 or labels.min(initial=0) < 0:
                 raise ValueError(f"{len(images)} images and {len(labels)} labels up to {labels.max(initial=0)}")
-        except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
-                f"{path} is damaged or no file of CIFAR-10 ({error}): delete it and add data.download=true, or set "
-                "data.root=FOLDER to a folder with the original files."
+                f"{path} is damaged or no file of CIFAR-10 ({shown(error)[:200]}): delete it and add "
+                "data.download=true, or set data.root=FOLDER to a folder with the original files."
             ) from error
         return images, labels
 
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one label and 3,072 pixels."""
-    rows = np.frombuffer(path.read_bytes(), dtype=np.uint8).reshape(-1, 1 + int(np.prod(SHAPE)))
+    rows = np.frombuffer(read_regular(path, BYTES), dtype=np.uint8).reshape(-1, 1 + int(np.prod(SHAPE)))
     return rows[:, 1:].copy(), rows[:, 0].astype(np.int64)
 
 
 def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with path.open("rb") as file:
-        content = _ArraysOnly(file, encoding="bytes").load()
-    return np.asarray(content[b"data"], dtype=np.uint8), np.asarray(content[b"labels"], dtype=np.int64)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Makes NumPy arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            from numpy._core.multiarray import _reconstruct
-
-            return _reconstruct
-        if (module, name) == ("_codecs", "encode"):  # bytes, as later versions of Python pickle them
-            import _codecs
-
-            return _codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR-10 holds")
+    content = load_arrays(read_regular(path, BYTES))
+    pixels, labels = content[b"data"], content[b"labels"]
+    if not isinstance(pixels, np.ndarray) or not isinstance(labels, list) or any(type(n) is not int for n in labels):
+        raise ValueError("its data is no array, or its labels are no list of whole numbers")
+    return pixels, np.asarray(labels, dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from flowanchor.base.reading import open_regular
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ArrayImages, ImageSet, interleave_classes
 from flowanchor.errors import ConfigError, DataError
 
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDE = 28
+BYTES = 1 << 30  # of an unpacked file at most; that of Fashion-MNIST has 47 million
 FOLDERS = ("", "raw", "FashionMNIST/raw", "MNIST/raw")  # the folder itself, or torchvision's layout
 
 
@@ -111,10 +114,21 @@ class FashionMNISTDataModule(FlowDataModule):
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes, plain or gzipped: magic number `0 0 8 d`, `d` big-endian sizes, the bytes."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    magic, *shape = struct.unpack_from(f">{1 + dimensions}I", raw)
-    if magic != 0x0800 + dimensions:
-        raise ValueError(f"magic number {magic:#x} instead of {0x0800 + dimensions:#x}")
-    content = np.frombuffer(raw, dtype=np.uint8, offset=4 * (1 + dimensions))
-    return content.reshape(shape).copy()
+    """An IDX file of unsigned bytes, plain or gzipped: magic number `0 0 8 d`, `d` big-endian sizes, the bytes.
+
+    Raises `ValueError` for sizes that are not those of the bytes; no more is read, or unpacked, than they say.
+    """
+    zipped = path.suffix == ".gz"
+    with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) if zipped else raw as file:
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 * (1 + dimensions)))
+        if magic != 0x0800 + dimensions:
+            raise ValueError(f"magic number {magic:#x} instead of {0x0800 + dimensions:#x}")
+        count = math.prod(shape)
+        if count > BYTES:
+            raise ValueError(f"{count:,} bytes, by its header")
+        content = file.read(count + 1)
+    if len(content) != count:
+        raise ValueError(
+            f"{'more than ' if len(content) > count else ''}{min(len(content), count):,} of {count:,} bytes"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()

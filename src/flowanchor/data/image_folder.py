@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.files import sha256
+from flowanchor.base.reading import shown
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ImageSet, split_heldout
+from flowanchor.data.pictures import EXTENSIONS, PictureError, class_folders, open_picture, picture_files
 from flowanchor.errors import ConfigError, DataError
 
 
@@ -77,38 +78,44 @@ class ImageFolderDataModule(FlowDataModule):
         return {"train": everything.subset(train), "heldout": everything.subset(heldout)}
 
     def _labelled_files(self) -> tuple[list[Path], np.ndarray]:
-        try:
-            found = ImageFolder(str(self.root))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(self._why_unlabelled(error)) from error
-        if len(found.classes) != self.num_classes:
-            raise DataError(
-                f"{self.root} has {len(found.classes)} class folders, but data.num_classes={self.num_classes}: "
-                f"add data.num_classes={len(found.classes)}."
+        folders = class_folders(self.root) if self.root.is_dir() else []
+        if not folders:
+            raise DataError(self._why_unlabelled())
+        files, labels = [], []
+        for label, folder in enumerate(folders):
+            found = sorted(
+                picture_files(self.root / folder, links=True), key=lambda path: (str(path.parent), path.name)
             )
-        self.class_names = tuple(found.classes)
-        return [Path(path) for path, _ in found.samples], np.asarray(found.targets, dtype=np.int64)
+            if not found:
+                raise DataError(
+                    f"{self.root} has a class folder without images, {folder}: remove it, or add images ("
+                    f"{', '.join(EXTENSIONS)})."
+                )
+            files += found
+            labels += [label] * len(found)
+        if len(folders) != self.num_classes:
+            raise DataError(
+                f"{self.root} has {len(folders)} class folders, but data.num_classes={self.num_classes}: "
+                f"add data.num_classes={len(folders)}."
+            )
+        self.class_names = tuple(folders)
+        return files, np.asarray(labels, dtype=np.int64)
 
-    def _why_unlabelled(self, error: Exception) -> str:
+    def _why_unlabelled(self) -> str:
         if not self.root.is_dir():
             return f"There is no folder {self.root}: set data.root=FOLDER to a folder with one subfolder per class."
-        if not any(entry.is_dir() for entry in self.root.iterdir()):
-            loose = "images but no" if any(_is_image(path) for path in self.root.iterdir()) else "neither images nor"
-            return (
-                f"{self.root} has {loose} class subfolders: sort the images into one subfolder per class, or train "
-                "without labels by data.labelled=false data.num_classes=0."
-            )
+        loose = "images but no" if any(picture_files(self.root)) else "neither images nor"
         return (
-            f"{self.root} has a class folder without images ({str(error).split('.')[0]}): remove it, or add images ("
-            f"{', '.join(IMG_EXTENSIONS)})."
+            f"{self.root} has {loose} class subfolders: sort the images into one subfolder per class, or train "
+            "without labels by data.labelled=false data.num_classes=0."
         )
 
     def _unlabelled_files(self) -> list[Path]:
-        files = sorted(path for path in self.root.rglob("*") if _is_image(path)) if self.root.is_dir() else []
+        files = sorted(picture_files(self.root)) if self.root.is_dir() else []
         if not files:
             what = "are no images in" if self.root.is_dir() else "is no folder"
             raise DataError(
-                f"There {what} {self.root}: set data.root=FOLDER to a folder with images ({', '.join(IMG_EXTENSIONS)})."
+                f"There {what} {self.root}: set data.root=FOLDER to a folder with images ({', '.join(EXTENSIONS)})."
             )
         return files
 
@@ -126,21 +133,17 @@ class FolderImages(ImageSet):
     def __getitem__(self, index: int) -> Tensor:
         path = self.files[index]
         try:
-            with Image.open(path) as image:
-                pixels = image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+            pixels = open_picture(path, "L" if self.channels == 1 else "RGB")
+        except PictureError as error:
             raise DataError(
-                f"{path} cannot be read as an image ({error}): repair the file or remove it from data.root={self.root}."
+                f"{shown(path)} cannot be read as an image ({error.reason}): repair the file or remove it from "
+                f"data.root={self.root}."
             ) from error
         return pil_to_tensor(ImageOps.fit(pixels, (self.size, self.size), method=Image.Resampling.BICUBIC))
 
     def digest(self) -> str:
         content = hashlib.sha256(repr((self.channels, self.size)).encode())
         for path in self.files:
-            content.update(path.relative_to(self.root).as_posix().encode())
-            content.update(hashlib.sha256(path.read_bytes()).digest())
+            content.update(path.relative_to(self.root).as_posix().encode(errors="surrogateescape"))
+            content.update(bytes.fromhex(sha256(path)))
         return content.hexdigest()
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()

@@ -11,9 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowanchor.base.reading import shown
 from flowanchor.errors import DataError
 
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
+FLOATS = ("F64", "F32", "F16", "BF16")  # of latents, by safetensors' names
+WHOLE = ("I64", "I32", "I16", "I8", "U8")  # of labels
 
 
 class LatentFiles:
@@ -32,7 +35,7 @@ class LatentFiles:
     """
 
     def __init__(self, root: Path, expected: Sequence[str] = ()) -> None:
-        self.paths = sorted(root.glob("*.safetensors"))
+        self.paths = sorted(path for path in root.glob("*.safetensors") if path.is_file())
         missing = sorted(set(expected) - {path.name for path in self.paths})
         if missing:
             raise DataError(f"{root / missing[0]} is gone ({len(missing)} of {len(expected)}): copy it again.")
@@ -50,6 +53,10 @@ class LatentFiles:
             if shape != self.shape:
                 raise DataError(f"{path} holds latents of {shape} and {self.paths[0].name} of {self.shape}: sort them.")
         self.labels = np.concatenate(labels)
+        if not len(self.labels):
+            raise DataError(
+                f"{self.paths[0]} holds no latents: encode images into it by python src/encode.py out={root}."
+            )
         self._ends = np.cumsum([len(label) for label in labels])
         self._mapped: list[tuple[Tensor, Tensor]] | None = None
 
@@ -87,7 +94,14 @@ def _describe(path: Path) -> tuple[tuple[int, ...], np.ndarray, bool]:
             keys = set(file.keys())
             for key in (LATENTS, LABELS):
                 if key not in keys:
-                    raise DataError(f"{path} holds no '{key}' ({', '.join(sorted(keys))}): encode the images again.")
+                    raise DataError(
+                        f"{path} holds no '{key}' ({shown(', '.join(sorted(keys)))[:200]}): encode the images again."
+                    )
+            for key, types in ((LATENTS, FLOATS), (FLIPPED, FLOATS), (LABELS, WHOLE)):
+                if key in keys and (found := file.get_slice(key).get_dtype()) not in types:
+                    raise DataError(
+                        f"{path} holds '{key}' of type {found}, not {' or '.join(types)}: encode them again."
+                    )
             shape = tuple(file.get_slice(LATENTS).get_shape())
             labels = file.get_tensor(LABELS).numpy().astype(np.int64).reshape(-1)
             if FLIPPED in keys and tuple(file.get_slice(FLIPPED).get_shape()) != shape:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowanchor.base.reading import open_regular, read_regular, shown
+from flowanchor.data.npy import Header, byte_count, read_header
+from flowanchor.data.tar_members import BLOCK, Content, Entry, compression, mapped_members, streamed_members
 from flowanchor.data.tar_plan import Stretch
 from flowanchor.errors import ConfigError, DataError
 
-BLOCK = 512
-Content = bytes | memoryview
+INDEX = 1 << 28  # bytes of an index at most
+SAMPLES = 10_000_000  # of a tar at most
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 
 
 class TarSample(NamedTuple):
@@ -27,7 +30,7 @@ class TarSample(NamedTuple):
     files: dict[str, Content]
 
     def __str__(self) -> str:
-        return f"Sample {self.key} of {self.url}"
+        return f"Sample {shown(self.key)} of {self.url}"
 
 
 def expand(root: str) -> list[str]:
@@ -64,25 +67,33 @@ def count_samples(urls: list[str], index: str | None) -> list[int]:
         if remote:
             raise ConfigError(f"How many samples are in {remote[0]} is not known: add data.index=FILE or URL.")
         return [sum(1 for _ in read_shard(url)) for url in urls]
-    known = {_tar_name(shard["url"]): int(shard["nsamples"]) for shard in _read_index(index)}
+    known = _read_index(index)
     missing = [url for url in urls if _tar_name(url) not in known]
     if missing:
         raise DataError(f"{index} does not list {missing[0]}: use the index that was written with these tars.")
-    return [known[_tar_name(url)] for url in urls]
+    counts = [known[_tar_name(url)] for url in urls]
+    for url, count in zip(urls, counts, strict=True):
+        most = SAMPLES if is_remote(url) or _is_compressed(url) else Path(url).stat().st_size // (2 * BLOCK)
+        if count > most:
+            raise DataError(
+                f"{url} is truncated, or {index} is wrong: it cannot hold {count:,} samples: copy both again."
+            )
+    return counts
 
 
 def read_shard(url: str) -> Iterator[TarSample]:
     """The samples of one tar; raises `DataError` where it cannot be read to its end."""
-    members = _streamed(url) if is_remote(url) or not _is_plain(url) else _mapped(url)
     key: str | None = None
     files: dict[str, Content] = {}
-    for name, content in members:
+    for name, content in _members(url):
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if folder + slash + stem != key:
             if key is not None:
                 yield TarSample(url, key, files)
             key, files = folder + slash + stem, {}
+        if extension in files:
+            raise DataError(f"{url} holds {shown(name)} twice: keys must be unique within a tar.")
         files[extension] = content
     if key is not None:
         yield TarSample(url, key, files)
@@ -117,91 +128,79 @@ def _part(
 
 
 def decode_array(content: Content) -> np.ndarray:
-    """The array of a `.npy` file, without copying its values; raises `ValueError`."""
+    """The floating-point numbers of a `.npy` file, without copying them; raises `ValueError`."""
     length = 10 + int.from_bytes(bytes(content[8:10]), "little")
-    shape, dtype = _header(bytes(content[:length]))
+    shape, dtype = header = _header(bytes(content[:length]))
+    if byte_count(header) != len(content) - length:
+        raise ValueError(f"{len(content) - length:,} bytes for an array of {_by(shape)}, {dtype}")
     return np.frombuffer(content, dtype, offset=length).reshape(shape)
 
 
-_HEADERS: dict[bytes, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+_HEADERS: dict[bytes, Header] = {}
 
 
-def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _header(header: bytes) -> Header:
     """Shape and type; parsing takes longer than reading an array, and all of a set have the same."""
     if header not in _HEADERS:
-        stream = io.BytesIO(header)
-        if np.lib.format.read_magic(stream) != (1, 0):
+        if header[6:8] != b"\x01\x00":
             raise ValueError("a .npy file of another version than 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if fortran or dtype.hasobject:
-            raise ValueError("an array of objects, or in Fortran's order")
-        _HEADERS[header] = (shape, dtype)
+        if len(_HEADERS) > 1000:  # no set of latents
+            _HEADERS.clear()
+        _HEADERS[header] = read_header(io.BytesIO(header))
     return _HEADERS[header]
 
 
 # ------------------------------------------------------------------------------------------------------------- members
 
 
-def _is_plain(url: str) -> bool:
-    """Whether a local tar starts as those that `_mapped` reads; others have long names or are compressed."""
+def _members(url: str) -> Iterator[tuple[str, Content]]:
+    """Names and contents of a tar's files; of a local one that is not compressed, the contents are views of it."""
+    for member in _entries(url):
+        if member.kind in ("link", "special"):
+            raise DataError(f"{url} holds {shown(member.name)}, which is no file but a {member.kind}: leave it out.")
+        if member.kind == "file" and not _META.match(member.name):
+            yield member.name, member.content
+
+
+def _entries(url: str) -> Iterator[Entry]:
+    if not is_remote(url) and not _is_compressed(url):
+        yield from mapped_members(url)
+        return
     try:
-        with open(url, "rb") as file:
-            header = file.read(BLOCK)
-    except OSError as error:
-        raise DataError(f"{url} cannot be read ({error}): correct data.root.") from error
-    return header[257:262] == b"ustar" and header[156:157] in b"0\0"
-
-
-def _mapped(url: str) -> Iterator[tuple[str, Content]]:
-    """Names and contents of a local tar's files; the contents are views of the file."""
-    with open(url, "rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    offset, name = 0, ""
-    while offset + BLOCK <= len(whole):
-        header = bytes(whole[offset : offset + BLOCK])
-        if not header.rstrip(b"\0"):
-            return
-        try:
-            size = int(header[124:136].rstrip(b" \0") or b"0", 8)
-            names = [part.rstrip(b"\0").decode() for part in (header[345:500], header[:100])]
-        except ValueError as error:
-            raise DataError(f"{url} is damaged after sample {name}: copy it again.") from error
-        name = "/".join(filter(None, names))
-        offset += BLOCK
-        if offset + size > len(whole):
-            raise DataError(f"{url} is truncated within {name}: copy it again.")
-        kind = header[156:157]
-        if kind in b"0\0":
-            yield name, whole[offset : offset + size]
-        elif kind != b"5":  # a folder
-            raise DataError(f"{url} holds {name}, a special file: write the tar with plain names (format ustar).")
-        offset += -(-size // BLOCK) * BLOCK
-    raise DataError(f"{url} is truncated after {name}: copy it again.")
-
-
-def _streamed(url: str) -> Iterator[tuple[str, Content]]:
-    """The same from anything that webdataset opens."""
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import tar_file_expander
-
-    try:
-        for member in tar_file_expander([{"url": url, "stream": gopen(url)}]):
-            if "fname" in member:  # else it marks the end of a tar
-                yield member["fname"], member["data"]
+        with _opened(url) as stream:
+            yield from streamed_members(stream, url)
     except DataError:
         raise
-    except Exception as error:  # whatever the transport and tarfile raise
+    except Exception as error:  # whatever the transport and the decompression raise
         raise DataError(f"{url} cannot be read to its end ({_first(error)}): check it, or the connection.") from error
 
 
-def _read_index(index: str) -> list[Mapping[str, Any]]:
+def _opened(url: str) -> Any:
+    if not is_remote(url):
+        return open_regular(Path(url.removeprefix("file:")).expanduser())
     from webdataset.gopen import gopen
 
+    return gopen(url)
+
+
+def _is_compressed(path: str) -> bool:
     try:
-        with gopen(index) as stream:
-            content: list[Mapping[str, Any]] = json.loads(stream.read())["shardlist"]
-        return content
-    except Exception as error:  # whatever the transport raises
+        return compression(read_regular(path, most=8, count=8)) is not None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): correct data.root.") from error
+
+
+def _read_index(index: str) -> dict[str, int]:
+    """Samples per tar, by its name."""
+    try:
+        with _opened(index) as stream:
+            shards = json.loads(stream.read(INDEX))["shardlist"]
+        known = {_tar_name(shard["url"]): shard["nsamples"] for shard in shards}
+        wrong = [value for value in known.values() if type(value) is not int or value < 0]
+        if wrong:
+            raise ValueError(f"nsamples is {str(wrong[0])[:40]!r}")
+        return known
+    except Exception as error:  # whatever the transport raises, and what is no such index
         raise DataError(f"{index} cannot be read as an index of tars ({_first(error)}): give encode.py's.") from error
 
 
@@ -212,4 +211,8 @@ def _tar_name(url: str) -> str:
 
 
 def _first(error: Exception) -> str:
-    return f"{type(error).__name__} {error.args[0] if error.args else ''}".strip()[:120]
+    return shown(f"{type(error).__name__} {error.args[0] if error.args else ''}".strip()[:120])
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one value"

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from flowanchor.base.reading import shown
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import BadSamples, StoredLatents, no_images, read_description, read_statistics
 from flowanchor.data.epoch_sampler import Failed, warn_of_another_order
 from flowanchor.data.images import ImageSet
+from flowanchor.data.labels import read_label, shown_label
 from flowanchor.data.tar_plan import TarPlan
 from flowanchor.data.tar_reader import (
     TarSample,
@@ -181,11 +183,14 @@ class TarBatches(IterableDataset):
 
     def values(self, sample: TarSample, view: int) -> np.ndarray:
         """[C, h, w] of one sample as stored; raises `DataError` where the whole set is another one."""
+        if "npy" not in sample.files:
+            raise _Fault(f"{sample} has no .npy (it has {', '.join(shown(f'.{name}') for name in sample.files)[:100]})")
         try:
             array = decode_array(sample.files["npy"])
-        except (KeyError, ValueError) as error:
-            what = "has no .npy" if isinstance(error, KeyError) else f"has a damaged .npy ({error})"
-            raise _Fault(f"{sample} {what}") from error
+        except ValueError as error:
+            raise _Fault(f"{sample} has a damaged .npy ({error})") from error
+        if not array.ndim or not len(array):
+            raise _Fault(f"{sample} has an empty .npy")
         self.stored.check_shape(array.shape[1:], sample)
         if self.flips and len(array) < 2:
             raise DataError(f"{sample} holds no mirrored latents: add data.flips=false.")
@@ -196,10 +201,13 @@ class TarBatches(IterableDataset):
         """The class of one sample, 0 without classes."""
         if not self.num_classes:
             return 0
-        text = bytes(sample.files.get("cls", b"nothing")).decode(errors="replace").strip()
-        if not (text.isdigit() and int(text) < self.num_classes):
-            raise _Fault(f"{sample} has label {text[:20]}, which is none of data.num_classes={self.num_classes}")
-        return int(text)
+        text = sample.files.get("cls", b"nothing")
+        label = read_label(text)
+        if label is None or label >= self.num_classes:
+            raise _Fault(
+                f"{sample} has label {shown_label(text)}, which is none of data.num_classes={self.num_classes}"
+            )
+        return label
 
 
 class _Fault(Exception):
@@ -250,4 +258,5 @@ def _folder_of(path: Path) -> Path:
 
 def _number(key: str) -> int:
     """A number for the draws of a sample: its key, which encode.py writes as one, or a hash of it."""
-    return int(key) if key.isdigit() else zlib.crc32(key.encode())
+    plain = key.isascii() and key.isdigit() and len(key) <= 18
+    return int(key) if plain else zlib.crc32(key.encode(errors="surrogateescape"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from PIL import Image
 
+from flowanchor.data.pictures import middle
+
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """A square of `size` pixels from the middle.
 
     As in ADM (arXiv 2105.05233, its released data loader): halve by averaging while the shorter side is at least twice
-    the size, then resize it to the size by a bicubic filter, then cut.
+    the size, then resize it to the size by a bicubic filter, then cut. A line of pixels is cut first.
     """
+    image = middle(image)
     while min(image.size) >= 2 * size:
         width, height = image.size
         image = image.resize((width // 2, height // 2), resample=Image.Resampling.BOX)

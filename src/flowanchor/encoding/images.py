@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import re
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.reading import shown
+from flowanchor.data.pictures import UNREADABLE, open_picture, reason_of
 from flowanchor.encoding.crop import center_crop
 from flowanchor.encoding.sources import Source
-
-# What Pillow raises on files that are damaged or no images.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class ImageBatch(NamedTuple):
@@ -46,14 +41,12 @@ class CroppedImages(Dataset[ImageBatch]):
                 images.append(self._image(index))
                 indices.append(index)
             except UNREADABLE as error:
-                reason = re.sub(r" <.*>", "", str(error))[:100]  # without addresses of objects
-                unreadable.append(f"{self.source.names[index]}: {reason}")
+                unreadable.append(f"{shown(self.source.names[index])}: {reason_of(error)}")
         stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return ImageBatch(stacked, np.asarray(indices, dtype=np.int64), unreadable)
 
     def _image(self, index: int) -> Tensor:
-        with Image.open(io.BytesIO(self.source.read(index))) as image:
-            return pil_to_tensor(center_crop(image.convert("RGB"), self.size))
+        return pil_to_tensor(center_crop(open_picture(self.source.read(index), "RGB"), self.size))
 
 
 def load_batches(source: Source, size: int, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[ImageBatch]:

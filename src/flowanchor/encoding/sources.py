@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from flowanchor.base.reading import read_regular, shown
+from flowanchor.data.labels import CLASSES, read_label, shown_label
+from flowanchor.data.pictures import BYTES, EXTENSIONS, class_folders, picture_files
+from flowanchor.encoding.tars import read_member, read_tar, tar_names, tell_unused
 from flowanchor.errors import ConfigError, DataError
-
-# What an image is called inside a tar: torchvision's extensions.
-IMAGES = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 
 
 class Source(ABC):
@@ -27,12 +24,14 @@ class Source(ABC):
         labels: [N] int64, zeros without classes.
         num_classes: 0 without classes.
         class_names: where the source names its classes.
+        remarks: sentences about what is there and not used, or odd.
     """
 
     names: list[str]
     labels: np.ndarray
     num_classes: int
     class_names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -45,7 +44,7 @@ class Source(ABC):
         """Hash of names and labels: what decides which image is where in the encoded set."""
         content = hashlib.sha256()
         for name, label in zip(self.names, self.labels.tolist(), strict=True):
-            content.update(f"{name}\t{label}\n".encode())
+            content.update(f"{name}\t{label}\n".encode(errors="surrogateescape"))
         return content.hexdigest()
 
 
@@ -78,7 +77,7 @@ class FolderSource(Source):
 
     def __init__(self, root: Path, labelled: bool = True) -> None:
         self.root = root
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if labelled else [""]
+        folders = class_folders(root) if labelled else [""]
         if not folders:
             raise DataError(
                 f"{root} has no class subfolders: sort the images into one subfolder per class, or add "
@@ -86,10 +85,10 @@ class FolderSource(Source):
             )
         self.names, labels = [], []
         for label, folder in enumerate(folders):
-            files = sorted(_images_below(root / folder))
+            files = sorted(picture_files(root / folder))
             if not files:
                 where = f"the class folder {root / folder}" if labelled else root
-                raise DataError(f"There are no images in {where} ({', '.join(IMG_EXTENSIONS)}): add some or remove it.")
+                raise DataError(f"There are no images in {where} ({', '.join(EXTENSIONS)}): add some or remove it.")
             self.names += [file.relative_to(root).as_posix() for file in files]
             labels += [label] * len(files)
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -97,7 +96,7 @@ class FolderSource(Source):
         self.class_names = tuple(folders) if labelled else ()
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        return read_regular(self.root / self.names[index], BYTES)
 
 
 class TarSource(Source):
@@ -108,94 +107,51 @@ class TarSource(Source):
     """
 
     def __init__(self, tars: list[Path], labelled: bool = True, num_classes: int | None = None) -> None:
-        self.tars = tars
+        self.tars, self._labelled, self._given = tars, labelled, num_classes
         self.names, self._places, labels = [], [], []
-        for number, path in enumerate(tars):
-            for key, offset, size, label in _samples(path, labelled):
-                self.names.append(f"{path.name}/{key}")
-                self._places.append((number, offset, size))
-                if num_classes is not None and label >= num_classes:
-                    raise DataError(
-                        f"Sample {key} of {path} has label {label}, but data.num_classes={num_classes}: its .cls must "
-                        f"be between 0 and {num_classes - 1}."
-                    )
-                labels.append(label)
+        unused: Counter[str] = Counter()
+        for number, (path, name) in enumerate(zip(tars, tar_names(tars), strict=True)):
+            content = read_tar(path, ("cls",))
+            for key, place in content.images.items():
+                self.names.append(f"{name}/{key}")
+                self._places.append((number, place))
+                labels.append(self._label(path, key, content.notes.get(key, {}).get("cls")))
+            unused += content.unused
         if not self.names:
             raise DataError(
-                f"There are no images in {', '.join(str(t) for t in tars[:3])}: data.root wants jpg and cls."
+                f"There are no images in {', '.join(shown(t) for t in tars[:3])}: data.root wants jpg and cls."
             )
-        if len(set(self.names)) != len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise DataError(f"The sample {twice} is there twice: keys must be unique within a tar.")
         self.labels = np.asarray(labels, dtype=np.int64)
         self.num_classes = (num_classes or 1 + max(labels)) if labelled else 0
+        self.remarks = (*tell_unused(unused), *self._empty_classes())
 
     def read(self, index: int) -> bytes:
-        number, offset, size = self._places[index]
-        with self.tars[number].open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        number, place = self._places[index]
+        return read_member(self.tars[number], place)
 
+    def _label(self, path: Path, key: str, text: bytes | memoryview | None) -> int:
+        sample = f"Sample {shown(key)} of {shown(path)}"
+        if not self._labelled:
+            return 0
+        if text is None:
+            raise DataError(f"{sample} has no .cls: add its label, or add data.labelled=false.")
+        label, most = read_label(text), self._given or CLASSES
+        if label is None:
+            raise DataError(
+                f"{shown(key)}.cls of {shown(path)} holds '{shown_label(text)}' and must hold a label, a whole number "
+                "from 0 on."
+            )
+        if label >= most:
+            known = "more than a million classes: is that a label?" if self._given is None else (
+                f"but data.num_classes={most}: its .cls must be between 0 and {most - 1}."
+            )  # fmt: skip
+            raise DataError(f"{sample} has label {label}, {known}")
+        return label
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a tar: `<key>.<extension>`; a key may lie in a folder."""
-
-    name: str
-    key: str
-    extension: str  # lower case
-    offset: int
-    size: int
-    read: Callable[[], bytes]  # while the tar is walked through
-
-
-def members(path: Path) -> Iterator[Member]:
-    """The files of a tar in their order; raises `DataError` without one, for a damaged one and for a cut one."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path}: set data.root to tars that exist.")
-    whole = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if info.isfile() and info.offset_data + info.size > whole:
-                    raise DataError(f"{path} is truncated within sample {key}: copy it again.")
-                if info.isfile():
-                    yield Member(
-                        info.name, key, extension.lower(), info.offset_data, info.size, partial(_content, tar, info)
-                    )
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is damaged or no tar ({error}): copy it again.") from error
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(info)
-    return b"" if stream is None else stream.read()
-
-
-def _samples(path: Path, labelled: bool) -> Iterator[tuple[str, int, int, int]]:
-    """Key, offset, size and label of each image in a tar; files of one sample follow each other."""
-    images: dict[str, tuple[int, int]] = {}
-    classes: dict[str, int] = {}
-    for member in members(path):
-        if member.extension in IMAGES:
-            images[member.key] = (member.offset, member.size)
-        elif member.extension == "cls" and labelled:
-            classes[member.key] = _label(member, path)
-    for key, (offset, length) in images.items():
-        if labelled and key not in classes:
-            raise DataError(f"Sample {key} of {path} has no .cls: add its label, or add data.labelled=false.")
-        yield key, offset, length, classes.get(key, 0)
-
-
-def _label(member: Member, path: Path) -> int:
-    text = member.read().decode(errors="replace").strip()
-    if not text.isdigit():
-        raise DataError(f"{member.name} of {path} holds {text[:20]!r} and must hold a label, a whole number from 0 on.")
-    return int(text)
+    def _empty_classes(self) -> list[str]:
+        empty = np.setdiff1d(np.arange(self.num_classes), self.labels)
+        shown_ones = ", ".join(map(str, empty[:10].tolist()))
+        more = ", ..." if len(empty) > 10 else ""
+        return (
+            [f"{len(empty):,} of {self.num_classes:,} classes have no image: {shown_ones}{more}."] if len(empty) else []
+        )

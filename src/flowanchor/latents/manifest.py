@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.base.files import write_json
+from flowanchor.base.reading import read_regular, shown
 from flowanchor.errors import DataError
 
 MANIFEST = "manifest.json"
+LONGEST = 1 << 28  # bytes of a manifest at most
 FORMAT = 1
 
 
@@ -64,15 +66,50 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_regular(path, LONGEST))
             known = {f.name for f in fields(cls)}
             found = {k: v for k, v in content.items() if k in known}
             for name in ("shape", "class_names", "unreadable"):
-                found[name] = tuple(found.get(name, ()))
-            found["shards"] = tuple(Shard(**shard) for shard in found.get("shards", ()))
+                found[name] = tuple(_listed(found.get(name, [])))
+            found["shards"] = tuple(Shard(**shard) for shard in _listed(found.get("shards", [])))
             manifest = cls(**found)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error}): run encode.py again, which completes the folder.") from error
+            manifest._check()
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{path} is damaged ({shown(error)[:200]}): run encode.py again, which completes the folder."
+            ) from error
         if manifest.format != FORMAT:
             raise DataError(f"{path} has format {manifest.format} and this version reads {FORMAT}.")
         return manifest
+
+    def _check(self) -> None:
+        """Raise `ValueError` where a value is of another kind than it has to be."""
+        check_kinds(str, self.layout, self.values, self.dtype, *self.class_names, *self.unreadable)
+        check_kinds(int, *self.shape, self.count, self.image_size, self.num_classes, self.seed, self.format)
+        check_kinds(bool, self.flips)
+        check_kinds(dict, self.codec, self.source)
+        check_shards(self.shards)
+        if len(self.shape) != 3:
+            raise ValueError(f"its shape has {len(self.shape)} sides")
+
+
+def check_shards(shards: tuple[Shard, ...]) -> None:
+    """Raise `ValueError` where a file is not described by its name, two numbers and a hash."""
+    for shard in shards:
+        check_kinds(str, shard.file, shard.sha256)
+        check_kinds(int, shard.count, shard.bytes)
+
+
+def check_kinds(kind: type[Any], *values: Any) -> None:
+    """Raise `ValueError` for a value of another kind, and for a negative number."""
+    for value in values:
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ValueError(
+                f"{str(value)[:40]!r} where a {'number from 0 on' if kind is int else kind.__name__} belongs"
+            )
+
+
+def _listed(found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"{str(found)[:40]!r} where a list belongs")
+    return found

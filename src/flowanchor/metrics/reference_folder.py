@@ -9,17 +9,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.files import sha256
+from flowanchor.base.reading import shown
+from flowanchor.data.pictures import EXTENSIONS, PictureError, open_picture, picture_files
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import Reference, Shape
 from flowanchor.metrics.storage import write_whole
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
 class ImageTree(Reference):
@@ -28,9 +27,9 @@ class ImageTree(Reference):
     def __init__(self, root: Path, shape: Shape, crop: bool = False, cache_dir: str | None = None) -> None:
         self.root, self.name, self.shape, self.crop = root, root.resolve().name, shape, crop
         self._cache = None if cache_dir is None else Path(cache_dir).expanduser()
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        self.files = sorted(picture_files(root))
         if not self.files:
-            raise DataError(f"There are no images in reference={root}: give a folder with {', '.join(IMG_EXTENSIONS)}.")
+            raise DataError(f"There are no images in reference={root}: give a folder with {', '.join(EXTENSIONS)}.")
         self._read(self.files[0])  # an image of another size is told before anything is generated
 
     @property
@@ -50,7 +49,7 @@ class ImageTree(Reference):
         else:
             found = hashlib.sha256()
             for name, path in zip(names, self.files, strict=True):
-                found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+                found.update(name.encode(errors="surrogateescape") + bytes.fromhex(sha256(path)))
             content = found.hexdigest()
             if note is not None:
                 write_whole(note, json.dumps({"content": content}).encode())
@@ -63,17 +62,17 @@ class ImageTree(Reference):
     def _read(self, path: Path) -> Tensor:
         channels, height, width = self.shape
         try:
-            with Image.open(path) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB")
-        except UNREADABLE as error:
+            image = open_picture(path, "L" if channels == 1 else "RGB")
+        except PictureError as error:
             raise DataError(
-                f"{path} cannot be read as an image: repair it, or remove it from reference={self.root}."
+                f"{shown(path)} cannot be read as an image ({error.reason}): repair it, or remove it from reference="
+                f"{self.root}."
             ) from error
         if self.crop:
             image = center_crop(image, height)
         if image.size != (width, height):
             raise DataError(
-                f"{path} has {image.width} x {image.height} pixels and the samples have {width} x {height}: give a "
-                "reference of that size, or cut its images by reference_crop=true."
+                f"{shown(path)} has {image.width} x {image.height} pixels and the samples have {width} x {height}: "
+                "give a reference of that size, or cut its images by reference_crop=true."
             )
         return pil_to_tensor(image)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.reading import open_regular, shown
+from flowanchor.data.npy import byte_count, read_header
 from flowanchor.errors import DataError
 from flowanchor.metrics.frechet import Gaussian
 from flowanchor.metrics.reference import Reference, Shape
-from flowanchor.metrics.storage import DAMAGED
 
+FEATURES = 10_000  # of statistics at most: their covariance has 0.8 GB
+PACKED = 1_100  # bytes that one byte of a zip's ordinary compression can stand for, at most
 IMAGES = "arr_0"  # uint8 [N, H, W, C]
 KNOWN = "arr_0 (images, uint8 [N, H, W, C]), or mu and sigma (statistics), as in ADM's reference batches"
 
@@ -30,17 +35,20 @@ class NpzReference(Reference):
     def __init__(self, path: Path, shape: Shape) -> None:
         self.path, self.name, self.shape = path, path.name, shape
         try:
-            with zipfile.ZipFile(path) as archive:
+            with self._opened() as archive:
                 self._arrays = {name.removesuffix(".npy") for name in archive.namelist()}
-            self.gaussian = self._statistics("mu", "sigma")
-            self.spatial = self._statistics("mu_s", "sigma_s")
-            self._length = self._check_images() if IMAGES in self._arrays else None
-        except DAMAGED as error:
+                self.gaussian = self._statistics(archive, "mu", "sigma")
+                self.spatial = self._statistics(archive, "mu_s", "sigma_s")
+                self._length = self._check_images(archive) if IMAGES in self._arrays else None
+        except DataError:
+            raise
+        except Exception as error:  # a zip can be broken in more ways than `zipfile` has errors for
+            reason = shown(error)[:200] or type(error).__name__
             raise DataError(
-                f"reference={path} cannot be read as an .npz file ({error}): give one with {KNOWN}."
+                f"reference={path} cannot be read as an .npz file ({reason}): give one with {KNOWN}."
             ) from error
         if self._length is None and self.gaussian is None:
-            held = ", ".join(sorted(self._arrays)) or "nothing"
+            held = shown(", ".join(sorted(self._arrays)))[:200] or "nothing"
             raise DataError(f"reference={path} holds {held}: give a folder of images, or an .npz with {KNOWN}.")
 
     @cached_property
@@ -58,12 +66,15 @@ class NpzReference(Reference):
     def chunks(self, batch_size: int) -> Iterator[Tensor]:
         if self._length is None:
             return
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
-            shape, _ = _header(file)
-            size = int(np.prod(shape[1:]))
+        with self._opened() as archive, archive.open(f"{IMAGES}.npy") as file:
+            shape, _ = read_header(file, "u")
+            size = math.prod(shape[1:])
             for start in range(0, shape[0], batch_size):
                 count = min(batch_size, shape[0] - start)
-                content = file.read(count * size)
+                try:
+                    content = file.read(count * size)
+                except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise DataError(f"reference={self.path} is damaged ({shown(error)}): fetch it again.") from error
                 if len(content) < count * size:
                     raise DataError(
                         f"reference={self.path} ends in image {start + len(content) // size}: fetch it again."
@@ -71,12 +82,15 @@ class NpzReference(Reference):
                 pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
-    def _statistics(self, mean_name: str, covariance_name: str) -> Gaussian | None:
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        with open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+
+    def _statistics(self, archive: zipfile.ZipFile, mean_name: str, covariance_name: str) -> Gaussian | None:
         if not {mean_name, covariance_name} <= self._arrays:
             return None
-        with np.load(self.path, allow_pickle=False) as content:
-            mean = np.asarray(content[mean_name], dtype=np.float64)
-            covariance = np.asarray(content[covariance_name], dtype=np.float64)
+        mean, covariance = (self._read(archive, name) for name in (mean_name, covariance_name))
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise DataError(
                 f"reference={self.path} has values in {mean_name} or {covariance_name} that are not finite."
@@ -88,9 +102,24 @@ class NpzReference(Reference):
             )
         return Gaussian(mean, covariance)
 
-    def _check_images(self) -> int:
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
-            shape, dtype = _header(file)
+    def _read(self, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+        """An array of statistics, float64; raises `ValueError` before reading one that is none."""
+        with archive.open(f"{name}.npy") as file:
+            header = shape, dtype = read_header(file, "fiu")
+            if len(shape) > 2 or any(side > FEATURES for side in shape):
+                raise ValueError(f"{name} has the shape {shape}")
+            content = file.read(byte_count(header) + 1)
+        if len(content) != byte_count(header):
+            raise ValueError(f"{name} has another shape than its {len(content):,} bytes")
+        return np.frombuffer(content, dtype).reshape(shape).astype(np.float64)
+
+    def _check_images(self, archive: zipfile.ZipFile) -> int:
+        entry = archive.getinfo(f"{IMAGES}.npy")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{IMAGES} is packed in another way than NumPy's")
+        with archive.open(entry) as file:
+            header = shape, dtype = read_header(file, "bfiu")
+            start = file.tell()
         channels, height, width = self.shape
         if dtype != np.uint8 or len(shape) != 4:
             raise DataError(f"reference={self.path}: {IMAGES} is {dtype} {shape}, and must be uint8 [N, H, W, C].")
@@ -99,14 +128,11 @@ class NpzReference(Reference):
                 f"reference={self.path} has images of {shape[2]} x {shape[1]} pixels, {shape[3]} channels, and the "
                 f"samples have {width} x {height}, {channels}: give a reference of that size."
             )
+        packed = PACKED if entry.compress_type == zipfile.ZIP_DEFLATED else 1
+        there = min(entry.file_size - start, packed * self.path.stat().st_size)
+        if byte_count(header) > there:
+            raise DataError(
+                f"reference={self.path} ends in image {max(0, there) // math.prod(shape[1:]):,} of {shape[0]:,}: fetch "
+                "it again."
+            )
         return int(shape[0])
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array; the file is left where its values begin."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran and len(shape) > 1:
-        raise ValueError("its values are stored by columns")
-    return shape, dtype

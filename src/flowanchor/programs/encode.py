@@ -46,6 +46,8 @@ def encode(cfg: DictConfig) -> None:
         raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
     console.print(f"Reading the names of the images in {cfg.data.root} ...")
     source = open_source(cfg.data.root, cfg.data.labelled, cfg.data.num_classes)
+    for remark in source.remarks:
+        console.print(remark, markup=False)
     settings = {**encoding.__dict__, "codec": codec.fingerprint(), "codec_dtype": str(cfg.codec.get("dtype"))}
     settings |= {"images": source.digest(), "batch_size": cfg.batch_size}
 

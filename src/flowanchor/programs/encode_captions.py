@@ -40,6 +40,8 @@ def encode_captions(cfg: DictConfig) -> None:
         raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
     text: TextEncoder = instantiate(cfg.text_encoder, _convert_="all").eval().to(own_device(cfg.device))
     source = open_captions(cfg.data.root, cfg.captions.file, cfg.captions.caption)
+    for remark in source.remarks:
+        console.print(remark, markup=False)
     settings: dict[str, Any] = {
         "images": source.digest(), "codec": codec.fingerprint(), "text_encoder": text.fingerprint(),
         "image_size": cfg.image_size, "max_ratio": cfg.captions.max_ratio, "multiple": cfg.captions.multiple,
