@@ -60,7 +60,8 @@ def reason_of(error: BaseException) -> str:
         return error.reason
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
-    return shown(re.sub(r" <.*>", "", str(error))[:100] or type(error).__name__)  # without addresses of objects
+    text = re.sub(r" <.*>|, could be decompression bomb.*", "", str(error))  # without addresses of objects
+    return shown(text[:100] or type(error).__name__)
 
 
 def middle(image: Image.Image, ratio: int = RATIO) -> Image.Image:
