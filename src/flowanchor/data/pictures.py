@@ -29,7 +29,7 @@ BYTES = 1 << 30  # of a file
 PIXELS = 1 << 27  # 134 million; decoding them takes up to 2.5 GB and some seconds (WebP, JPEG 2000)
 SIDE = 4  # pixels of the shorter side at least: less, scaled up, is a flat colour
 RATIO = 100  # of the longer side to the shorter one at most
-SCANS = 1 << 32  # pixels times passes of a progressive JPEG: an ordinary one has ten, each may take 170 bytes of a file
+SCANS = 1 << 31  # pixels times passes of a progressive JPEG: an ordinary one has ten, each may take 170 bytes of a file
 
 
 class PictureError(DataError):
