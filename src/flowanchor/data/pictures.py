@@ -29,7 +29,7 @@ BYTES = 1 << 30  # of a file
 PIXELS = 1 << 27  # 134 million; decoding them takes up to 2.5 GB and some seconds (WebP, JPEG 2000)
 SIDE = 4  # pixels of the shorter side at least: less, scaled up, is a flat colour
 RATIO = 100  # of the longer side to the shorter one at most
-SCANS = 1 << 32  # pixels times passes of a progressive JPEG: an ordinary one has ten, each may take 170 bytes of a file
+SCANS = 1 << 31  # pixels times passes of a progressive JPEG: an ordinary one has ten, each may take 170 bytes of a file
 
 
 class PictureError(DataError):
@@ -60,7 +60,8 @@ def reason_of(error: BaseException) -> str:
         return error.reason
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
-    return shown(re.sub(r" <.*>", "", str(error))[:100] or type(error).__name__)  # without addresses of objects
+    text = re.sub(r" <.*>|, could be decompression bomb.*", "", str(error))  # without addresses of objects
+    return shown(text[:100] or type(error).__name__)
 
 
 def middle(image: Image.Image, ratio: int = RATIO) -> Image.Image:
