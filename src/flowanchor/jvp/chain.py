@@ -24,6 +24,7 @@ from flowanchor.jvp.compiled import is_compiled
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.replay import Recording, record, replay
 from flowanchor.jvp.stages import Stage, check_stages, silenced, stages, through
+from flowanchor.jvp.surroundings import Surroundings
 
 MODES = (True, False, "selective")
 
@@ -129,16 +130,16 @@ class Chain:
 
     def _without_graph(
         self, stage: Stage, now: _Branches, recordings: Sequence[Recording | None] = (None, None)
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[_Forward]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Surroundings]]:
         """Dual pass, and the other branch's plain one, nothing kept but what is recorded."""
         with torch.no_grad():
-            first = _Forward.here(now.moving.tokens.device)
+            first = Surroundings.here(now.moving.tokens.device, eager=True, others=True)
             value, tangent = stage_dual(stage, now.moving, self.attention, recordings[0])
             first.forget_if_unused()
             if now.tokens is None:
                 return value, tangent, None, [first]
             assert now.context is not None
-            second = _Forward.here(now.tokens.device)
+            second = Surroundings.here(now.tokens.device, others=True)
             with record(recordings[1]):
                 other = stage.call(now.tokens, now.context)
             second.forget_if_unused()
@@ -148,10 +149,10 @@ class Chain:
         """The tangent first, without a graph; then the values with one, which takes over what the first computed."""
         linears = Recording()
         with torch.no_grad():
-            before = _Forward.here(now.moving.tokens.device)
+            before = Surroundings.here(now.moving.tokens.device, eager=True, others=True)
             _, tangent = stage_dual(stage, now.moving, self.attention, linears)
             before.forget_if_unused()
-        with before.restored(), replay(linears):
+        with before, replay(linears):
             value = stage.call(now.moving.tokens, now.moving.context)
         other = None if now.tokens is None else stage.call(now.tokens, now.context)
         return value, tangent, other
@@ -213,66 +214,12 @@ def _differentiable(value: Any) -> bool:
 
 
 @dataclass
-class _Forward:
-    """Under which random state and autocast a forward ran, so that it can run again."""
-
-    device: torch.device
-    autocast: tuple[bool, torch.dtype]
-    cpu_state: Tensor | None = None
-    device_state: Tensor | None = None
-
-    @classmethod
-    def here(cls, device: torch.device) -> _Forward:
-        """The present states."""
-        kind = device.type
-        states = cls(device, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
-        states.cpu_state = torch.get_rng_state()
-        if kind == "cuda":
-            states.device_state = torch.cuda.get_rng_state(device)
-        return states
-
-    def forget_if_unused(self) -> None:
-        """Drop the random states where the forward that followed drew nothing."""
-        if self.cpu_state is not None and torch.equal(self.cpu_state, torch.get_rng_state()):
-            self.cpu_state = None
-        if self.device_state is not None and torch.equal(self.device_state, torch.cuda.get_rng_state(self.device)):
-            self.device_state = None
-
-    def restored(self) -> AbstractContextManager[None]:
-        """A region with the random state of that forward; nothing of it leaks out."""
-        if self.cpu_state is None and self.device_state is None:
-            return nullcontext()
-        return _forked(self)
-
-    def autocasting(self) -> AbstractContextManager[None]:
-        """A region with the autocast of that forward."""
-        enabled, dtype = self.autocast
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
-
-
-class _forked(AbstractContextManager[None]):
-    def __init__(self, states: _Forward) -> None:
-        self.states = states
-        self.fork = torch.random.fork_rng(devices=[states.device] if states.device_state is not None else [])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.states.cpu_state is not None:
-            torch.set_rng_state(self.states.cpu_state)
-        if self.states.device_state is not None:
-            torch.cuda.set_rng_state(self.states.device_state, self.states.device)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
-
-
-@dataclass
 class _Plan:
     """How to run one stage again. It holds no tensor of the batch: those are saved by autograd."""
 
     stage: Stage
     state: _Branches
-    forwards: Sequence[_Forward]
+    forwards: Sequence[Surroundings]
     recordings: Sequence[Recording | None]
     outputs: list[Tensor]
     inputs: int  # how many of the Function's tensors are inputs; the others are parameters
@@ -353,7 +300,7 @@ def _gradients(
     stage, before = plan.stage, plan.forwards[branch]
     recording = plan.recordings[branch]
     again = nullcontext() if recording is None else replay(recording)
-    with silenced(stage.units), torch.enable_grad(), before.restored(), before.autocasting(), again:
+    with silenced(stage.units), torch.enable_grad(), before, before.autocasting(), again:
         output = stage.call(*inputs)
     if output.grad_fn is None:
         return (None,) * (len(wanted) + len(parameters))

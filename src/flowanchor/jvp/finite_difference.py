@@ -12,6 +12,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.dual import Directions
 from flowanchor.jvp.stages import is_sharded
+from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.two_pass import plain_forward
 
 LOW = (torch.float16, torch.bfloat16)
@@ -62,8 +63,10 @@ class FiniteDifference:
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
         self.check_run(backbone, sharded=is_sharded(backbone), low_precision=autocast or x.dtype in LOW)
-        tangent = self._difference(backbone, inputs)
-        return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+        before = Surroundings.here(x.device, others=True)
+        tangent = self._difference(backbone, inputs, before)
+        with before:
+            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
     def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
         """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
@@ -86,7 +89,8 @@ class FiniteDifference:
     def _needs_copy(self, backbone: Backbone) -> bool:
         return any(p.dtype != self.dtype for p in backbone.parameters() if p.is_floating_point())
 
-    def _difference(self, backbone: Backbone, inputs: Directions) -> Tensor:
+    def _difference(self, backbone: Backbone, inputs: Directions, before: Surroundings) -> Tensor:
+        """Both ways with the random numbers that are drawn from the state `before`, which is forgotten if none are."""
         weights: dict[str, Tensor] = {}
         if self._needs_copy(backbone):
             held = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
@@ -101,7 +105,11 @@ class FiniteDifference:
             return backbone.predict(x, t, inputs.cond, r)
 
         with torch.no_grad():
-            return ((at(self.eps) - at(-self.eps)) / (2 * self.eps)).to(inputs.x.dtype)
+            ahead = at(self.eps)
+            before.forget_if_unused()
+            with before:
+                behind = at(-self.eps)
+            return ((ahead - behind) / (2 * self.eps)).to(inputs.x.dtype)
 
 
 def _moved(value: Tensor, tangent: Tensor | None, step: float, dtype: torch.dtype) -> Tensor:

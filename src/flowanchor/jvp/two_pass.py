@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
+from flowanchor.jvp.compiled import runs_eagerly
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
 from flowanchor.jvp.stages import check_stages, stages, through
+from flowanchor.jvp.surroundings import Surroundings
 
 
 class TwoPass:
@@ -47,8 +51,11 @@ class TwoPass:
         r: Tensor | None = None,
         tangent_r: Tensor | None = None,
     ) -> Dual:
+        before = Surroundings.here(x.device, eager=True, others=True)
         tangent = self._tangent(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r))
-        return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+        before.forget_if_unused()
+        with before:
+            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
     def _tangent(self, backbone: Backbone, inputs: Directions) -> Tensor:
         inputs.check()
@@ -69,16 +76,26 @@ class TwoPass:
         return tangent
 
 
-def plain_forward(backbone: Backbone, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
+def plain_forward(network: Backbone, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
     """`F(x, t, r)` with gradient, [B, *]; each block checkpointed or not."""
     if not checkpointed:
-        return backbone.predict(x, t, cond, r)
+        return network.predict(x, t, cond, r)
 
     def predict() -> Tensor:
-        tokens, context = backbone.embed(x, t, cond, r)
-        for block in backbone.blocks:
-            tokens = checkpoint(block, tokens, context, use_reentrant=False)
-        return backbone.head(tokens, context)
+        tokens, context = network.embed(x, t, cond, r)
+        for block in network.blocks:
+            before = Surroundings.here(x.device, eager=runs_eagerly())
+            contexts = partial(_contexts, before)
+            tokens = checkpoint(
+                block, tokens, context, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            )
+            before.forget_if_unused()
+        return network.head(tokens, context)
 
-    prediction: Tensor = run_network(backbone, predict)
+    prediction: Tensor = run_network(network, predict)
     return prediction
+
+
+def _contexts(before: Surroundings) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a checkpointed block, and around its recomputations."""
+    return nullcontext(), before
