@@ -11,9 +11,9 @@ from torch.func import functional_call
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.dual import Directions
-from flowanchor.jvp.stages import is_sharded
+from flowanchor.jvp.stages import ask, is_sharded
 from flowanchor.jvp.surroundings import Surroundings
-from flowanchor.jvp.two_pass import plain_forward
+from flowanchor.jvp.two_pass import check_checkpointed, plain_forward
 
 LOW = (torch.float16, torch.bfloat16)
 STEPS = {torch.float32: 5e-3, torch.float64: 1e-5}
@@ -75,11 +75,14 @@ class FiniteDifference:
                 "jvp=finite_difference drowns in the roundoff of bfloat16 and float16: choose jvp=chain, or train with "
                 "trainer.precision=32-true."
             )
-        if backbone.tangent_smoothing > 0:
+        smoothing = getattr(backbone, "tangent_smoothing", 0.0)  # another module need not have it
+        if smoothing > 0:
             raise ConfigError(
-                f"backbone.tangent_smoothing={backbone.tangent_smoothing:g} is seen by forward-mode AD alone: choose "
+                f"backbone.tangent_smoothing={smoothing:g} is seen by forward-mode AD alone: choose "
                 "jvp=chain, or set it to 0 and let jvp.eps do the smoothing of jvp=finite_difference."
             )
+        if self.checkpoint:
+            check_checkpointed(backbone)
         if sharded and self._needs_copy(backbone):
             raise ConfigError(
                 f"jvp.dtype={self.dtype} needs a whole copy of the weights, and this network is sharded: set "
@@ -101,8 +104,8 @@ class FiniteDifference:
             t = _moved(inputs.t, inputs.tangent_t, step, self.dtype)
             r = None if inputs.r is None else _moved(inputs.r, inputs.tangent_r, step, self.dtype)
             if weights:
-                return functional_call(_Predict(backbone), _prefixed(weights), (x, t, inputs.cond, r))
-            return backbone.predict(x, t, inputs.cond, r)
+                return functional_call(_Ask(backbone), _prefixed(weights), (x, t, inputs.cond, r))
+            return ask(backbone, x, t, inputs.cond, r)
 
         with torch.no_grad():
             ahead = at(self.eps)
@@ -117,15 +120,15 @@ def _moved(value: Tensor, tangent: Tensor | None, step: float, dtype: torch.dtyp
     return value if tangent is None else value + step * tangent.to(dtype)
 
 
-class _Predict(torch.nn.Module):
-    """`predict` as a forward, for `functional_call`."""
+class _Ask(torch.nn.Module):
+    """`ask` as a forward, for `functional_call`."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: torch.nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None) -> Tensor:
-        return self.backbone.predict(x, t, cond, r)
+        return ask(self.backbone, x, t, cond, r)
 
 
 def _prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,14 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.compiled import runs_eagerly
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
-from flowanchor.jvp.stages import check_stages, stages, through
+from flowanchor.jvp.stages import ask, check_stages, stages, through
 from flowanchor.jvp.surroundings import Surroundings
 
 
@@ -76,10 +77,21 @@ class TwoPass:
         return tangent
 
 
-def plain_forward(network: Backbone, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
+def check_checkpointed(network: nn.Module) -> None:
+    """Raise `ConfigError` for a network that has no blocks to checkpoint."""
+    if not isinstance(network, Backbone):
+        raise ConfigError(
+            f"jvp.checkpoint=true checkpoints the blocks of a Backbone, and {type(network).__name__} is none: leave it "
+            "out."
+        )
+
+
+def plain_forward(network: nn.Module, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
     """`F(x, t, r)` with gradient, [B, *]; each block checkpointed or not."""
     if not checkpointed:
-        return network.predict(x, t, cond, r)
+        return ask(network, x, t, cond, r)
+    check_checkpointed(network)
+    assert isinstance(network, Backbone)
 
     def predict() -> Tensor:
         tokens, context = network.embed(x, t, cond, r)
