@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Condition, Dual
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
 
@@ -143,6 +144,19 @@ def test_a_pass_draws_as_often_as_it_is_long():
     torch.manual_seed(3)
     Chain()(network.eval(), **inputs(network))
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+
+
+@pytest.mark.parametrize("engine", [Chain(), Chain("selective"), Chain(False), TwoPass()], ids=repr)
+def test_a_generator_of_its_own_is_refused(engine):
+    own = torch.Generator().manual_seed(0)
+    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=own)).double()
+    with pytest.raises(
+        ConfigError, match=r"^The stage blocks.0 \(CrossBlock\) draws from a generator of its own, which"
+    ):
+        engine(network, **inputs(network))
+    default = torch.default_generator
+    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=default)).double()
+    is_one_function(engine, network, False)
 
 
 class Layer(nn.Module):

@@ -14,9 +14,10 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.compiled import runs_eagerly
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
 from flowanchor.jvp.stages import ask, check_stages, stages, through
 from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.watch import watched
 
 
 class TwoPass:
@@ -62,19 +63,18 @@ class TwoPass:
         inputs.check()
         embed, links = stages(backbone)
 
-        def walk() -> Tensor | None:
+        def walk() -> Tensor:
             moving: Moving = through(embed.units, lambda: embed_dual(embed, inputs, self.attention))
             for link in links:
                 tokens, tangent = through(
                     link.units, lambda now=moving, link=link: stage_dual(link, now, self.attention)
                 )
                 moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
-            return moving.tokens_tangent
+            return still_or(moving.tokens_tangent, moving.tokens)
 
-        with torch.no_grad():
-            tangent = run_network(backbone, walk)
-        assert tangent is not None
-        return tangent
+        with torch.no_grad(), watched(backbone):
+            found: Tensor = run_network(backbone, walk)
+        return found
 
 
 def check_checkpointed(network: nn.Module) -> None:
