@@ -24,6 +24,7 @@ from flowanchor.interfaces import (
     VelocityField,
     Weight,
 )
+from flowanchor.velocity import as_velocity
 
 
 class ComposedObjective(Objective):
@@ -97,11 +98,14 @@ class ComposedObjective(Objective):
         times = t.view(-1, *[1] * (x1.ndim - 1))
         x_t = (1 - times) * noise + times * x1
         flow = x1 - noise
-        v = velocity(x_t, t, cond, flow, student, self.interval)
+        v = as_velocity(velocity(x_t, t, cond, flow, student, self.interval), x1, velocity)
 
         if end is None and self.shortcut is not None:
             end = self.shortcut.end(t)
         anchored, answer = self._ask(student, engine, x_t, t, end, cond, v)
+        for given in (anchored, *(answer or ())[:2]):
+            if given is not None:
+                as_velocity(given, x1, student)
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         if self.anchor is not None and anchored is not None:
@@ -164,7 +168,7 @@ class ComposedObjective(Objective):
         if self.shortcut.direction == "own":
             with torch.no_grad():
                 own = self.interval.anchor(t)
-                along = student.predict(x_t, own.t, cond, own.r).to(v.dtype)
+                along = as_velocity(student.predict(x_t, own.t, cond, own.r), x_t, student).to(v.dtype)
         ones = torch.ones_like(t)
         if plain is not None and isinstance(engine, JointEngine):
             dual, anchored = engine.joint(student, x_t, told.t, cond, along, ones, plain, told.r)

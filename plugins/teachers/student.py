@@ -10,6 +10,7 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.velocity import as_velocity
 
 
 class SelfVelocity(VelocityField):
@@ -46,10 +47,14 @@ class SelfVelocity(VelocityField):
             raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
         null = student.null_condition(cond)
         told = interval.anchor(t)
-        unconditional = student.predict(x, told.t, null, told.r).to(flow.dtype)
+
+        def ask(cond: Any) -> Tensor:
+            return as_velocity(student.predict(x, told.t, cond, told.r), x, student).to(flow.dtype)
+
+        unconditional = ask(null)
         guided = unconditional + self.guidance_scale * (flow - unconditional)
         if self.mix:
-            guided = guided + self.mix * (student.predict(x, told.t, cond, told.r).to(flow.dtype) - unconditional)
+            guided = guided + self.mix * (ask(cond) - unconditional)
         dropped = (cond == null).reshape(t.shape[0], -1).all(1)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
         return torch.where(inside.view(-1, *[1] * (flow.ndim - 1)), guided, flow)

@@ -159,7 +159,8 @@ Such a choice is refused with that sentence before training starts.
 - `compile=true` compiles the blocks of student and teacher (`torch.compile` with inductor, no breaks of the graph): the
   passes of teacher and anchor, ordinary forwards, and what `jvp=chain` recomputes run compiled. Compiled code has no
   forward-mode rule, so tangent passes run the blocks eagerly in every engine; `recompute=selective` and
-  `recompute=false` also run eagerly what they differentiate of the shortcut.
+  `recompute=false` also run eagerly what they differentiate of the shortcut. Compiled code draws other random numbers
+  than eager code, so a block with dropout runs eagerly wherever it repeats what a tangent pass drew.
 """
 
 

@@ -6,9 +6,10 @@ stage keeps for the backward pass is a choice (`recompute`), and a sharded netwo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 from weakref import WeakSet
 
@@ -16,14 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.compiled import is_compiled
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
+from flowanchor.jvp.inside import mapped
 from flowanchor.jvp.replay import Recording, record, replay
-from flowanchor.jvp.stages import Stage, check_stages, silenced, stages, through
+from flowanchor.jvp.stages import Stage, check_stages, is_sharded, silenced, stages, through
+from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.watch import other_branch, seen, watch, watched
 
 MODES = (True, False, "selective")
 
@@ -89,16 +94,21 @@ class Chain:
     def _walk(self, backbone: Backbone, inputs: Directions, plain: Condition | None) -> tuple[Dual, Tensor | None]:
         inputs.check()
         embed, links = stages(backbone)
+        if plain is not None and not seen(backbone, False) and not is_sharded(backbone):
+            # Beside another branch, which may overwrite what a stage keeps, less is seen than alone.
+            with torch.no_grad(), Surroundings.here(inputs.x.device, others=True):
+                self._walk(backbone, inputs, None)
 
-        def walk() -> tuple[Tensor, ...]:
+        def walk() -> tuple[Tensor | None, ...]:
             state = _Branches(*through(embed.units, lambda: self._embed(embed, inputs, plain)))
             for link in links:
                 state = self._step(link, state)
-            return tuple(value for value in (state.moving.tokens, state.moving.tokens_tangent, state.tokens)
-                         if value is not None)  # fmt: skip
+            prediction = state.moving.tokens
+            return prediction, still_or(state.moving.tokens_tangent, prediction), state.tokens
 
-        prediction, tangent, *others = run_network(backbone, walk)
-        return Dual(prediction, tangent), others[0] if others else None
+        with watched(backbone, plain is not None):
+            prediction, tangent, other = run_network(backbone, walk)
+        return Dual(prediction, tangent), other
 
     # -------------------------------------------------------------------------------------------------------- stages
 
@@ -107,7 +117,8 @@ class Chain:
         moving = embed_dual(stage, inputs, self.attention)
         if plain is None:
             return moving, None, None
-        tokens, context = stage.call(inputs.x, plain.t, inputs.cond, plain.r)
+        with other_branch():
+            tokens, context = stage.call(inputs.x, plain.t, inputs.cond, plain.r)
         return moving, tokens, context
 
     def _step(self, stage: Stage, state: _Branches) -> _Branches:
@@ -129,17 +140,17 @@ class Chain:
 
     def _without_graph(
         self, stage: Stage, now: _Branches, recordings: Sequence[Recording | None] = (None, None)
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[_Forward]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Surroundings]]:
         """Dual pass, and the other branch's plain one, nothing kept but what is recorded."""
         with torch.no_grad():
-            first = _Forward.here(now.moving.tokens.device)
+            first = _before(now.moving.tokens, eager=True)
             value, tangent = stage_dual(stage, now.moving, self.attention, recordings[0])
             first.forget_if_unused()
             if now.tokens is None:
                 return value, tangent, None, [first]
             assert now.context is not None
-            second = _Forward.here(now.tokens.device)
-            with record(recordings[1]):
+            second = _before(now.tokens)
+            with record(recordings[1]), other_branch():
                 other = stage.call(now.tokens, now.context)
             second.forget_if_unused()
         return value, tangent, other, [first, second]
@@ -148,12 +159,13 @@ class Chain:
         """The tangent first, without a graph; then the values with one, which takes over what the first computed."""
         linears = Recording()
         with torch.no_grad():
-            before = _Forward.here(now.moving.tokens.device)
+            before = _before(now.moving.tokens, eager=True)
             _, tangent = stage_dual(stage, now.moving, self.attention, linears)
             before.forget_if_unused()
-        with before.restored(), replay(linears):
+        with before, replay(linears):
             value = stage.call(now.moving.tokens, now.moving.context)
-        other = None if now.tokens is None else stage.call(now.tokens, now.context)
+        with other_branch():
+            other = None if now.tokens is None else stage.call(now.tokens, now.context)
         return value, tangent, other
 
     def _recomputed(self, stage: Stage, now: _Branches, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -166,6 +178,11 @@ class Chain:
         plan = _Plan(stage, now, forwards, recordings, outputs, len(tensors))
         values = _Recompute.apply(plan, *tensors, *stage.parameters())
         return values[0], tangent, None if other is None else values[1]
+
+
+def _before(tokens: Tensor, eager: bool = False) -> Surroundings:
+    """What a pass finds that begins now; in a first walk it is found out whether Python or numpy are drawn from."""
+    return Surroundings.here(tokens.device, eager, others=watch() is not None)
 
 
 @dataclass(frozen=True)
@@ -182,27 +199,28 @@ def _needed(state: _Branches) -> list[Tensor]:
     contexts = [(state.moving.tokens, state.moving.context)]
     if state.tokens is not None and state.context is not None:
         contexts.append((state.tokens, state.context))
-    found: list[Tensor] = []
-    for tokens, context in contexts:
-        found += [tokens, *context.carried, *(value for value in context.fixed if _differentiable(value))]
-    return found
+    return [tensor for tokens, context in contexts for tensor in (tokens, *_tensors(context))]
+
+
+def _tensors(context: StageContext) -> list[Tensor]:
+    return [*tree_leaves(context.carried), *filter(_differentiable, tree_leaves(context.fixed))]
+
+
+def _filled(context: StageContext, tensors: Iterator[Tensor]) -> StageContext:
+    """The context with `_tensors` of it replaced."""
+    carried = mapped(lambda _: next(tensors), context.carried)
+    fixed = mapped(lambda value: next(tensors) if _differentiable(value) else value, context.fixed)
+    return StageContext(carried, fixed)
 
 
 def _put_back(state: _Branches, tensors: Sequence[Tensor]) -> _Branches:
     """The state with those tensors replaced."""
     rest = iter(tensors)
-
-    def fill(context: StageContext) -> tuple[Tensor, StageContext]:
-        tokens = next(rest)
-        carried = tuple(next(rest) for _ in context.carried)
-        fixed = tuple(next(rest) if _differentiable(value) else value for value in context.fixed)
-        return tokens, StageContext(carried, fixed)
-
-    tokens, context = fill(state.moving.context)
+    tokens, context = next(rest), _filled(state.moving.context, rest)
     moving = state.moving._replace(tokens=tokens, context=context)
     if state.context is None:
         return _Branches(moving, None, None)
-    return _Branches(moving, *fill(state.context))
+    return _Branches(moving, next(rest), _filled(state.context, rest))
 
 
 def _differentiable(value: Any) -> bool:
@@ -213,73 +231,19 @@ def _differentiable(value: Any) -> bool:
 
 
 @dataclass
-class _Forward:
-    """Under which random state and autocast a forward ran, so that it can run again."""
-
-    device: torch.device
-    autocast: tuple[bool, torch.dtype]
-    cpu_state: Tensor | None = None
-    device_state: Tensor | None = None
-
-    @classmethod
-    def here(cls, device: torch.device) -> _Forward:
-        """The present states."""
-        kind = device.type
-        states = cls(device, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
-        states.cpu_state = torch.get_rng_state()
-        if kind == "cuda":
-            states.device_state = torch.cuda.get_rng_state(device)
-        return states
-
-    def forget_if_unused(self) -> None:
-        """Drop the random states where the forward that followed drew nothing."""
-        if self.cpu_state is not None and torch.equal(self.cpu_state, torch.get_rng_state()):
-            self.cpu_state = None
-        if self.device_state is not None and torch.equal(self.device_state, torch.cuda.get_rng_state(self.device)):
-            self.device_state = None
-
-    def restored(self) -> AbstractContextManager[None]:
-        """A region with the random state of that forward; nothing of it leaks out."""
-        if self.cpu_state is None and self.device_state is None:
-            return nullcontext()
-        return _forked(self)
-
-    def autocasting(self) -> AbstractContextManager[None]:
-        """A region with the autocast of that forward."""
-        enabled, dtype = self.autocast
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
-
-
-class _forked(AbstractContextManager[None]):
-    def __init__(self, states: _Forward) -> None:
-        self.states = states
-        self.fork = torch.random.fork_rng(devices=[states.device] if states.device_state is not None else [])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.states.cpu_state is not None:
-            torch.set_rng_state(self.states.cpu_state)
-        if self.states.device_state is not None:
-            torch.cuda.set_rng_state(self.states.device_state, self.states.device)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
-
-
-@dataclass
 class _Plan:
     """How to run one stage again. It holds no tensor of the batch: those are saved by autograd."""
 
     stage: Stage
     state: _Branches
-    forwards: Sequence[_Forward]
+    forwards: Sequence[Surroundings]
     recordings: Sequence[Recording | None]
     outputs: list[Tensor]
     inputs: int  # how many of the Function's tensors are inputs; the others are parameters
     branch_sizes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.branch_sizes = [1 + len(c.carried) + sum(map(_differentiable, c.fixed)) for c in self._contexts()]
+        self.branch_sizes = [1 + len(_tensors(context)) for context in self._contexts()]
         self.state = _emptied(self.state)
 
     def _contexts(self) -> list[StageContext]:
@@ -289,14 +253,11 @@ class _Plan:
 def _emptied(state: _Branches) -> _Branches:
     """The state's form without its differentiable tensors; fixed tensors that need no gradient stay (tables, masks)."""
 
-    def empty(context: StageContext) -> StageContext:
-        fixed = tuple(_HOLE if _differentiable(value) else value for value in context.fixed)
-        return StageContext(tuple(_HOLE for _ in context.carried), fixed)
-
-    moving = Moving(_HOLE, None, empty(state.moving.context), ())
+    holes = repeat(_HOLE)
+    moving = Moving(_HOLE, None, _filled(state.moving.context, holes), ())
     if state.context is None:
         return _Branches(moving, None, None)
-    return _Branches(moving, _HOLE, empty(state.context))
+    return _Branches(moving, _HOLE, _filled(state.context, holes))
 
 
 _HOLE = torch.empty(0, requires_grad=True)  # stands for a tensor that autograd keeps
@@ -353,7 +314,7 @@ def _gradients(
     stage, before = plan.stage, plan.forwards[branch]
     recording = plan.recordings[branch]
     again = nullcontext() if recording is None else replay(recording)
-    with silenced(stage.units), torch.enable_grad(), before.restored(), before.autocasting(), again:
+    with silenced(stage.units), torch.enable_grad(), before, before.autocasting(), again:
         output = stage.call(*inputs)
     if output.grad_fn is None:
         return (None,) * (len(wanted) + len(parameters))
@@ -404,8 +365,8 @@ def _check_leaves(stage: Stage, output: Tensor, wanted: Sequence[Tensor], parame
         if leaf is not None and id(leaf) not in known:
             raise ConfigError(
                 f"The stage {stage.name} uses a trainable tensor of shape {tuple(leaf.shape)} that is neither its "
-                "input nor a parameter of its own, and it would get no gradient: pass it through the context, or list "
-                "its module in stage_modules()."
+                "input nor a parameter of its own, and it would get no gradient: pass it through the context (there in "
+                "tuples, lists and dicts, not in other objects), or list its module in stage_modules()."
             )
         todo += [following for following, _ in node.next_functions]
     _CHECKED.add(first)

@@ -29,7 +29,7 @@ class CompiledForward:
         self.compiled = torch.compile(self.eager, **options)
 
     def __call__(self, *inputs: Any) -> Any:
-        if _EAGER.get():
+        if runs_eagerly():
             return self.eager(*inputs)
         return through(self._inner_units(), self.compiled, *inputs)
 
@@ -69,3 +69,8 @@ def eager_forwards() -> Iterator[None]:
         yield
     finally:
         _EAGER.reset(token)
+
+
+def runs_eagerly() -> bool:
+    """Whether compiled blocks run eagerly here."""
+    return _EAGER.get()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.attention import AttentionTangent, intercept
 from flowanchor.jvp.compiled import eager_forwards
+from flowanchor.jvp.inside import mapped, tensors_inside
 from flowanchor.jvp.replay import Recording, record, unrecorded
 from flowanchor.jvp.stages import Stage, is_unit, through
+from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.watch import watch
 
 
 class Moving(NamedTuple):
@@ -26,7 +30,7 @@ class Moving(NamedTuple):
     tokens: Tensor
     tokens_tangent: Tensor | None
     context: StageContext
-    carried_tangents: tuple[Tensor | None, ...]
+    carried_tangents: tuple[Tensor | None, ...]  # of the leaves of `context.carried`
 
 
 class Directions(NamedTuple):
@@ -85,33 +89,74 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def embed_dual(stage: Stage, inputs: Directions, attention: AttentionTangent) -> Moving:
     """`embed` with tangents; gradient flows through the values where it is enabled, never through the tangents."""
-    with tangents(attention):
-        x, t = make(inputs.x, inputs.tangent_x), make(inputs.t, inputs.tangent_t)
-        r = inputs.r if inputs.r is None else make(inputs.r, inputs.tangent_r)
-        tokens, context = stage.call(x, t, inputs.cond, r)
-        tokens, tokens_tangent = take(tokens)
-        carried = [take(tensor) for tensor in context.carried]
-    values = StageContext(tuple(value for value, _ in carried), context.fixed)
-    return Moving(tokens, tokens_tangent, values, tuple(tangent for _, tangent in carried))
+
+    def call(given: Sequence[Tensor]) -> tuple[Tensor, StageContext]:
+        r = given[2] if len(given) > 2 else None
+        return _embedded(stage, stage.call(given[0], given[1], inputs.cond, r))
+
+    moving: list[tuple[Tensor, Tensor | None]] = [(inputs.x, inputs.tangent_x), (inputs.t, inputs.tangent_t)]
+    if inputs.r is not None:
+        moving.append((inputs.r, inputs.tangent_r))
+    (tokens, context), (tokens_tangent, *carried_tangents) = _dual_pass(stage, call, moving, attention)
+    return Moving(tokens, tokens_tangent, context, tuple(carried_tangents))
 
 
 def stage_dual(
     stage: Stage, moving: Moving, attention: AttentionTangent, recording: Recording | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One later stage: tokens [B, N, D] (or the prediction [B, *]) and their tangent; values may be recorded."""
-    tokens, tokens_tangent, context, carried_tangents = moving
-    guard = _InputGuard(stage, (tokens, *context.carried))
-    with tangents(attention, recording):
-        carried = tuple(make(c, d) for c, d in zip(context.carried, carried_tangents, strict=True))
-        out = stage.call(make(tokens, tokens_tangent), StageContext(carried, context.fixed))
-        value, tangent = take(out)
+    carried, fixed = moving.context
+    inputs = [moving.tokens, *tree_leaves(carried)]
+    guard = _InputGuard(stage, inputs)
+
+    def call(given: Sequence[Tensor]) -> tuple[Tensor, StageContext]:
+        rest = iter(given[1:])
+        out = stage.call(given[0], StageContext(mapped(lambda _: next(rest), carried), fixed))
+        if not isinstance(out, Tensor):
+            raise ConfigError(f"The stage {stage.name} returned {_kind(out)}: return a tensor alone.")
+        return out, StageContext(())
+
+    pairs = list(zip(inputs, (moving.tokens_tangent, *moving.carried_tangents), strict=True))
+    (value, _), (tangent,) = _dual_pass(stage, call, pairs, attention, recording)
     guard.check(value)
     return value, tangent
+
+
+def _dual_pass(
+    stage: Stage,
+    call: Callable[[Sequence[Tensor]], tuple[Tensor, StageContext]],
+    moving: Sequence[tuple[Tensor, Tensor | None]],
+    attention: AttentionTangent,
+    recording: Recording | None = None,
+) -> tuple[tuple[Tensor, StageContext], list[Tensor | None]]:
+    """`call` with its inputs as dual numbers: what it returned, and the tangents of its tokens and of `carried`."""
+    watching = watch()
+    before = None if watching is None else Surroundings.here(moving[0][0].device, others=True)
+    with tangents(attention, recording):
+        duals = [make(value, tangent) for value, tangent in moving]
+        with nullcontext() if watching is None else watching.calls(stage.name, duals):
+            tokens, context = call(duals)
+        for way, tensor in tensors_inside(context.fixed):
+            if take(tensor)[1] is not None:
+                raise ConfigError(
+                    f"The stage {stage.name} puts a tensor that depends on x or a time into StageContext.fixed, where "
+                    f"its derivative is lost (fixed{way}, of shape {tuple(tensor.shape)}): put it into carried, or "
+                    "detach() it if it is meant as a constant."
+                )
+        found = [take(tensor)[1] for tensor in (tokens, *tree_leaves(context.carried))]
+    if watching is not None and before is not None:
+        watching.check_still(stage.name, before, call, moving, found)
+    return (tokens, context), found
 
 
 def make(value: Tensor, tangent: Tensor | None) -> Tensor:
     """A dual number; the plain value where there is no tangent, so that none is materialised."""
     return value if tangent is None else forward_ad.make_dual(value, tangent.to(value.dtype))
+
+
+def still_or(tangent: Tensor | None, value: Tensor) -> Tensor:
+    """The tangent of a prediction; zeros where nothing that moves enters it."""
+    return torch.zeros_like(value) if tangent is None else tangent
 
 
 def take(dual: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -120,10 +165,32 @@ def take(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     return dual, None if tangent is None else tangent.detach()
 
 
+def _embedded(stage: Stage, found: Any) -> tuple[Tensor, StageContext]:
+    """What `embed` returned, if it is what `Backbone.embed` promises."""
+    tokens, context = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(tokens, Tensor) or not isinstance(context, StageContext):
+        raise ConfigError(
+            f"The stage {stage.name} returned {_kind(found)}: return the tokens and a StageContext(carried, fixed)."
+        )
+    for leaf in tree_leaves(context.carried):
+        if not isinstance(leaf, Tensor):
+            raise ConfigError(
+                f"The stage {stage.name} puts {_kind(leaf)} into StageContext.carried, where every value has a "
+                "derivative: tensors belong there, and everything else into fixed."
+            )
+    return tokens, context
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return f"a value of type {type(value).__name__}"
+
+
 class _InputGuard:
     """Notices a stage that changes its input in place or hands it on: the backward pass needs the input as it was."""
 
-    def __init__(self, stage: Stage, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, stage: Stage, inputs: Sequence[Tensor]) -> None:
         self.name = stage.name
         self.inputs = [(tensor, tensor._version) for tensor in inputs]
 

@@ -11,8 +11,9 @@ from torch.func import functional_call
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.dual import Directions
-from flowanchor.jvp.stages import is_sharded
-from flowanchor.jvp.two_pass import plain_forward
+from flowanchor.jvp.stages import ask, is_sharded
+from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.two_pass import check_checkpointed, plain_forward
 
 LOW = (torch.float16, torch.bfloat16)
 STEPS = {torch.float32: 5e-3, torch.float64: 1e-5}
@@ -62,8 +63,10 @@ class FiniteDifference:
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
         self.check_run(backbone, sharded=is_sharded(backbone), low_precision=autocast or x.dtype in LOW)
-        tangent = self._difference(backbone, inputs)
-        return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+        before = Surroundings.here(x.device, others=True)
+        tangent = self._difference(backbone, inputs, before)
+        with before:
+            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
     def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
         """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
@@ -72,11 +75,14 @@ class FiniteDifference:
                 "jvp=finite_difference drowns in the roundoff of bfloat16 and float16: choose jvp=chain, or train with "
                 "trainer.precision=32-true."
             )
-        if backbone.tangent_smoothing > 0:
+        smoothing = getattr(backbone, "tangent_smoothing", 0.0)  # another module need not have it
+        if smoothing > 0:
             raise ConfigError(
-                f"backbone.tangent_smoothing={backbone.tangent_smoothing:g} is seen by forward-mode AD alone: choose "
+                f"backbone.tangent_smoothing={smoothing:g} is seen by forward-mode AD alone: choose "
                 "jvp=chain, or set it to 0 and let jvp.eps do the smoothing of jvp=finite_difference."
             )
+        if self.checkpoint:
+            check_checkpointed(backbone)
         if sharded and self._needs_copy(backbone):
             raise ConfigError(
                 f"jvp.dtype={self.dtype} needs a whole copy of the weights, and this network is sharded: set "
@@ -86,7 +92,8 @@ class FiniteDifference:
     def _needs_copy(self, backbone: Backbone) -> bool:
         return any(p.dtype != self.dtype for p in backbone.parameters() if p.is_floating_point())
 
-    def _difference(self, backbone: Backbone, inputs: Directions) -> Tensor:
+    def _difference(self, backbone: Backbone, inputs: Directions, before: Surroundings) -> Tensor:
+        """Both ways with the random numbers that are drawn from the state `before`, which is forgotten if none are."""
         weights: dict[str, Tensor] = {}
         if self._needs_copy(backbone):
             held = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
@@ -97,11 +104,15 @@ class FiniteDifference:
             t = _moved(inputs.t, inputs.tangent_t, step, self.dtype)
             r = None if inputs.r is None else _moved(inputs.r, inputs.tangent_r, step, self.dtype)
             if weights:
-                return functional_call(_Predict(backbone), _prefixed(weights), (x, t, inputs.cond, r))
-            return backbone.predict(x, t, inputs.cond, r)
+                return functional_call(_Ask(backbone), _prefixed(weights), (x, t, inputs.cond, r))
+            return ask(backbone, x, t, inputs.cond, r)
 
         with torch.no_grad():
-            return ((at(self.eps) - at(-self.eps)) / (2 * self.eps)).to(inputs.x.dtype)
+            ahead = at(self.eps)
+            before.forget_if_unused()
+            with before:
+                behind = at(-self.eps)
+            return ((ahead - behind) / (2 * self.eps)).to(inputs.x.dtype)
 
 
 def _moved(value: Tensor, tangent: Tensor | None, step: float, dtype: torch.dtype) -> Tensor:
@@ -109,15 +120,15 @@ def _moved(value: Tensor, tangent: Tensor | None, step: float, dtype: torch.dtyp
     return value if tangent is None else value + step * tangent.to(dtype)
 
 
-class _Predict(torch.nn.Module):
-    """`predict` as a forward, for `functional_call`."""
+class _Ask(torch.nn.Module):
+    """`ask` as a forward, for `functional_call`."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: torch.nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None) -> Tensor:
-        return self.backbone.predict(x, t, cond, r)
+        return ask(self.backbone, x, t, cond, r)
 
 
 def _prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, intercept, resolve
 from flowanchor.jvp.compiled import eager_forwards
 from flowanchor.jvp.dual import Directions
-from flowanchor.jvp.stages import is_sharded
+from flowanchor.jvp.stages import ask, is_sharded
 
 
 class Full:
@@ -65,7 +65,7 @@ class Full:
 
         def predict(x: Tensor, t: Tensor, *moving_r: Tensor) -> Tensor:
             with intercept(self.attention):
-                return backbone.predict(x, t, cond, moving_r[0] if moving_r else r)
+                return ask(backbone, x, t, cond, moving_r[0] if moving_r else r)
 
         with eager_forwards():
             out = torch.func.jvp(predict, tuple(primals), tuple(tangents))

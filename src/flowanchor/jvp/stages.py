@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
@@ -59,13 +59,29 @@ class UnitMethod:
         return through(self.units, self.function, *inputs)
 
 
+def ask(network: nn.Module, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
+    """`F(x, t, r)` for exactly this condition: `predict` of a Backbone; any other module is called, with `r` if given.
+
+    This is all that an engine without stages needs of a network.
+    """
+    more = () if r is None else (r,)
+    answer = network.predict(x, t, cond, r) if isinstance(network, Backbone) else network(x, t, cond, *more)
+    if isinstance(answer, Tensor):
+        return answer
+    raise ConfigError(
+        f"{type(network).__name__} returned a value of type {type(answer).__name__}: return the velocity alone, a "
+        "tensor."
+    )
+
+
 def check_stages(backbone: Any) -> None:
     """Raise `ConfigError` for a network that is no chain of stages."""
     blocks = getattr(backbone, "blocks", None)
     if not isinstance(backbone, Backbone) or not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         raise ConfigError(
             f"{type(backbone).__name__} is no chain of stages, which jvp=chain and jvp=two_pass walk along: make it a "
-            "Backbone with embed, a non-empty ModuleList blocks, and head, or use jvp=full on unsharded devices."
+            "Backbone with embed, a non-empty ModuleList blocks, and head, or use jvp=full on unsharded devices, which "
+            "takes any module that is called with (x, t, cond)."
         )
 
 

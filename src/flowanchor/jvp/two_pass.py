@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Dual
 from flowanchor.jvp.attention import AttentionTangent, resolve
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual
-from flowanchor.jvp.stages import check_stages, stages, through
+from flowanchor.jvp.compiled import runs_eagerly
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
+from flowanchor.jvp.stages import ask, check_stages, stages, through
+from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.watch import watched
 
 
 class TwoPass:
@@ -47,38 +53,61 @@ class TwoPass:
         r: Tensor | None = None,
         tangent_r: Tensor | None = None,
     ) -> Dual:
+        before = Surroundings.here(x.device, eager=True, others=True)
         tangent = self._tangent(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r))
-        return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+        before.forget_if_unused()
+        with before:
+            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
     def _tangent(self, backbone: Backbone, inputs: Directions) -> Tensor:
         inputs.check()
         embed, links = stages(backbone)
 
-        def walk() -> Tensor | None:
+        def walk() -> Tensor:
             moving: Moving = through(embed.units, lambda: embed_dual(embed, inputs, self.attention))
             for link in links:
                 tokens, tangent = through(
                     link.units, lambda now=moving, link=link: stage_dual(link, now, self.attention)
                 )
                 moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
-            return moving.tokens_tangent
+            return still_or(moving.tokens_tangent, moving.tokens)
 
-        with torch.no_grad():
-            tangent = run_network(backbone, walk)
-        assert tangent is not None
-        return tangent
+        with torch.no_grad(), watched(backbone):
+            found: Tensor = run_network(backbone, walk)
+        return found
 
 
-def plain_forward(backbone: Backbone, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
+def check_checkpointed(network: nn.Module) -> None:
+    """Raise `ConfigError` for a network that has no blocks to checkpoint."""
+    if not isinstance(network, Backbone):
+        raise ConfigError(
+            f"jvp.checkpoint=true checkpoints the blocks of a Backbone, and {type(network).__name__} is none: leave it "
+            "out."
+        )
+
+
+def plain_forward(network: nn.Module, x: Tensor, t: Tensor, cond: Any, r: Tensor | None, checkpointed: bool) -> Tensor:
     """`F(x, t, r)` with gradient, [B, *]; each block checkpointed or not."""
     if not checkpointed:
-        return backbone.predict(x, t, cond, r)
+        return ask(network, x, t, cond, r)
+    check_checkpointed(network)
+    assert isinstance(network, Backbone)
 
     def predict() -> Tensor:
-        tokens, context = backbone.embed(x, t, cond, r)
-        for block in backbone.blocks:
-            tokens = checkpoint(block, tokens, context, use_reentrant=False)
-        return backbone.head(tokens, context)
+        tokens, context = network.embed(x, t, cond, r)
+        for block in network.blocks:
+            before = Surroundings.here(x.device, eager=runs_eagerly())
+            contexts = partial(_contexts, before)
+            tokens = checkpoint(
+                block, tokens, context, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            )
+            before.forget_if_unused()
+        return network.head(tokens, context)
 
-    prediction: Tensor = run_network(backbone, predict)
+    prediction: Tensor = run_network(network, predict)
     return prediction
+
+
+def _contexts(before: Surroundings) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a checkpointed block, and around its recomputations."""
+    return nullcontext(), before

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Condition
 from flowanchor.jvp.stages import is_sharded
+from flowanchor.velocity import as_velocity
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Guidance:
         processes must call it equally often, and each call gathers all of its weights.
         """
         if self.scale == 1:
-            return network.predict(x, told.t, cond, told.r)
+            return _asked(network, x, told, cond)
         if cond is None:
             raise ConfigError(
                 f"A guidance scale of {self.scale} needs labels, and there are none: set teacher.guidance_scale=1 in "
@@ -50,10 +51,10 @@ class Guidance:
         if is_sharded(network):
             conditional, unconditional = _side_by_side(network, x, told, cond, null)
         else:
-            conditional = network.predict(x, told.t, cond, told.r)
+            conditional = _asked(network, x, told, cond)
             if not inside.any():
                 return conditional
-            unconditional = network.predict(x, told.t, null, told.r)
+            unconditional = _asked(network, x, told, null)
         guided = unconditional + self.scale * (conditional - unconditional)
         return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)
 
@@ -61,6 +62,10 @@ class Guidance:
 def _side_by_side(network: Backbone, x: Tensor, told: Condition, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
     """The network under two conditions in one call."""
     both = network.stack_conditions(cond, null)
-    r = None if told.r is None else torch.cat([told.r, told.r])
-    first, second = network.predict(torch.cat([x, x]), torch.cat([told.t, told.t]), both, r).chunk(2)
+    twice = Condition(torch.cat([told.t, told.t]), None if told.r is None else torch.cat([told.r, told.r]))
+    first, second = _asked(network, torch.cat([x, x]), twice, both).chunk(2)
     return first, second
+
+
+def _asked(network: Backbone, x: Tensor, told: Condition, cond: Any) -> Tensor:
+    return as_velocity(network.predict(x, told.t, cond, told.r), x, network)
