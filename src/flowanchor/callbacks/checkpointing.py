@@ -37,5 +37,10 @@ class LastCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath)) / f"{self.filename}{self.FILE_EXTENSION}"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> bool:
+        """Write `last.ckpt`, on all processes, unless it is that of this step already; returns whether it now is."""
         if trainer.global_step != self._last_global_step_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        return trainer.global_step == self._last_global_step_saved

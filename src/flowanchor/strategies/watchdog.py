@@ -10,8 +10,9 @@ Every rank keeps one TCP connection to a judge, a thread of rank 0. A connection
 process that died (killed, out of memory, crashed); one that stays silent is a process, or a machine, that froze; an
 exception is reported in words. The judge tells all ranks who is to blame and why; they print it and end, even while
 their main thread hangs in a collective. Ranks talk to the judge only, so that 512 ranks cost 512 small messages per
-interval. torchrun (its agent ends the other workers) and Lightning's launcher (rank 0 ends its children, nobody ends
-an orphaned child) see ordinary processes that exit with code 1.
+interval. torchrun (its agent ends the other workers) and Lightning's launcher (rank 0 ends its children) see ordinary
+processes that exit with code 1. Through the same connections, ranks that are told to stop agree on where
+(`flowanchor.strategies.stopping`).
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from flowanchor.base.causes import unwrapped
+from flowanchor.base.signals import briefly, current, end_now, say
 from flowanchor.errors import ConfigError
+from flowanchor.strategies.stopping import Count, Moments
 
 SETTLE = 1.0  # seconds for which an error waits for its cause: where a rank dies, the others' collectives may raise
 GRACE = 10.0  # seconds that a rank to blame has for its own traceback, before it and the others are ended
@@ -105,6 +108,19 @@ class RankWatchdog:
         if self._member is not None:
             self._member.fail(cause_of(error))
 
+    def passing(self, moment: int, signum: int | None) -> int | None:
+        """At a moment at which the run could stop: the signal by which all ranks do so here, or None to go on.
+
+        Every rank calls it at the same moments, numbered from 1 on, with the signal that it has received itself (None:
+        none so far). Raises `Undecided` where a rank does not answer.
+        """
+        return signum if self._member is None else self._member.moments.passing(moment, signum)
+
+    def end_all(self, signum: int, sentence: str) -> None:
+        """Have every other rank end at once with the code of a signal; rank 0 says the sentence."""
+        if self._member is not None:
+            self._member.end_all(signum, sentence)
+
     def stop(self) -> None:
         """Say goodbye, so that the end of this process is not taken for a death."""
         if self._member is not None:
@@ -133,12 +149,13 @@ class RankWatchdog:
             warnings.warn(f"The rank watchdog cannot open a port ({error}), so it watches nothing.", stacklevel=3)
             return None
         token = secrets.token_hex(16)
-        _Judge(listener, token, self.timeout, self.interval).start()
+        _Judge(listener, token, self.timeout, self.interval, dist.get_world_size()).start()
         return address, listener.getsockname()[1], token
 
 
 def cause_of(error: BaseException) -> str:
     """An exception in one line: its type and its message."""
+    error = unwrapped(error)
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
@@ -250,14 +267,15 @@ class _Witness:
 class _Judge(threading.Thread):
     """The thread of rank 0 that hears all ranks and decides who died first."""
 
-    def __init__(self, listener: socket.socket, token: str, timeout: float, interval: float) -> None:
+    def __init__(self, listener: socket.socket, token: str, timeout: float, interval: float, ranks: int) -> None:
         super().__init__(name="rank-watchdog-judge", daemon=True)
         self._listener, self._token, self._timeout, self._interval = listener, token, timeout, interval
         self._selector = selectors.DefaultSelector()
         self._witnesses: list[_Witness] = []
         self._culprit: int | None = None
         self._first_report: float | None = None
-        self._over = False
+        self._over = self._ending = False
+        self._count = Count(ranks)
 
     def run(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -306,8 +324,20 @@ class _Judge(threading.Thread):
                     self._close(witness)
                     return
                 witness.rank, witness.host = message["rank"], message["host"]
+                if self._count.signum is not None:
+                    witness.channel.send("count")
             elif kind == "failed":
                 witness.failed = message["cause"]
+            elif kind == "stop" and self._count.signum is None:
+                self._count.signum = message["signum"]
+                self._tell("count")
+            elif kind == "passed":
+                last = self._count.add(witness.rank, message["count"])
+                if last is not None:
+                    self._tell("after", last=last, signum=self._count.signum)
+            elif kind == "end":
+                self._ending = True
+                self._tell("end", signum=message["signum"], sentence=message["sentence"])
             elif kind == "bye":
                 witness.left = True
 
@@ -330,7 +360,7 @@ class _Judge(threading.Thread):
 
     def _decide(self) -> None:
         """Name the rank that died first: one that was lost before those whose error may be its consequence."""
-        if self._culprit is not None:
+        if self._culprit is not None or self._ending:
             return
         lost = [w for w in self._ranks() if w.lost is not None]
         failed = [w for w in self._ranks() if w.failed is not None]
@@ -374,6 +404,7 @@ class _Member(threading.Thread):
         self._to_blame = threading.Event()
         self._failed = self._over = False
         self._latest_end = math.inf
+        self.moments = Moments(lambda signum: channel.send("stop", signum=signum), timeout)
         channel.socket.settimeout(interval)
         channel.send("hello", rank=rank, host=socket.gethostname(), token=token)
 
@@ -384,6 +415,11 @@ class _Member(threading.Thread):
         self._failed = True
         self._channel.send("failed", cause=cause)
         self._to_blame.wait(SETTLE + GRACE + self._timeout)
+
+    def end_all(self, signum: int, sentence: str) -> None:
+        self._channel.send("end", signum=signum, sentence=sentence)
+        if self._rank == 0:
+            time.sleep(LAST)  # the judge, in this process, has others to tell
 
     def leave(self) -> None:
         self._channel.send("bye")
@@ -414,6 +450,14 @@ class _Member(threading.Thread):
             self._over = True
         elif message["kind"] == "gone":
             self._follow()
+        elif message["kind"] == "count":
+            self._channel.send("passed", count=self.moments.count())
+        elif message["kind"] == "after":
+            self.moments.decide(message["last"], message["signum"])
+        elif message["kind"] == "end":
+            current().tell(message["sentence"])
+            time.sleep(LAST if self._rank == 0 else 0.0)
+            end_now(128 + message["signum"])
         elif message["kind"] == "verdict":
             rank, host, cause = message["rank"], message["host"], message["cause"]
             if rank == self._rank:
@@ -444,9 +488,9 @@ class _Member(threading.Thread):
 
 
 def _say(sentence: str) -> None:
-    os.write(2, f"{sentence}\n".encode())  # past sys.stderr, whose lock the main thread may hold
+    say(sentence)
     for stream in (sys.stdout, sys.stderr):
-        _briefly(stream.flush)  # what was printed before is not lost
+        briefly(stream.flush)  # what was printed before is not lost
 
 
 def _end(sentence: str | None = None) -> NoReturn:
@@ -454,9 +498,3 @@ def _end(sentence: str | None = None) -> NoReturn:
     if sentence is not None:
         _say(sentence)
     os._exit(1)
-
-
-def _briefly(action: Callable[[], Any]) -> None:
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(1.0)  # the main thread may hold the stream's lock for ever
