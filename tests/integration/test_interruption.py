@@ -282,6 +282,20 @@ def test_all_ranks_stop_at_one_step(together, name):
     assert rows(folder, name) == rows(folder, whole)
 
 
+def test_processes_that_lightning_started_end_together(tmp_path):
+    """The one that is told ends first, and Lightning ends the others with SIGKILL where it sees that."""
+    here = Path(__file__).parent
+    words = [*TWO, *DDP, "name=one", *kick("on_before_backward", 3, signal.SIGHUP, rank=1)]
+    paths = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, str(here.parents[1] / "src" / "train.py"), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    # A process that stays behind keeps the pipe open, and this times out.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 129, done.stderr
+    assert done.stderr.count("Stopped by SIGHUP at step ") == 1 and "Traceback" not in done.stderr
+    assert (tmp_path / "outputs/train/one/checkpoints/last.ckpt").is_file()
+
+
 @pytest.mark.parametrize(
     "name, sentence",
     [

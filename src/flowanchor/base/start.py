@@ -57,6 +57,8 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     time.sleep(patience)
+    if is_first():
+        say("The process that started this one has ended, so it ends as well.")
     os._exit(1)
 
 

@@ -134,16 +134,16 @@ def _stop(stop: Interrupted) -> None:
     if stop.done:
         return
     stop.done, listener = True, current()
-    for child in listener.children:
-        try:
-            child.wait(timeout=CHILDREN)
-        except subprocess.TimeoutExpired:
-            child.kill()
     notice = stop.signum in slurm.notices()
     submitter = listener.previous.get(stop.signum)  # submitit has its own way of requeueing
     if notice and not callable(submitter):
         listener.tell(f"{stop.sentence.rstrip('.')}, {slurm.requeue()}.")
     listener.tell(stop.sentence)
+    for child in listener.children:
+        try:
+            child.wait(timeout=CHILDREN)
+        except subprocess.TimeoutExpired:
+            child.kill()
     if notice and callable(submitter):
         submitter(stop.signum, None)
     if stop.together:
