@@ -29,6 +29,9 @@ class Net:
         if depth < 0:
             raise ConfigError("backbone.depth=-1 is negative: choose a depth of at least 1.")
 
+class OfRanks(BaseException):  # as torch.distributed.checkpoint wraps what each rank raised
+    failures = {0: (OSError(28, "No space left on device"), None)}
+
 def inner(width):
     return Net(1, wrong=2)  # a TypeError that is not the user's
 
@@ -47,6 +50,8 @@ def main(cfg):
     if str(cfg.fail).startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, cfg.fail))
         time.sleep(cfg.pause)
+    if cfg.fail == "ranks":
+        raise OfRanks
     if cfg.fail == "disk":
         Path(folder, "program.log", "below").write_text("x")
     net = hydra.utils.instantiate(cfg.backbone)

@@ -76,6 +76,7 @@ def test_sweep_gives_each_job_its_own_folder_and_the_same_again(toy):
         (["+backbone.heads=2"], ["Unknown setting backbone.heads: Net has no argument heads"]),
         (["backbone.depth=-1"], ["backbone.depth=-1 is negative: choose a depth of at least 1."]),
         (["fail=disk"], ["Cannot use ", "program.log/below (not a directory)", "hydra.run.dir=FOLDER"]),
+        (["fail=ranks"], ["Cannot use the output folder ", "outputs/toy/fail-ranks", "(no space left on device)"]),
         (["-m", "fail=config", "seed=0,1"], ["batch_size=0 is too small"]),
         (["-cn", "nothing"], ["nothing"]),
     ],

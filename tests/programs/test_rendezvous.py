@@ -86,7 +86,7 @@ def test_what_ranks_raised_while_they_wrote_is_told_as_of_one_process(monkeypatc
 CHILD = "import os, time; {}; print(os.getpid(), flush=True); time.sleep(60)"
 STARTER = """
 import os, subprocess, sys
-from flowanchor.base.start import LAUNCHER
+from flowanchor.base.start import LAUNCHER, launcher
 os.environ[LAUNCHER] = {launcher}
 subprocess.Popen([sys.executable, "-c", {child!r}])
 {then}
@@ -97,10 +97,10 @@ BEGIN = "import flowanchor.programs"
 @pytest.mark.parametrize(
     "launcher, environment, child, ends",
     [
-        ("str(os.getpid())", {"LOCAL_RANK": "1"}, BEGIN, True),  # as Lightning starts it
+        ("launcher()", {"LOCAL_RANK": "1"}, BEGIN, True),  # as Lightning starts it
         ("''", {"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, BEGIN, True),  # as torchrun does
-        ("str(os.getpid())", {}, "time.sleep(1.5); " + BEGIN, False),  # a stranger, by then: another process' child
-        ("str(os.getpid())", {"LOCAL_RANK": "1"}, "time.sleep(1.5); " + BEGIN, True),  # too late to look who started it
+        ("launcher()", {}, "time.sleep(1.5); " + BEGIN, False),  # a stranger, by then: another process' child
+        ("launcher()", {"LOCAL_RANK": "1"}, "time.sleep(1.5); " + BEGIN, True),  # too late to look who started it
         ("''", {}, BEGIN, False),  # by a shell that exits
     ],
 )

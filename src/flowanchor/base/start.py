@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,10 +17,15 @@ from pathlib import Path
 
 from flowanchor.base.signals import STOPS, is_first, say, stopped_by
 
-LAUNCHER = "FLOWANCHOR_LAUNCHER"  # environment: the process id of the program of ours that starts others
+LAUNCHER = "FLOWANCHOR_LAUNCHER"  # environment: the program of ours that starts others, PROCESS@HOST
 PROGRAMS = {"train", "sample", "eval", "encode", "convert", "report", "demo"}
 
 patience = 0.0  # seconds for which an orphan may go on: something else may end it, with words
+
+
+def launcher() -> str:
+    """What a program that starts others writes into their environment, as `LAUNCHER`."""
+    return f"{os.getpid()}@{socket.gethostname()}"
 
 
 def begin() -> None:
@@ -44,11 +50,11 @@ def _stop(signum: int, frame: object) -> None:
 
 def _parent() -> int | None:
     """The process to end with, if this one was started by it; exits where it has died already."""
-    launcher = os.environ.get(LAUNCHER, "")
-    if launcher.isdigit():
-        if int(launcher) == os.getppid():
-            return int(launcher)
-        if "LOCAL_RANK" in os.environ and not _lives(int(launcher)):
+    process, _, host = os.environ.get(LAUNCHER, "").partition("@")
+    if process.isdigit() and host == socket.gethostname():
+        if int(process) == os.getppid():
+            return int(process)
+        if "LOCAL_RANK" in os.environ and not _lives(int(process)):
             os._exit(1)
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ else None
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from flowanchor.base.causes import unwrapped
 from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
-from flowanchor.base.start import LAUNCHER
+from flowanchor.base.start import LAUNCHER, launcher
 from flowanchor.programs import slurm
 from flowanchor.programs.folders import register_resolvers
 from flowanchor.programs.messages import explain
@@ -86,7 +86,11 @@ def program(
             @functools.wraps(main)
             def task(cfg: DictConfig) -> T:
                 # Child processes see what the user had set, not what we set below. A job of a cluster begins here.
-                with listening(slurm.notices()) as listener, _environment(FULL_ERROR, own):
+                with (
+                    listening(slurm.notices()) as listener,
+                    _environment(FULL_ERROR, own),
+                    _environment(LAUNCHER, launcher()),
+                ):
                     listener.state = unfinished
                     _fix_run_folder()
                     try:
@@ -107,7 +111,7 @@ def program(
                         raise error from error.__cause__  # its wrapper holds the tracebacks of all ranks
 
             start = hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)
-            with listening(slurm.notices()), _environment(LAUNCHER, str(os.getpid())):
+            with listening(slurm.notices()):
                 try:
                     with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
                         start()

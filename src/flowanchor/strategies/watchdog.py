@@ -17,7 +17,6 @@ processes that exit with code 1. Through the same connections, ranks that are to
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -27,7 +26,6 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
@@ -37,19 +35,17 @@ import torch.distributed as dist
 from flowanchor.base.causes import unwrapped
 from flowanchor.base.signals import briefly, current, end_now, say
 from flowanchor.errors import ConfigError
+from flowanchor.strategies.channel import Channel, Message, Silence, listen
 from flowanchor.strategies.stopping import Count, Moments
 
 SETTLE = 1.0  # seconds for which an error waits for its cause: where a rank dies, the others' collectives may raise
 GRACE = 10.0  # seconds that a rank to blame has for its own traceback, before it and the others are ended
 LAST = 0.5  # seconds for which the others outlive it: torchrun blames the worker whose end it sees first
 CONNECT = 10.0  # seconds in which the judge must be reachable
-LONGEST_LINE = 65536  # bytes; whoever sends more is none of ours
 LONGEST_CAUSE = 500  # characters
 
 UNEXPLAINED = "its process ended without saying why (killed, out of memory or crashed)"
 SILENT = "it gave no sign of life for {:g} seconds"
-
-Message = dict[str, Any]
 
 
 class RankWatchdog:
@@ -88,7 +84,7 @@ class RankWatchdog:
             return
         address, port, token = invitation[0]
         try:
-            channel = _Channel(socket.create_connection((address, port), timeout=CONNECT))
+            channel = Channel(socket.create_connection((address, port), timeout=CONNECT))
         except OSError as error:
             warnings.warn(
                 f"Rank {rank} cannot reach the rank watchdog of rank 0 at {address}:{port} ({error}), so the death of "
@@ -144,7 +140,7 @@ class RankWatchdog:
         assert self.timeout is not None
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()  # where the ranks found rank 0 already
         try:
-            listener = _listen(address)
+            listener = listen(address)
         except OSError as error:
             warnings.warn(f"The rank watchdog cannot open a port ({error}), so it watches nothing.", stacklevel=3)
             return None
@@ -161,92 +157,6 @@ def cause_of(error: BaseException) -> str:
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
 
 
-# ------------------------------------------------------------------------------------------------------ connections
-
-
-class _Channel:
-    """Messages over a socket, one line of JSON each."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = connection
-        self._rest = b""
-        self._sending = threading.Lock()
-        _open_sockets.add(connection)
-
-    def send(self, kind: str, **values: Any) -> None:
-        """Send a message; to a peer that is gone, nothing: that is noticed by `receive`."""
-        try:
-            with self._sending:
-                self.socket.sendall(json.dumps({"kind": kind, **values}).encode() + b"\n")
-        except OSError:
-            pass
-
-    def receive(self) -> list[Message] | None:
-        """What has arrived, after waiting for the socket's timeout at most; None: the peer is gone."""
-        try:
-            data = self.socket.recv(LONGEST_LINE)
-        except (TimeoutError, BlockingIOError, InterruptedError):
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        known = all(isinstance(message, dict) and "kind" in message for message in messages)
-        return messages if known and len(self._rest) <= LONGEST_LINE else None
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def _listen(address: str) -> socket.socket:
-    """A free port; on this machine only, where the others are told to find it here."""
-    if address in ("localhost", "127.0.0.1"):
-        listener = socket.create_server(("127.0.0.1", 0))
-    elif socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        listener = socket.create_server(("", 0))
-    _open_sockets.add(listener)
-    return listener
-
-
-_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def _close_inherited() -> None:
-    for connection in list(_open_sockets):
-        connection.close()
-
-
-# A forked data worker holds copies of the sockets and may outlive its rank: its death must still close the connection.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)
-
-
-class _Silence:
-    """For how long a peer has been silent, counting only time in which this process was awake to listen."""
-
-    def __init__(self, interval: float) -> None:
-        self._longest = 2 * interval
-        self._last = time.monotonic()
-        self.seconds = 0.0
-
-    def broken(self) -> None:
-        self.seconds = 0.0
-
-    def grow(self) -> float:
-        now = time.monotonic()
-        self.seconds += min(now - self._last, self._longest)
-        self._last = now
-        return self.seconds
-
-
 # ------------------------------------------------------------------------------------------------------------ judge
 
 
@@ -254,8 +164,8 @@ class _Silence:
 class _Witness:
     """A rank as the judge sees it."""
 
-    channel: _Channel
-    silence: _Silence
+    channel: Channel
+    silence: Silence
     rank: int = -1  # until it has introduced itself
     host: str = ""
     left: bool = False  # it has said goodbye
@@ -307,7 +217,7 @@ class _Judge(threading.Thread):
         except OSError:  # the peer has gone already
             return
         connection.setblocking(False)
-        witness = _Witness(_Channel(connection), _Silence(self._interval))
+        witness = _Witness(Channel(connection), Silence(self._interval))
         self._witnesses.append(witness)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(witness))
 
@@ -396,7 +306,7 @@ class _Member(threading.Thread):
     """The thread of every rank that gives signs of life, and ends the process when the judge says so."""
 
     def __init__(
-        self, channel: _Channel, rank: int, judge_host: str, token: str, timeout: float, interval: float
+        self, channel: Channel, rank: int, judge_host: str, token: str, timeout: float, interval: float
     ) -> None:
         super().__init__(name="rank-watchdog", daemon=True)
         self._channel, self._rank, self._judge_host = channel, rank, judge_host
@@ -426,7 +336,7 @@ class _Member(threading.Thread):
         self.join(SETTLE + GRACE)  # "over" comes at once, unless a rank has just died
 
     def run(self) -> None:
-        silence = _Silence(self._interval)
+        silence = Silence(self._interval)
         last_beat = time.monotonic()
         while not self._over:
             messages = self._channel.receive()
