@@ -53,6 +53,12 @@ def kick(hook: str, step: int, *signals: int, **settings: Any) -> list[str]:
     return ["+callbacks.kick._target_=kicking.Kick", *(f"+callbacks.kick.{k}={v}" for k, v in values.items())]
 
 
+def heed_signals() -> None:
+    """The tests may run where signals are ignored (nohup, a shell's background)."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def become(rank: int, processes: int, port: int, words: list[str], output: Path) -> None:
     """Run train.py in this process, as one of several ranks."""
     handle = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -99,7 +105,7 @@ def main() -> None:
     import flowanchor.programs.train  # noqa: F401  (before the forks, for all of them)
 
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_signals()
     codes: dict[str, list[list[int | None]]] = {}
     running = {}
     for scenario in scenarios:

@@ -58,10 +58,16 @@ def assert_same(ours, theirs, where=""):
 
 
 def stopped(command, *words: str) -> int:
+    outside = {number: signal.getsignal(number) for number in CODES}
+    kicking.heed_signals()
     before = {number: signal.getsignal(number) for number in CODES}
-    with pytest.raises(SystemExit) as exit:
-        command(*words)
-    assert {number: signal.getsignal(number) for number in CODES} == before, "the handlers were not restored"
+    try:
+        with pytest.raises(SystemExit) as exit:
+            command(*words)
+        assert {number: signal.getsignal(number) for number in CODES} == before, "the handlers were not restored"
+    finally:
+        for number, handler in outside.items():
+            signal.signal(number, handler)
     return exit.value.code
 
 
@@ -290,7 +296,10 @@ def test_processes_that_lightning_started_end_together(tmp_path):
     command = [sys.executable, str(here.parents[1] / "src" / "train.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     # A process that stays behind keeps the pipe open, and this times out.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+        preexec_fn=kicking.heed_signals,
+    )  # fmt: skip
     assert done.returncode == 129, done.stderr
     assert done.stderr.count("Stopped by SIGHUP at step ") == 1 and "Traceback" not in done.stderr
     assert (tmp_path / "outputs/train/one/checkpoints/last.ckpt").is_file()

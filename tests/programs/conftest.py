@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,12 @@ trainer:
 }
 
 
+def heed_signals() -> None:
+    """The tests may run where signals are ignored (nohup, a shell's background)."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Toy:
     """Runs the toy program in `folder`."""
 
@@ -112,6 +119,7 @@ class Toy:
         paths = [str(ROOT / "src"), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
         return subprocess.run(
             words,
+            preexec_fn=heed_signals,
             cwd=self.folder,
             capture_output=True,
             text=True,
