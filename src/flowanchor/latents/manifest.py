@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.plain import read_json
 from flowanchor.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -65,7 +66,7 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, DataError)
             known = {f.name for f in fields(cls)}
             found = {k: v for k, v in content.items() if k in known}
             for name in ("shape", "class_names", "unreadable"):
