@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowanchor.base.plain import read_json
+from flowanchor.data.latent_files import FLOATS
 from flowanchor.encoding.writers import disk_space, file_sha256
 from flowanchor.errors import DataError
 from flowanchor.latents.manifest import MANIFEST, Shard
@@ -58,7 +60,7 @@ class CaptionManifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, DataError)
             if content.get("kind") != "captions":
                 raise DataError(f"{path} is that of another kind of data: give a folder of encode.py data=captions.")
             found = {key: value for key, value in content.items() if key in {f.name for f in fields(cls)}}
@@ -109,6 +111,8 @@ class CaptionFile:
             self.caption_start = self._file.get_tensor("caption_start").tolist()
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} cannot be read ({error}): delete it and run encode.py again.") from error
+        if not {self._latents.get_dtype(), self._text.get_dtype()} <= set(FLOATS):
+            raise DataError(f"{path} holds other numbers than floating-point ones: delete it and run encode.py again.")
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """[B, C, F, h, w], float32."""

@@ -133,8 +133,8 @@ def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("a .npy file of another version than 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if fortran or dtype.hasobject:
-            raise ValueError("an array of objects, or in Fortran's order")
+        if fortran or dtype.kind != "f":
+            raise ValueError("an array of other numbers than floating-point ones, or in Fortran's order")
         _HEADERS[header] = (shape, dtype)
     return _HEADERS[header]
 
