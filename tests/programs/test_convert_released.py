@@ -248,6 +248,13 @@ def test_an_export_that_asks_for_foreign_code_is_refused(refused, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_an_export_whose_description_is_not_plain_is_refused(refused):
+    for odd in ("${oc.env:HOME}", torch.zeros(2), {1: 2}):
+        config = {"backbone": {"_target_": "x"}, "sampler": {"steps": odd}}
+        torch.save({"ema": RAW, "flowanchor_export": {"kind": "flow", "ema": "x", "step": 0, "config": config}}, "a.pt")
+        assert "only plain values may stand there" in refused("checkpoint=a.pt", "output=b.safetensors")
+
+
 def test_networks_that_the_authors_do_not_know(convert, refused):
     torch.save(released.extracted(RAW), "a.pt")
     convert("checkpoint=a.pt", "output=ours.safetensors")

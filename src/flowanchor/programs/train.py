@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.checkpoints import initialise_student, latest_checkpoint, read_checkpoint
 from flowanchor.checkpoints.lightning import ShardedCheckpointIO
+from flowanchor.checkpoints.resuming import check_resumable
 from flowanchor.codecs.load import adopt_statistics, check_codec
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
@@ -55,10 +56,12 @@ def train(cfg: DictConfig) -> float | None:
     check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module, strategy)
     if resumed is not None:
-        done = read_checkpoint(resumed)["flowanchor"]["step"]
+        content = read_checkpoint(resumed)
+        done = content["flowanchor"]["step"]
         if 0 < trainer.max_steps <= done:
             rank_zero_info(f"{folder} has already been trained for {done} steps; raise trainer.max_steps to go on.")
             return measure_score(cfg, folder) if cfg.score else None
+        check_resumable(content, resumed)
         rank_zero_info(f"Resuming {folder} from step {done}.")
         if resumed.is_dir() and not getattr(strategy, "reads_sharded_checkpoints", False):
             trainer.strategy.checkpoint_io = ShardedCheckpointIO()
