@@ -18,7 +18,7 @@ _SETTINGS = (dict, type(None))
 
 def checked_content(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """The entries of ours in a checkpoint, each of them known to be what it should be; nothing is built."""
-    meta = plain(content["flowanchor"], f"{file}: flowanchor")
+    meta = plain(content["flowanchor"], file)
     if type(meta.get("format")) is not int or meta["format"] != FORMAT:
         raise CheckpointError(
             f"{file} has checkpoint format {bare(meta.get('format'))} and this version reads {FORMAT}: "
