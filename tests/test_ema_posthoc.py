@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import quad
 
 from flowanchor.ema import Profile
-from flowanchor.ema_posthoc import gamma_from_sigma_rel, p_dot_p, save_snapshot, solve_weights, synthesise
+from flowanchor.ema_posthoc import Owner, gamma_from_sigma_rel, p_dot_p, save_snapshot, solve_weights, synthesise
 from flowanchor.errors import CheckpointError, ConfigError
 
 STEPS, EVERY = 4000, 250
@@ -90,3 +90,52 @@ def test_bad_requests(run: tuple[Path, dict[float, torch.Tensor]], tmp_path: Pat
         synthesise(tmp_path, 0.1)
     with pytest.raises(CheckpointError, match="step 250"):
         synthesise(run[0], 0.1, step=100)
+
+
+def held(folder: Path, step: int, averages: dict[float, torch.Tensor]) -> Owner:
+    """A checkpoint of the run at a step between two snapshots, with its own averages."""
+    meta = {"step": step, "config": {"ema": {"sigma_rel": list(averages)}}}
+    ema = {f"power_{s:g}": {"w": average, "table": torch.tensor([step])} for s, average in averages.items()}
+    content = {"flowanchor": meta, "callbacks": {"EMA": {"updates": step}}, "ema": ema}
+    return Owner.of(folder / "checkpoints" / "best.ckpt", content)
+
+
+def test_a_checkpoint_between_two_snapshots(run: tuple[Path, dict[float, torch.Tensor]]) -> None:
+    """Its own averages reach its step, where no snapshot does."""
+    folder, step = run[0], 2100
+    averages = {s: torch.zeros(6, dtype=torch.float64) for s in (0.05, 0.08, 0.1)}
+    for t in range(1, step + 1):
+        for s, average in averages.items():
+            average.lerp_(trajectory(t), 1 - Profile(sigma_rel=s).beta(t))
+    wanted = averages.pop(0.08)
+    found = synthesise(folder, 0.08, step, held(folder, step, averages))
+    assert (found["w"].double() - wanted).norm() < 3e-3 * wanted.norm() and found["table"].item() == step
+    with pytest.raises(
+        CheckpointError, match="No snapshot in .* reaches step 2100, the last before it is of step 2000"
+    ):
+        synthesise(folder, 0.08, step, held(folder, step, {}))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "place", "owned"),
+    [
+        ("a", "a", "anywhere", True),
+        ("a", "b", "checkpoints", False),
+        (None, None, "checkpoints", True),  # both of before runs had names
+        (None, None, "anywhere", False),
+        ("a", None, "checkpoints", True),  # a run of before that goes on
+        (None, "a", "checkpoints", True),
+    ],
+)
+def test_whose_snapshots_they_are(
+    tmp_path: Path, ours: str | None, theirs: str | None, place: str, owned: bool
+) -> None:
+    path = tmp_path / "00000007_power_0.2.safetensors"
+    save_snapshot(path, {"w": torch.ones(2)}, 0.2, 7, [], torch.float32, theirs)
+    content = {"flowanchor": {"step": 7, "config": {}, **({} if ours is None else {"run": ours})}}
+    owner = Owner.of(tmp_path / place / "last.ckpt", content)
+    if owned:
+        assert torch.equal(synthesise(tmp_path, 0.2, 7, owner)["w"], torch.ones(2))
+    else:
+        with pytest.raises(CheckpointError, match="are those of another run"):
+            synthesise(tmp_path, 0.2, 7, owner)

@@ -211,6 +211,10 @@ class LightningDiT(Backbone):
 
 
 def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
+    sizes = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"backbone.{name}={size} must be at least 1.")
     if input_size % patch_size:
         divisors = [p for p in range(1, input_size + 1) if input_size % p == 0]
         raise ConfigError(

@@ -7,10 +7,14 @@ which are read when they are asked for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+
+from flowanchor.base.plain import bare, described, shown
+from flowanchor.errors import CheckpointError
 
 
 class LazyWeights(Mapping[str, Tensor]):
@@ -19,6 +23,10 @@ class LazyWeights(Mapping[str, Tensor]):
     def shape(self, name: str) -> torch.Size:
         """Shape of an entry, without reading it."""
         raise NotImplementedError
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of an entry's numbers."""
+        return self[name].dtype
 
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors, whole or sharded, with the entries of their names."""
@@ -45,6 +53,9 @@ class Renamed(LazyWeights):
 
     def shape(self, name: str) -> torch.Size:
         return shape_of(self.weights, self.prefix + name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self.weights, self.prefix + name)
 
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         copy_weights(self.weights, {self.prefix + name: tensor for name, tensor in targets.items()})
@@ -81,6 +92,10 @@ class Joined(LazyWeights):
         weights, inner = self._find(name)
         return shape_of(weights, inner)
 
+    def dtype(self, name: str) -> torch.dtype:
+        weights, inner = self._find(name)
+        return dtype_of(weights, inner)
+
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         for prefix, weights in self.parts.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in targets.items() if name.startswith(prefix)}
@@ -112,6 +127,9 @@ class Overlaid(LazyWeights):
     def shape(self, name: str) -> torch.Size:
         return shape_of(self._of(name), name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self._of(name), name)
+
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         copy_weights(self.above, {name: t for name, t in targets.items() if name in self.above})
         copy_weights(self.below, {name: t for name, t in targets.items() if name not in self.above})
@@ -120,6 +138,69 @@ class Overlaid(LazyWeights):
 def shape_of(weights: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of an entry, without reading it where that can be avoided."""
     return weights.shape(name) if isinstance(weights, LazyWeights) else weights[name].shape
+
+
+def dtype_of(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """Type of an entry's numbers, without reading it where that can be avoided."""
+    return weights.dtype(name) if isinstance(weights, LazyWeights) else weights[name].dtype
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """What a type is for: weights are floating-point numbers, counters and tables may be something else."""
+    quantised = dtype in (torch.qint8, torch.quint8, torch.qint32)
+    kinds = {"floating": dtype.is_floating_point, "complex": dtype.is_complex, "quantised": quantised}
+    return next((kind for kind, holds in kinds.items() if holds), "truth" if dtype == torch.bool else "whole")
+
+
+def checked_weights(weights: Any, source: object) -> Mapping[str, Tensor]:
+    """Weights out of a file, by name: whole tensors, each with numbers of its own; raises `CheckpointError`."""
+    if isinstance(weights, LazyWeights):
+        return weights
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{source} holds {described(weights)} in place of weights: do not use this file.")
+    found = dict(dict.items(weights))  # an ordered dictionary out of a file may say anything about itself
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise CheckpointError(f"{source} holds a weight whose name is {shown(name)}: do not use this file.")
+        whole_tensor(tensor, f"{source}: {bare(name)}")
+    return found
+
+
+def whole_tensor(tensor: Any, source: object) -> Tensor:
+    """A tensor out of a file as it is; raises `CheckpointError` unless it is a whole one that the file really holds."""
+    fault = None
+    if not isinstance(tensor, Tensor):
+        fault = f"is {described(tensor)} and no tensor"
+    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        fault = "is sparse, quantised or has no values"
+    elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        fault = "is larger than what the file holds of it"
+    if fault is not None:
+        raise CheckpointError(f"{source} cannot be used as a weight (it {fault}): do not use this file.")
+    found: Tensor = tensor
+    return found
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, Tensor], source: object, names: Iterable[str] | None = None) -> None:
+    """Raise `CheckpointError` where weights (all, or those of `names`) are not numbers any more.
+
+    Those without values are not looked at.
+    """
+    looked_at = list(weights if names is None else names)
+    broken = [name for name in looked_at if not _is_finite(local(weights[name]))]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds weights that are not finite ({len(broken)} of {len(looked_at)} tensors, such as "
+            f"{bare(broken[0])}): the run has diverged; use an earlier checkpoint, or another ema_profile."
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # of eight bits, which know no comparisons
+    return bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
 
 
 @torch.no_grad()

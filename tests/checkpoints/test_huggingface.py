@@ -82,7 +82,7 @@ def test_a_config_that_asks_for_foreign_code_is_refused(folder, tmp_path, place,
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON file"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
         (lambda folder: edit(folder, lambda content: content["flowanchor"].update(format=9)), "checkpoint format 9"),
         (lambda folder: edit(folder, lambda content: content["flowanchor"].pop("kind")), "lacks flowanchor.kind"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "read safely"),

@@ -189,3 +189,29 @@ def test_what_released_weights_do_not_say_is_asked_for(folder):
         build_sampler({"steps": 4}, model)
     with pytest.raises(ConfigError, match="does not say how its prompts are encoded: add text_encoder=umt5"):
         load_text_encoder(model)
+
+
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/dev/zero", "x/y.safetensors", 3, "weights.bin"])
+def test_an_index_that_leads_out_of_its_folder(folder, place):
+    index = next(folder.glob("*.index.json"))
+    listed = json.loads(index.read_text())
+    listed["weight_map"][sorted(listed["weight_map"])[0]] = place
+    index.write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="does not list files of its folder"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_layers": "many"}, {"num_layers": 10**9}, {"attention_head_dim": 10**9}, {"patch_size": [0, 0, 0]},
+        {"patch_size": 3}, {"in_channels": None}, {"rope_max_seq_len": 10**12}, {"eps": "${oc.env:HOME}"},
+        {"ffn_dim": [1]}, {"freq_dim": -1}, {"text_dim": 1.5},
+    ],
+)  # fmt: skip
+def test_a_config_that_is_wrong_is_one_sentence(folder, entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+    with pytest.raises(CheckpointError) as refused:
+        load_model(folder)
+    assert "\n" not in str(refused.value) and str(folder) in str(refused.value)

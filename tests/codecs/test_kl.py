@@ -162,3 +162,32 @@ def test_mistakes_are_named(state, tmp_path):
         KLCodec("vavae", 4, 4, weights=str(tmp_path / "foreign.pt")).fingerprint()
     with pytest.raises(ConfigError, match="multiples of"):
         KLCodec.of_weights(ldm.random_state(**ARCHITECTURES["plain"])).encode(torch.zeros(1, 3, 15, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight.long(), "other numbers than floating-point ones in encoder.conv_in.weight"),
+        (lambda weight: weight.to(torch.complex64), "other numbers than floating-point ones"),
+        (lambda weight: weight * float("nan"), "weights that are not finite"),
+        (lambda weight: weight.to_sparse(), "cannot be used as a weight .it is sparse"),
+        (lambda weight: weight[:, :, 0, 0], "have another shape of encoder.conv_in.weight"),
+        (lambda weight: weight.sum(), "holds no autoencoder"),
+        (lambda weight: weight[:3], "no autoencoder that diffusers can build|not the weights of a KL autoencoder"),
+    ],
+)
+def test_weights_that_are_none(change, words, state, tmp_path):
+    state["encoder.conv_in.weight"] = change(state["encoder.conv_in.weight"])
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=words) as refused:
+        KLCodec("vavae", 4, 4, weights=str(tmp_path / "a.pt")).decode(torch.zeros(1, 4, 4, 4))
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_layers_that_a_name_counts_are_not_built(tmp_path, state):
+    """A billion layers by a name of twenty letters."""
+    name = "decoder.up_blocks.0.resnets.{}.conv1.weight"
+    modern = dict(KLCodec.of_weights(state).network.state_dict())
+    save_file({**modern, name.format(10**9): torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="not the weights of a KL autoencoder"):
+        KLCodec("vavae", 4, 4, weights=str(tmp_path / "a.safetensors")).fingerprint()

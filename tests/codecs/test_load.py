@@ -20,7 +20,9 @@ STATISTICS = LatentStatistics((0.0, 1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0), 0.5)
 
 
 def model(codec, channels=4):
-    return SimpleNamespace(config={"codec": codec}, backbone=SimpleNamespace(sample_shape=(channels, 8, 8)))
+    return SimpleNamespace(
+        path="a.ckpt", config={"codec": codec}, backbone=SimpleNamespace(sample_shape=(channels, 8, 8))
+    )
 
 
 def test_the_data_brings_the_statistics_as_plain_numbers():

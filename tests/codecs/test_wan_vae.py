@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flowanchor.codecs.wan_vae import WanVAE
 from flowanchor.errors import CheckpointError, ConfigError
@@ -94,4 +96,43 @@ def test_bad_folders(pipeline, tmp_path):
         codec(tmp_path).encode(torch.zeros(1, 3, 16, 16))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="no weights"):
+        codec(tmp_path).encode(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"auto_map": {"AutoModel": "mine.Net"}}, "asks for code of its own choice .auto_map"),
+        ({"quantization_config": {"quant_method": "x"}}, "asks for code of its own choice .quantization_config"),
+        ({"inner": [{"custom_pipelines": "x"}]}, "asks for code of its own choice .custom_pipelines"),
+        ({"z_dim": "many"}, "cannot be read as Wan's VAE"),
+        ({"base_dim": -4}, "cannot be read as Wan's VAE"),
+    ],
+)
+def test_hostile_and_damaged_folders(pipeline, tmp_path, entries, words):
+    shutil.copytree(pipeline / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, **entries}))
+    with pytest.raises(CheckpointError, match=words) as refused:
+        codec(tmp_path).encode(torch.zeros(1, 3, 16, 16))
+    assert "\n" not in str(refused.value)
+
+
+def test_pickled_weights_are_not_looked_at(pipeline, tmp_path):
+    """diffusers would fall back on a .bin file."""
+    shutil.copytree(pipeline / "vae", tmp_path / "vae")
+    weights = next((tmp_path / "vae").glob("*.safetensors"))
+    torch.save(load_file(weights), tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    weights.rename(tmp_path / "vae" / "other.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read as Wan's VAE"):
+        codec(tmp_path).encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_diverged_weights(pipeline, tmp_path):
+    shutil.copytree(pipeline / "vae", tmp_path / "vae")
+    weights = next((tmp_path / "vae").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors[sorted(tensors)[0]].fill_(float("inf"))
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="weights that are not finite"):
         codec(tmp_path).encode(torch.zeros(1, 3, 16, 16))

@@ -237,3 +237,13 @@ def test_it_must_agree_with_its_manifest(write_latents):
 def test_it_has_no_images(write_latents):
     with pytest.raises(ConfigError, match="add reference=FOLDER"):
         module(write_latents([5])).images("train")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("key", ["latents", "latents_flip"])
+def test_latents_that_are_no_floating_point_numbers(write_latents, dtype, key):
+    folder = write_latents([8])
+    path = first_file(folder)
+    change(path, **{key: load_file(path)[key].to(dtype)})
+    with pytest.raises(DataError, match=f"'{key}' holds no floating-point numbers"):
+        epoch(module(folder))

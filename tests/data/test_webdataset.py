@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import re
 import tarfile
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from flowanchor.data.tar_plan import TarPlan
-from flowanchor.data.tar_reader import count_samples, expand, read_shard
+from flowanchor.data.tar_reader import count_samples, decode_array, expand, read_shard
 from flowanchor.data.webdataset import WebDatasetDataModule
 from flowanchor.errors import ConfigError, DataError
 
@@ -299,3 +300,11 @@ def test_the_folder_of_the_manifest(write_tars, tmp_path):
     )
     with pytest.raises(ConfigError, match="use data=latents"):
         module(Path(folder))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "complex64"])
+def test_arrays_of_other_numbers_than_floating_point_ones(dtype):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((1, 2, 4, 4), dtype))
+    with pytest.raises(ValueError, match="other numbers than floating-point ones"):
+        decode_array(buffer.getvalue())

@@ -298,3 +298,27 @@ def test_a_base_pipeline_that_lacks_something(folder, base, tmp_path, capsys, da
         run(f"checkpoint={folder}/plain.ckpt", f"output={tmp_path}/out", "format=diffusers", *given)
     assert re.search(words, capsys.readouterr().err)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "words"),
+    [
+        ("model_index.json", {"vae": ["my_code", "AutoencoderKLWan"]}, "lacks vae: .*must be of diffusers or transf"),
+        ("model_index.json", {"tokenizer": [["a"], "b"]}, "lacks tokenizer"),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "mine.Net"}}, "asks for code of its own choice"),
+    ],
+)
+def test_a_pipeline_that_brings_code_is_not_taken_over(folder, base, tmp_path, capsys, file, entries, words):
+    """Whoever opens an export trusts its scheduler's file, and would run what lies beside."""
+    hostile = Path(shutil.copytree(base, tmp_path / "base"))
+    (hostile / "vae" / "my_code.py").write_text("raise SystemExit('ran')\n")
+    path = hostile / file
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), **entries}))
+    asked = [f"checkpoint={folder}/plain.ckpt", f"output={tmp_path}/out", "format=diffusers", f"pipeline={hostile}"]
+    with pytest.raises(SystemExit):
+        run(*asked)
+    assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
+    path.write_text(before)
+    run(*asked)
+    assert not list((tmp_path / "out" / "vae").glob("*.py"))

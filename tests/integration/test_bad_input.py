@@ -60,8 +60,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.ckpt").write_text("these are no weights")
     trained = torch.load(folder / "runs" / "teacher" / "checkpoints" / "last.ckpt", weights_only=True)
     settings = trained["flowanchor"]["config"]
+    backbone = settings["backbone"]
     settings["backbone"] = {"_target_": "flowanchor.provenance.Path.touch", "self": str(folder / "sprung")}
     torch.save(trained, folder / "disguised.ckpt")
+
+    trained["flowanchor"]["config"]["backbone"] = backbone
+    kept = {key: value for key, value in trained.items() if key != "optimizer_states"}
+    (folder / "stateless" / "checkpoints").mkdir(parents=True)
+    torch.save(kept, folder / "stateless" / "checkpoints" / "last.ckpt")
+    for weights in (trained["state_dict"], *trained["ema"].values()):
+        next(iter(weights.values())).fill_(float("nan"))
+    torch.save(trained, folder / "diverged.ckpt")
 
     for path in ("flat", "two/a", "two/b", "hole/a", "hole/b", "broken/a", "broken/b"):
         (folder / path).mkdir(parents=True)
@@ -122,7 +131,18 @@ CASES = [
     ([*TRAIN, "teacher=checkpoint", "teacher.checkpoint={folder}/malicious.ckpt"], "malicious.ckpt .* safely .*: give"),
     ([*TRAIN, "initialise_from={folder}/malicious.pkl"], "malicious.pkl is not .* safely .*: give"),
     (["sample", "checkpoint={folder}/hollow.ckpt"], "hollow.ckpt lacks flowanchor.config, .*: give a .ckpt file"),
-    (["sample", "checkpoint={folder}/disguised.ckpt"], "asks for '.*.Path.touch', which is no class of"),
+    (["sample", "checkpoint={folder}/disguised.ckpt"], "asks for '.*.Path.touch' as its backbone, and neither"),
+    (["sample", "checkpoint={folder}/diverged.ckpt"], r"not finite \(1 of \d+ tensors, .*: the run has diverged; use"),
+    (["evaluate", "checkpoint={folder}/diverged.ckpt"], "not finite .*: the run has diverged; use an earlier"),
+    (
+        [*TRAIN, "teacher=checkpoint", "teacher.checkpoint={folder}/diverged.ckpt"],
+        "not finite .*: the run has diverged",
+    ),
+    ([*TRAIN, "initialise_from={folder}/diverged.ckpt"], "not finite .*: the run has diverged; use an earlier"),
+    (
+        ["train", *SIZE, "trainer.max_steps=2", "hydra.run.dir={folder}/stateless"],
+        "lacks optimizer_states.*: start a new run from it with",
+    ),
     ([*SAMPLE, "ema_profile=zebra"], "no EMA profile 'zebra': choose one of power_0.1, power_0.05, none"),
     ([*EVAL, "ema_profile=posthoc:wide"], "no EMA profile 'posthoc:wide': write for example posthoc:0.15"),
     # what does not fit
@@ -183,7 +203,7 @@ CASES = [
     # values that only a library refuses: the setting is named, and its default
     ([*TRAIN, "optimizer.lr=fast"], r"optimizer.lr=fast cannot be used here.*default is optimizer.lr=0.001"),
     ([*TRAIN, "optimizer.lr=-1"], "optimizer refuses its settings .*-1.*correct them under optimizer"),
-    ([*TRAIN, "backbone.patch_size=0"], "backbone.patch_size=0 cannot be used here"),
+    ([*TRAIN, "backbone.patch_size=0"], "backbone.patch_size=0 must be at least 1"),
     ([*TRAIN, "backbone.depth=abc"], "backbone.depth=abc cannot be used here"),
     ([*TRAIN, "trainer.accelerator=warp"], "trainer.accelerator=warp cannot be used .*names are: .*cpu"),
     ([*TRAIN, "trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 cannot be used.*default is .*=1"),

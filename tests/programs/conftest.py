@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -26,6 +28,9 @@ class Net:
         self.depth, self.width = depth, width
         if depth < 0:
             raise ConfigError("backbone.depth=-1 is negative: choose a depth of at least 1.")
+
+class OfRanks(BaseException):  # as torch.distributed.checkpoint wraps what each rank raised
+    failures = {0: (OSError(28, "No space left on device"), None)}
 
 def inner(width):
     return Net(1, wrong=2)  # a TypeError that is not the user's
@@ -42,6 +47,11 @@ def main(cfg):
         raise RuntimeError("a defect")
     if cfg.fail == "interrupt":
         raise KeyboardInterrupt
+    if str(cfg.fail).startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, cfg.fail))
+        time.sleep(cfg.pause)
+    if cfg.fail == "ranks":
+        raise OfRanks
     if cfg.fail == "disk":
         Path(folder, "program.log", "below").write_text("x")
     net = hydra.utils.instantiate(cfg.backbone)
@@ -65,6 +75,7 @@ debug: false
 fail: null
 seed: 0
 needs_checkpoint: false
+pause: 60
 checkpoint: ???
 trainer:
   max_steps: 10
@@ -94,10 +105,13 @@ class Toy:
             path.write_text(text)
 
     def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run([sys.executable, "program.py", *arguments], **environment)
+
+    def run(self, words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         paths = [str(ROOT / "src"), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
         return subprocess.run(
-            [sys.executable, "program.py", *arguments],
+            words,
             cwd=self.folder,
             capture_output=True,
             text=True,

@@ -158,3 +158,26 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match="read safely"):
         load_model(tmp_path / "damaged.safetensors")
+
+
+@pytest.mark.parametrize("format", ["flowanchor", "authors", "huggingface"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight.fill_(float("nan")), "holds weights that are not finite"),
+        (lambda weight: weight.to(torch.complex64), "holds complex64 numbers in"),
+        (lambda weight: weight.long(), "has other numbers than floating-point ones in"),
+        (lambda weight: weight[:1], "has another shape of"),
+    ],
+)
+def test_what_should_not_be_handed_on_is_not_written(convert, runs, capsys, tmp_path, format, change, words):
+    content = torch.load(runs / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    average = next(iter(content["ema"].values()))
+    average["x_embedder.proj.weight"] = change(average["x_embedder.proj.weight"])
+    (tmp_path / "in").mkdir()
+    torch.save(content, tmp_path / "in" / "a.ckpt")
+    suffix = {"flowanchor": ".safetensors", "authors": ".pt", "huggingface": ""}[format]
+    with pytest.raises(SystemExit):
+        convert(f"checkpoint={tmp_path}/in/a.ckpt", f"output=b{suffix}", f"format={format}")
+    assert words in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 import flowanchor
+from flowanchor.base.seal import seal
 from flowanchor.checkpoints import initialise_student, load_model
 from flowanchor.errors import CheckpointError
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -248,11 +250,20 @@ def test_an_export_that_asks_for_foreign_code_is_refused(refused, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_an_export_whose_description_is_not_plain_is_refused(refused):
+    for odd in ("${oc.env:HOME}", torch.zeros(2), {1: 2}):
+        config = {"backbone": {"_target_": "x"}, "sampler": {"steps": odd}}
+        torch.save({"ema": RAW, "flowanchor_export": {"kind": "flow", "ema": "x", "step": 0, "config": config}}, "a.pt")
+        assert "only plain values may stand there" in refused("checkpoint=a.pt", "output=b.safetensors")
+
+
 def test_networks_that_the_authors_do_not_know(convert, refused):
     torch.save(released.extracted(RAW), "a.pt")
     convert("checkpoint=a.pt", "output=ours.safetensors")
     content = Path("ours.safetensors").read_bytes()
-    Path("other.safetensors").write_bytes(content.replace(b".lightningdit.LightningDiT", b".lightningdot.LightningDiT"))
+    changed = content.replace(b".lightningdit.LightningDiT", b".lightningdot.LightningDiT")
+    Path("other.safetensors").write_bytes(re.sub(rb'"[0-9a-f]{64}"', b'"' + b"0" * 64 + b'"', changed))
+    seal(Path("other.safetensors"))
     assert "knows LightningDiT alone" in refused("checkpoint=other.safetensors", "output=b.pt", "format=authors")
     assert "Add output=FILE.pt" in refused("checkpoint=ours.safetensors", "output=b.zip", "format=authors")
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import flowanchor.conf
+from flowanchor.base.signals import Interrupted, listening
 from flowanchor.errors import DataError, FlowAnchorError
 from flowanchor.programs import demo as program
 from flowanchor.programs.launch import prepare
@@ -201,6 +202,17 @@ def test_failing_part_stops_the_demo(
         parts.run("teacher", "train", ["reason"])
     assert "what went wrong" in capsys.readouterr().out
     assert parts.commands == ["python src/train.py reason"]
+
+
+def test_a_demo_that_is_stopped_passes_it_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))"
+    code = f"import os, signal, sys, time; {saves}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)"
+    monkeypatch.setattr(program, "invocation", lambda name: ([sys.executable, "-c", code], ["python"]))
+    with listening(), pytest.raises(Interrupted):
+        program.Parts(tmp_path / "seconds.json").run("teacher", "train", [])
+    assert "   saved\n" in capsys.readouterr().out
 
 
 def test_parts_remember_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

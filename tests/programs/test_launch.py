@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_sweep_gives_each_job_its_own_folder_and_the_same_again(toy):
         (["+backbone.heads=2"], ["Unknown setting backbone.heads: Net has no argument heads"]),
         (["backbone.depth=-1"], ["backbone.depth=-1 is negative: choose a depth of at least 1."]),
         (["fail=disk"], ["Cannot use ", "program.log/below (not a directory)", "hydra.run.dir=FOLDER"]),
+        (["fail=ranks"], ["Cannot use the output folder ", "outputs/toy/fail-ranks", "(no space left on device)"]),
         (["-m", "fail=config", "seed=0,1"], ["batch_size=0 is too small"]),
         (["-cn", "nothing"], ["nothing"]),
     ],
@@ -124,7 +126,32 @@ def test_child_processes_see_the_users_own_setting(toy):
     assert "FULL_ERROR 0" in toy(HYDRA_FULL_ERROR="0").stdout
 
 
-def test_interrupt_is_quiet(toy):
-    done = toy("fail=interrupt")
-    assert done.returncode == 130
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    "fail, code, name",
+    [
+        ("interrupt", 130, "Ctrl-C"),
+        ("SIGINT", 130, "Ctrl-C"),
+        ("SIGTERM", 143, "SIGTERM"),
+        ("SIGHUP", 129, "SIGHUP"),
+    ],
+)
+def test_being_stopped_is_one_sentence(toy, fail, code, name):
+    done = toy(f"fail={fail}")
+    assert done.returncode == code
+    assert done.stderr == f"Stopped by {name}.\n"
+
+
+def test_the_job_of_a_sweep_that_is_stopped_is_the_last(toy):
+    done = toy("-m", "fail=SIGTERM", "seed=0,1")
+    assert done.returncode == 143 and done.stdout.count("FOLDER") == 1
+    assert done.stderr == "Stopped by SIGTERM.\n"
+
+
+def test_what_is_ignored_stays_ignored(toy):
+    """As under nohup."""
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, sys.executable, "program.py", "fail=SIGHUP", "pause=0.1"]
+    done = toy.run(words)
+    assert done.returncode == 0 and "NET" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_two_processes_train_what_one_does(folder):
         for name in part:
             torch.testing.assert_close(other[name], part[name], rtol=1e-5, atol=1e-6, msg=name)
     assert one["state_dict"]["student.final_layer.linear.weight"].abs().max() > 0
+
+
+def test_a_resume_uses_the_new_settings_of_the_optimizer(folder):
+    shutil.copytree(folder / "two", folder / "faster")
+    done = launch(folder.parents[1], *RUN, *SHARDED, "name=faster", "trainer.max_steps=5", "optimizer.lr=1e-5")
+    assert done.returncode == 0 and "optimizer.lr=1e-05 (was 0.001)" in done.stdout + done.stderr, done.stderr
+    before, after = (read_whole(folder / name / "checkpoints/last.ckpt") for name in ("two", "faster"))
+    (group,) = after["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == 1e-5 and after["optimizer_states"][0]["state"][0]["step"] == 5
+    for name in before["state_dict"]:  # Adam moves a weight by a rate and a bit at most
+        assert (after["state_dict"][name] - before["state_dict"][name]).abs().max() <= 1e-4, name
 
 
 def logged(run: Path) -> list[dict[str, str]]:

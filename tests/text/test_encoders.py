@@ -138,3 +138,34 @@ def test_other_weights_are_refused(pipeline, tmp_path):
     save_file({"something": torch.zeros(2)}, tmp_path / "copy" / "text_encoder" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="is no UMT5EncoderModel: it lacks"):
         UMT5(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("file", ["text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "entries",
+    [{"auto_map": {"AutoTokenizer": "mine.Code", "AutoModel": "mine.Code"}}, {"_attn_implementation": "org/kernel"}],
+)
+def test_a_folder_that_chooses_code(pipeline, tmp_path, file, entries):
+    """Neither run nor asked about: `mine.py` lies beside."""
+    shutil.copytree(pipeline, tmp_path / "copy")
+    path = tmp_path / "copy" / file
+    (path.parent / "mine.py").write_text("raise SystemExit('ran')\n")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(CheckpointError, match="asks for code of its own choice"):
+        UMT5(str(tmp_path / "copy"))
+
+
+def test_adapters_beside_a_network_and_weights_that_diverged(pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(pipeline, tmp_path / "copy")
+    folder = tmp_path / "copy" / "text_encoder"
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/name"}))
+    with pytest.raises(CheckpointError, match="holds adapters beside a network"):
+        UMT5(str(tmp_path / "copy"))
+    (folder / "adapter_config.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="weights that are not finite"):
+        UMT5(str(tmp_path / "copy"))

@@ -89,14 +89,14 @@ class LastCheckpoint(SoundCheckpoint):
             self._last_global_step_saved = trainer.global_step  # what was resumed from is not written again
             self._resumed_from = trainer.global_step
 
-    def save_now(self, trainer: pl.Trainer) -> int:
-        """Write it unless that is forbidden or done already; the step of what lies there then (0: nothing).
+    def save_now(self, trainer: pl.Trainer) -> bool:
+        """Write it unless that is forbidden or done already; whether it then is that of the present step.
 
         Collective: every process calls it, between two optimizer steps.
         """
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        return self._last_global_step_saved
+        return bool(trainer.global_step == self._last_global_step_saved)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

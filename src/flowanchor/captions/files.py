@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowanchor.base.files import replacing, save_tensors, sha256, write_json
-from flowanchor.base.reading import read_regular, shown
+from flowanchor.base.plain import read_json
+from flowanchor.base.reading import shown
 from flowanchor.data.latent_files import FLOATS, WHOLE
 from flowanchor.encoding.writers import disk_space
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import LONGEST, MANIFEST, Shard, check_kinds, check_shards
+from flowanchor.latents.manifest import MANIFEST, Shard, check_kinds, check_shards
 
 FORMAT = 1
 NEGATIVE = "negative.safetensors"
@@ -59,7 +60,7 @@ class CaptionManifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(read_regular(path, LONGEST))
+            content = read_json(path, DataError)
             if content.get("kind") != "captions":
                 raise DataError(f"{path} is that of another kind of data: give a folder of encode.py data=captions.")
             found = {key: value for key, value in content.items() if key in {f.name for f in fields(cls)}}

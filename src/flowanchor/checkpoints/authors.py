@@ -34,7 +34,7 @@ def write_authors(
             f"The authors' code knows LightningDiT alone, and this is a {backbone.get('_target_')}: "
             "use format=flowanchor or format=huggingface."
         )
-    fit = compare(weights, backbone)
+    fit = compare(weights, backbone, path)
     if not fit.complete:
         raise CheckpointError(f"The weights {ema} cannot be exported: their set {describe_misfit(fit)}.")
     content: dict[str, Any] = {"ema": _whole(weights)}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowanchor.base.files import replacing
+from flowanchor.base.plain import parse_json
 from flowanchor.base.seal import BLANK, SEAL, seal
 
 FORMAT = 1  # of checkpoints of every kind
@@ -21,6 +22,13 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+WRITABLE = tuple(_DTYPES)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The type that safetensors calls `name`; one that is not written here counts as whole numbers."""
+    return next((dtype for dtype, theirs in _DTYPES.items() if theirs == name), torch.int64)
 
 
 def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str, Any], ema: str) -> int:
@@ -62,7 +70,7 @@ def read_consolidated(path: Path, described: dict[str, Any] | None = None) -> di
     """
     try:
         with safe_open(path, framework="pt") as file:
-            own = json.loads((file.metadata() or {}).get("flowanchor", "null"))
+            own = parse_json((file.metadata() or {}).get("flowanchor", "null"), path)
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - mapped, not read
     except SafetensorError as error:
         raise ValueError(str(error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.checkpoints.description import described_network
 from flowanchor.checkpoints.load import find_checkpoint, read_checkpoint, select_weights
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import Joined
@@ -29,14 +30,14 @@ def join_experts(
     contents = {part: read_checkpoint(file) for part, file in files.items()}
     configs = {part: content["flowanchor"]["config"] for part, content in contents.items()}
     chosen = {part: select_weights(contents[part], ema, files[part]) for part in PARTS}
-    backbones = {part: dict(config["backbone"]) for part, config in configs.items()}
+    backbones = {part: described_network(config, files[part])[0] for part, config in configs.items()}
     for part in PARTS:
         if str(backbones[part].get("_target_")) not in (ONE, f"{ONE}.from_preset"):
             raise CheckpointError(f"{files[part]} holds no Wan: give two runs of backbone=wan.")
     if backbones["high"] != backbones["low"]:
         differing = [key for key in backbones["low"] if backbones["low"][key] != backbones["high"].get(key)]
         raise CheckpointError(f"The two experts are different networks ({', '.join(differing)}): they must be alike.")
-    ends = [tuple(configs[part]["objective"].get("shortcut", {}).get("boundaries", ())) for part in PARTS]
+    ends = [_boundaries(configs[part]) for part in PARTS]
     if ends[0] != ends[1] or len(ends[0]) != 1:
         raise CheckpointError(
             f"The experts were distilled with objective.shortcut.boundaries={list(ends[0])} and {list(ends[1])}: both "
@@ -58,3 +59,10 @@ def join_experts(
             f"The experts keep different averages ({names['high']}, {names['low']}): name one of both."
         )
     return files["low"], Joined({f"{part}.": weights for part, (_, weights) in chosen.items()}), meta, names["low"]
+
+
+def _boundaries(config: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the segments that a run was trained in; none where it does not say."""
+    shortcut = config["objective"].get("shortcut")
+    found = shortcut.get("boundaries") if isinstance(shortcut, dict) else None
+    return tuple(one for one in found if isinstance(one, (int, float))) if isinstance(found, list) else ()

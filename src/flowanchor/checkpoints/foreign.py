@@ -20,7 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from flowanchor.checkpoints.inert import plain, read_inert
-from flowanchor.errors import CheckpointError
+from flowanchor.checkpoints.trusted import brief
+from flowanchor.errors import CheckpointError, FlowAnchorError
+from flowanchor.weights import checked_weights
 
 EXPORT = "flowanchor_export"  # what our own export adds beside the authors' entries
 
@@ -51,7 +53,8 @@ class ForeignFile:
             raise CheckpointError(
                 f"{self.path} holds no weights '{chosen}': choose ema_profile among {', '.join(self.profiles)}."
             )
-        return chosen, self.profiles[chosen]
+        weights = checked_weights(self.profiles[chosen], self.path)
+        return chosen, dict(weights)
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
@@ -60,7 +63,20 @@ def read_foreign(path: str | Path) -> ForeignFile:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}: give a released .pt, .pth, .ckpt or .safetensors file.")
     content = read_inert(path)
-    if not isinstance(content, Mapping):
+    try:
+        return _understood(path, content)
+    except FlowAnchorError:
+        raise
+    except Exception as error:  # entries of other types than releases have
+        raise CheckpointError(
+            f"{path} holds no weights that are known here ({brief(error)}): give a released checkpoint."
+        ) from error
+
+
+def _understood(path: Path, content: Any) -> ForeignFile:
+    if isinstance(content, dict):
+        content = dict(dict.items(content))  # an ordered dictionary out of a file may say anything about itself
+    else:
         raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights: give a released checkpoint.")
     if _is_state_dict(content):
         return _bare(path, content)
@@ -158,7 +174,8 @@ def _step(content: Mapping[str, Any], export: Mapping[str, Any] | None) -> int:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+    found = dict.items(value) if isinstance(value, dict) else ()
+    return len(found) > 0 and all(isinstance(name, str) and isinstance(one, Tensor) for name, one in found)
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Generator(LoadedModel):
 
         Raises:
             ConfigError: labels out of range, nothing that says how many, a sampler of the wrong kind.
+            DataError: an image that is not finite.
         """
         from flowanchor.sampling import build_sampler, generate
         from flowanchor.sampling.prompts import encode_prompts, sample_shape
@@ -93,6 +94,7 @@ class Generator(LoadedModel):
             self.device,
             count,
             shape=sample_shape(self.backbone, size, self.codec.downsampling),
+            finite=True,
         )
         return torch.cat(list(chunks))
 
@@ -145,5 +147,6 @@ def load(
         if unknown:
             raise ConfigError(f"The {part} of {model.path} has no {', '.join(unknown)}: it has {', '.join(own)}.")
         if chosen:
+            chosen = {key: str(value) if isinstance(value, PurePath) else value for key, value in chosen.items()}
             values["config"] = {**values["config"], part: {**own, **chosen}}
     return Generator(**values)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from flowanchor.base.files import flush, remove, replace, unfinished
+from flowanchor.base.plain import read_json
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, read_consolidated, write_consolidated
 from flowanchor.errors import CheckpointError
 
@@ -40,10 +41,7 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON file ({error}): copy or download the folder again.") from error
+    found = read_json(path)
     meta = found.get("flowanchor") if isinstance(found, dict) else None
     if not isinstance(meta, dict):
         return None

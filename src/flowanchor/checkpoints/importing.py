@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.base.plain import plain
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.foreign import ForeignFile
 from flowanchor.checkpoints.infer import CLASSES, Fit, compare, infer_backbone
@@ -63,13 +64,13 @@ class Imported:
 def import_foreign(file: ForeignFile, choices: Choices) -> Imported:
     """A released file as a checkpoint of ours; raises `CheckpointError` where it does not fit a network exactly."""
     ema, weights = file.weights(choices.ema)
-    exported = (file.export or {}).get("config")
+    exported = plain((file.export or {}).get("config"), f"{file.path}: its description")
     exported = exported if isinstance(exported, dict) and isinstance(exported.get("backbone"), dict) else None
     if exported is not None and choices.backbone is None:
         backbone = exported["backbone"]
     else:
         backbone = _inferred(file, weights, choices)
-    fit = compare(weights, backbone)
+    fit = compare(weights, backbone, file.path)
     if not fit.complete:
         raise CheckpointError(f"{file.path} ({ema}) {describe_misfit(fit)}: see python src/convert.py inspect=FILE.")
     kind = _kind(file, backbone, choices)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flowanchor.base.torch_files import read_torch
 from flowanchor.errors import CheckpointError
 
 
@@ -61,7 +61,7 @@ def read_inert(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return read_torch(path, mmap=zipfile.is_zipfile(path), legacy=True)
     except pickle.UnpicklingError as error:
         named = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
         raise CheckpointError(
@@ -70,7 +70,7 @@ def read_inert(path: Path) -> Any:
         ) from error
     except PermissionError:
         raise
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged files make PyTorch raise almost anything
         raise CheckpointError(
             f"{path} is damaged or cut off ({type(error).__name__}): copy or download it again."
         ) from error

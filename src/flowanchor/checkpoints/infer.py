@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.checkpoints.trusted import instantiate_trusted
-from flowanchor.deferred import parameters_on_meta
+from flowanchor.checkpoints.outline import outline
 from flowanchor.errors import CheckpointError
+from flowanchor.interfaces import Backbone
+from flowanchor.weights import shape_of
 
 PACKAGE = "flowanchor.plugins.backbones"
 CLASSES = {"lightningdit": "lightningdit.LightningDiT", "sit": "sit.SiT", "dit": "dit.DiT"}
@@ -74,22 +75,26 @@ def infer_backbone(
     return {**config, **known}
 
 
-def compare(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Fit:
-    """Build the network without values and compare name by name."""
-    with parameters_on_meta():
-        ours = instantiate_trusted(dict(config)).state_dict()
+def compare(weights: Mapping[str, Tensor], config: Mapping[str, Any], source: object = "The description") -> Fit:
+    """Build the network of a file without values and compare name by name."""
+    return fit_of(outline(config, source, weights), weights)
+
+
+def fit_of(network: Backbone, weights: Mapping[str, Tensor]) -> Fit:
+    """Compare the names and shapes of a network, with or without values, with those of weights."""
+    ours = network.state_dict()
     both = [key for key in ours if key in weights]
-    reshaped = [key for key in both if ours[key].shape != weights[key].shape]
+    reshaped = [key for key in both if ours[key].shape != shape_of(weights, key)]
     return Fit(
         len(both) - len(reshaped),
         tuple(key for key in ours if key not in weights),
         tuple(key for key in weights if key not in ours),
-        tuple(f"{key} {_shape(weights[key])}, wanted {_shape(ours[key])}" for key in reshaped),
+        tuple(f"{key} {_by(shape_of(weights, key))}, wanted {_by(ours[key].shape)}" for key in reshaped),
     )
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _by(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
@@ -100,7 +105,7 @@ def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
         )
     shape = weights[name].shape
     if len(shape) != dims:
-        raise CheckpointError(f"{name} has shape {_shape(weights[name])}, and {dims} dimensions were expected.")
+        raise CheckpointError(f"{name} has shape {_by(shape)}, and {dims} dimensions were expected.")
     return shape
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from flowanchor.checkpoints.foreign import ForeignFile, read_foreign
 from flowanchor.checkpoints.importing import Choices, import_foreign
-from flowanchor.checkpoints.infer import Fit, compare, infer_backbone
-from flowanchor.checkpoints.load import find_checkpoint, is_ours, read_checkpoint, select_weights
-from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
+from flowanchor.checkpoints.infer import Fit, compare, fit_of, infer_backbone
+from flowanchor.checkpoints.load import find_checkpoint, is_ours, outlined, read_checkpoint, select_weights
+from flowanchor.errors import CheckpointError, FlowAnchorError
 
 _SHOWN = 20  # names of each kind
 
@@ -35,7 +35,11 @@ def _ours(path: str | Path) -> Iterator[str]:
         yield f"  weights      {name}: {count(weights)}"
     backbone = meta["config"].get("backbone") or {}
     yield from _described(backbone)
-    yield from _fit(compare(select_weights(content, None, file)[1], backbone))
+    try:
+        network, whole, _ = outlined(meta, select_weights(content, None, file)[1], file)
+        yield from _fit(fit_of(network, whole))
+    except FlowAnchorError as error:
+        yield f"  no match     {error}"
 
 
 def _foreign(path: str | Path, choices: Choices) -> Iterator[str]:
@@ -59,8 +63,8 @@ def _foreign(path: str | Path, choices: Choices) -> Iterator[str]:
         return
     yield from _described(backbone)
     try:
-        yield from _fit(compare(weights, backbone))
-    except ConfigError as error:
+        yield from _fit(compare(weights, backbone, file.path))
+    except FlowAnchorError as error:
         yield f"  no match     {error}"
         return
     yield from _import_line(file, choices)

@@ -16,18 +16,29 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.base.files import superseded
-from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
+from flowanchor.base.plain import bare
+from flowanchor.base.torch_files import read_torch
+from flowanchor.checkpoints.consolidated import SUFFIX
+from flowanchor.checkpoints.description import checked_content, described_network
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published, read_safetensors
+from flowanchor.checkpoints.outline import TooLarge, outline
 from flowanchor.checkpoints.sharded import is_sharded, read_sharded
-from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.checkpoints.trusted import build, check
 from flowanchor.checkpoints.wan_folder import folder_digest_lines, is_wan, read_wan
 from flowanchor.deferred import is_deferred, loading_context, materialise, parameters_on_meta
-from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.weights import Joined, Overlaid, Renamed, copy_weights, shape_of
+from flowanchor.weights import (
+    Joined,
+    Overlaid,
+    Renamed,
+    check_finite,
+    copy_weights,
+    dtype_of,
+    kind_of,
+    shape_of,
+)
 
-# What reading a file raises that is cut off, foreign or unsafe; OSError: its archive ends in the middle.
-DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError)
 _LARGE = 4 << 30  # bytes whose reading is announced
 _DIGESTS: dict[tuple[Any, ...], str] = {}  # what this process has hashed: names, sizes and times of files -> digest
 
@@ -92,9 +103,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = find_checkpoint(path)
     try:
         content = _read(file)
-    except PermissionError:
+    except (PermissionError, FlowAnchorError):
         raise
-    except DAMAGED as error:
+    except Exception as error:  # damaged files make PyTorch raise almost anything
         pickled = zipfile.is_zipfile(file) and isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors and plain values" if pickled else "it is no complete file of torch.save"
         raise CheckpointError(
@@ -107,18 +118,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{file} was not written by flowanchor (no 'flowanchor' entry): give a .ckpt file of a flowanchor run"
             f"{_advice(file)}."
         )
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file} has checkpoint format {meta.get('format')} and this version reads {FORMAT}: "
-            "use the flowanchor that wrote it."
-        )
-    lacking = [f"flowanchor.{key}" for key in ("config", "kind", "step") if key not in meta]
-    lacking += [] if isinstance(content.get("state_dict"), Mapping) else ["state_dict"]
-    if lacking:
-        raise CheckpointError(
-            f"{file} lacks {', '.join(lacking)}: give a .ckpt file that flowanchor-train has written."
-        )
-    return cast(dict[str, Any], content)
+    return {**content, **checked_content(content, file)}
 
 
 def _read(file: Path) -> Any:
@@ -128,7 +128,7 @@ def _read(file: Path) -> Any:
         return read_sharded(file)
     if file.suffix == SUFFIX:
         return read_safetensors(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return read_torch(file)
 
 
 def _advice(file: Path) -> str:
@@ -144,7 +144,7 @@ def is_ours(path: str | Path) -> bool:
         content = _read(file)
     except PermissionError:
         raise
-    except DAMAGED:
+    except Exception:  # see read_checkpoint
         return file.is_dir()  # a damaged file is foreign until proven ours
     return isinstance(content, dict) and isinstance(content.get("flowanchor"), dict)
 
@@ -175,29 +175,50 @@ def load_model(
     content = read_checkpoint(file)
     meta = content["flowanchor"]
     config = meta["config"]
-    if not config.get("backbone") or not config.get("objective", {}).get("interval"):
-        raise CheckpointError(
-            f"{file} holds no configuration of its network: give a .ckpt file that flowanchor-train has written."
-        )
-    with loading_context() if dtype is None else parameters_on_meta():
-        backbone = cast(Backbone, instantiate_trusted(config["backbone"]))
+    network, interval = described_network(config, file)
+    check(network, "backbone", file)
+    check(interval, "objective.interval", file)
     name, weights = select_weights(content, ema, file)
-    weights, sources = whole_weights(backbone, weights, meta, file, initialise_from)
+    shapes, weights, sources = outlined(meta, weights, file, initialise_from)
+    check_fit(shapes, weights, file)
+    with loading_context() if dtype is None else parameters_on_meta():
+        backbone = cast(Backbone, build(network, "backbone", file))
     load_weights(backbone, weights, file)
     if dtype is not None:
         _store_low(backbone, dtype)
         materialise(backbone, torch.device(device))
+        check_finite(dict(backbone.named_parameters()), file)
     return LoadedModel(
         backbone=backbone.eval() if is_deferred(backbone) else backbone.eval().to(device),
-        interval=cast(Interval, instantiate_trusted(config["objective"]["interval"])),
+        interval=cast(Interval, build(interval, "objective.interval", file)),
         kind=meta["kind"],
         config=config,
         ema=name,
         digest=file_digest(file)[:12] if hashed else "",
         path=str(file),
-        step=int(meta["step"]),
+        step=meta["step"],
         sources=sources,
     )
+
+
+def outlined(
+    meta: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    file: Path,
+    elsewhere: str | Path | Mapping[str, str] | None = None,
+) -> tuple[Backbone, Mapping[str, Tensor], dict[str, str]]:
+    """The network without values, all of its weights, and the digests of those that adapters stand beside.
+
+    `elsewhere`: as in `whole_weights`.
+    """
+    settings = meta["config"]["backbone"]
+    try:
+        shapes = outline(settings, file, weights)
+    except TooLarge:
+        if not (elsewhere or meta["config"].get("initialise_from")):
+            raise
+        shapes = outline(settings, file, weights, _base(meta, file, elsewhere)[0])
+    return shapes, *whole_weights(shapes, weights, meta, file, elsewhere)
 
 
 def _store_low(backbone: Backbone, dtype: torch.dtype) -> None:
@@ -229,6 +250,14 @@ def whole_weights(
         if elsewhere:
             raise ConfigError(f"{file} holds all its weights: leave out initialise_from={elsewhere}.")
         return weights, {}
+    below, digests = _base(meta, file, elsewhere)
+    return Overlaid(weights, below), digests
+
+
+def _base(
+    meta: Mapping[str, Any], file: Path, elsewhere: str | Path | Mapping[str, str] | None
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The weights that the adapters of a run stand beside, and their digests."""
     parts: dict[str, Mapping[str, Tensor]] = {}
     digests: dict[str, str] = {}
     recorded = meta.get("sources") or {}
@@ -237,8 +266,7 @@ def whole_weights(
         places = [typed] if elsewhere or not known else [typed, known["path"]]
         base, digests[name] = _find_base(file, name, places, known.get("digest"))
         parts[name.partition(".")[2]] = select_weights(read_checkpoint(base), None, base)[1]
-    below = parts[""] if "" in parts else Joined({f"{part}.": inner for part, inner in parts.items()})
-    return Overlaid(weights, below), digests
+    return parts[""] if "" in parts else Joined({f"{part}.": inner for part, inner in parts.items()}), digests
 
 
 def by_part(setting: str, value: Any) -> dict[str, str]:
@@ -302,21 +330,36 @@ def load_weights(
 
     A network without values (`parameters_on_meta`) is told where its weights are; `materialise` fetches them.
     """
-    ours = backbone.state_dict()
-    missing = [key for key in ours if key not in weights and not key.startswith(optional or ("\0",))]
-    unexpected = [key for key in weights if key not in ours]
-    reshaped = [key for key in ours if key in weights and ours[key].shape != shape_of(weights, key)]
-    for what, keys in (("lacks", missing), ("has the unknown", unexpected), ("has another shape of", reshaped)):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(
-                f"{source} does not fit this {type(backbone).__name__}: it {what} {shown}; "
-                "use the backbone settings it was trained with."
-            )
+    check_fit(backbone, weights, source, optional)
     if is_deferred(backbone):
         backbone.pending = weights
     else:
+        ours = backbone.state_dict()
         copy_weights(weights, {key: tensor for key, tensor in ours.items() if key in weights})
+        parameters = dict(backbone.named_parameters())
+        check_finite(parameters, source, (name for name in parameters if name in weights))
+
+
+def check_fit(
+    backbone: Backbone, weights: Mapping[str, Tensor], source: str | Path, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise `CheckpointError` unless the names, shapes and kinds of numbers are those of a network."""
+    ours = backbone.state_dict()
+    missing = [key for key in ours if key not in weights and not key.startswith(optional or ("\0",))]
+    unexpected = [key for key in weights if key not in ours]
+    shared = [key for key in ours if key in weights]
+    reshaped = [key for key in shared if ours[key].shape != shape_of(weights, key)]
+    others = [key for key in shared if kind_of(ours[key].dtype) != kind_of(dtype_of(weights, key))]
+    faults = (missing, unexpected, reshaped, others)
+    words = ("lacks", "has the unknown", "has another shape of", "has other numbers than floating-point ones in")
+    for what, keys in zip(words, faults, strict=True):
+        if keys:
+            listed = ", ".join(bare(key) for key in keys[:3])
+            listed += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{source} does not fit this {type(backbone).__name__}: it {what} {listed}; "
+                "use the backbone settings it was trained with."
+            )
 
 
 def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str], ema: str | None = None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flowanchor.base.plain import read_json
 from flowanchor.errors import ConfigError
 
 # Columns of the table, where eval.py's report has them.
@@ -23,7 +23,7 @@ def read_metrics(path: str | Path, digest: str, ema: str) -> dict[str, Any]:
     """A `metrics.json` of eval.py, which must be about these weights; raises `ConfigError` else."""
     path = Path(path).expanduser()
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path, ConfigError)
         settings, results = report["settings"], report["results"]
         measured = (str(settings["checkpoint_hash"]), str(settings["ema"]))
     except FileNotFoundError as error:

@@ -14,17 +14,19 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from flowanchor.base.files import flush, save_torch
 from flowanchor.base.seal import sums_of, write_sums
+from flowanchor.base.torch_files import read_torch
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import LazyWeights, Renamed
 
@@ -83,9 +85,35 @@ def _read_index(folder: Path, changed: int) -> Metadata:
             f"{folder} is not a checkpoint that can be read safely (its index holds more than names and shapes, or is "
             "cut off): give a checkpoint written by flowanchor."
         ) from error
-    if not isinstance(found, Metadata):
+    if not isinstance(found, Metadata) or not _is_own(found, folder):
         raise CheckpointError(f"{folder} has no index of tensors: give a checkpoint written by flowanchor.")
     return found
+
+
+def _is_own(index: Metadata, folder: Path) -> bool:
+    """Whether an index tells names and shapes of tensors, and where in the files of its folder they lie."""
+    places = getattr(index, "storage_data", None)
+    entries = getattr(index, "state_dict_metadata", None)
+    if not isinstance(places, dict) or not isinstance(entries, dict):
+        return False
+    for place in places.values():
+        file = getattr(place, "relative_path", None)
+        span = (getattr(place, "offset", None), getattr(place, "length", None))
+        if not isinstance(file, str) or PurePath(file).name != file or not (folder / file).is_file():
+            return False
+        if getattr(place, "transform_descriptors", None) or not all(type(n) is int and n >= 0 for n in span):
+            return False
+    claimed = 0
+    for name, entry in entries.items():
+        if not (isinstance(name, str) and name.isprintable()):
+            return False
+        if isinstance(entry, TensorStorageMetadata):
+            size, dtype = getattr(entry, "size", None), getattr(getattr(entry, "properties", None), "dtype", None)
+            if not (isinstance(size, torch.Size) and isinstance(dtype, torch.dtype)):
+                return False
+            claimed += size.numel() * dtype.itemsize
+    files = {place.relative_path for place in places.values()}
+    return claimed <= sum((folder / file).stat().st_size for file in files)
 
 
 class FolderTensors(LazyWeights):
@@ -98,6 +126,9 @@ class FolderTensors(LazyWeights):
 
     def shape(self, name: str) -> torch.Size:
         return self._entries[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].properties.dtype
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -125,7 +156,12 @@ class FolderTensors(LazyWeights):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             # Every process reads what it owns; nothing is agreed upon or sent.
             planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(wanted, storage_reader=_Reader(self._folder), planner=planner, no_dist=True)
+            try:
+                dcp.load(wanted, storage_reader=_Reader(self._folder), planner=planner, no_dist=True)
+            except (Exception, CheckpointException) as error:  # the latter is not one of the former
+                raise CheckpointError(
+                    f"{self._folder} is damaged: its tensors cannot be read as its index lists them; copy it again."
+                ) from error
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
@@ -133,7 +169,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
     Raises what `torch.load` raises for a `meta.pt` that is damaged or unsafe.
     """
-    content = torch.load(folder / META, map_location="cpu", weights_only=True)
+    content = read_torch(folder / META, mmap=False)
     if not isinstance(content, dict):
         return {}
     tensors = FolderTensors(folder)

@@ -6,25 +6,25 @@ and be others. Everything that flowanchor writes carries sums (`flowanchor.base.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flowanchor.base.files import remove, superseded
 from flowanchor.base.seal import check_folder, check_seal, check_zip
+from flowanchor.base.torch_files import read_torch
 from flowanchor.checkpoints.consolidated import SUFFIX
-from flowanchor.checkpoints.load import DAMAGED, read_checkpoint
-from flowanchor.checkpoints.sharded import read_sharded
+from flowanchor.checkpoints.load import is_ours, read_checkpoint
+from flowanchor.checkpoints.sharded import is_sharded, read_sharded
 from flowanchor.errors import CheckpointError
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, file or folder; None where nothing is found. Reads all of it.
+    """What is wrong with a checkpoint of ours, file or folder; None where nothing is found. Reads all of it.
 
     `share` of `shares`: what one of several processes reads of it.
     """
@@ -35,18 +35,21 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
         return check_seal(path) if share == 0 else None
     else:
         found = check_zip(path) if share == 0 else None
-        reader = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+        reader = read_torch
     if found is None and share == 0:
         try:
             reader(path)  # the sums leave out what lies between a zip's entries
-        except (*DAMAGED, CheckpointError) as error:
+        except Exception as error:  # damaged files make PyTorch raise almost anything
             return " ".join(str(error).split())[:200] or type(error).__name__
     return found
 
 
 def refuse_damaged(path: Path) -> None:
-    """Raise `CheckpointError` for a checkpoint that is not what was written."""
-    found = damage(path)
+    """Raise `CheckpointError` for a checkpoint, ours or a released one, that is not what was written."""
+    if is_sharded(path) or (path.is_file() and is_ours(path)):
+        found = damage(path)
+    else:  # of others only a zip has sums; their reader says what else is wrong
+        found = check_zip(path) if zipfile.is_zipfile(path) else None
     if found is not None:
         before = superseded(path)
         advice = f", or use the one before it, {before}" if before.exists() else ""

@@ -1,62 +1,167 @@
-"""Building objects from a config that came out of a checkpoint: only code of this project and of installed plugins."""
+"""The one door from what a file says to an object: a checkpoint is data, and this is all that it can have built.
+
+`build` takes plain values (`flowanchor.base.plain`), allows the classes that are registered for that place
+(`flowanchor.checkpoints.registry`), and calls them. It resolves nothing, and imports a class only once it is allowed.
+Hydra's `instantiate` is for what a user typed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.metadata import entry_points
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
-from flowanchor.errors import CheckpointError
+from flowanchor.base.plain import described, plain, shown
+from flowanchor.checkpoints.arguments import check_arguments
+from flowanchor.checkpoints.registry import current_name, registered
+from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
 
-PLUGIN_GROUP = "flowanchor.plugins"
-
-
-def trusted_packages() -> set[str]:
-    """`flowanchor` and the top-level packages that installed plugins registered."""
-    return {"flowanchor"} | {point.value.partition(":")[0].split(".")[0] for point in entry_points(group=PLUGIN_GROUP)}
-
-
-def instantiate_trusted(config: Any) -> Any:
-    """`hydra.utils.instantiate`, refusing `_target_`s outside the trusted packages (a checkpoint is data, not code)."""
-    from hydra.utils import instantiate
-
-    allowed = trusted_packages()
-    for target in _targets(config):
-        package = target.split(".")[0]
-        if package not in allowed:
-            raise CheckpointError(
-                f"The checkpoint asks for '{target}', and neither flowanchor nor an installed plugin ships "
-                f"'{package}': install the plugin it was trained with, or do not use this file."
-            )
-        if not _is_ours(target, allowed):
-            raise CheckpointError(
-                f"The checkpoint asks for '{target}', which is no class of flowanchor or of an installed plugin: "
-                "use the version it was trained with, or do not use this file."
-            )
-    return instantiate(config, _convert_="all")
+# What may stand at a place: the module and the name of its contract.
+CONTRACTS = {
+    "backbone": ("flowanchor.interfaces", "Backbone"),
+    "objective.interval": ("flowanchor.interfaces", "Interval"),
+    "sampler": ("flowanchor.interfaces", "Sampler"),
+    "codec": ("flowanchor.interfaces", "Codec"),
+    "text_encoder": ("flowanchor.text.base", "TextEncoder"),
+    "data": ("flowanchor.data.base", "FlowDataModule"),
+}
 
 
-def _is_ours(target: str, allowed: set[str]) -> bool:
-    """Whether a target is a class, or a constructor of a class, that a trusted package defines itself.
+def build(settings: Any, place: str, source: object, chosen: Mapping[str, Any] | None = None) -> Any:
+    """What a file describes at a place of its configuration (`backbone`, `sampler`, ...).
 
-    The name alone says little: `flowanchor.provenance.subprocess.Popen` begins with a trusted package as well.
+    Args:
+        settings: `{_target_: a registered class, argument: value, ...}`, from the file.
+        source: the file, for messages.
+        chosen: arguments from the user, as they are, that take the place of the file's.
+
+    Raises:
+        CheckpointError: settings that are not plain, a class that is not registered for this place, or that refuses
+            its arguments.
+        FlowAnchorError: whatever the class itself tells its user, with the file's name before it.
     """
-    from hydra.utils import get_object
+    theirs = dict(chosen or {})
+    if theirs and isinstance(settings, dict):
+        kept = {key: value for key, value in settings.items() if key not in theirs}
+        settings = {"_target_": theirs.pop("_target_"), **kept} if "_target_" in theirs else kept
+    made = _call(check(settings, place, source), place, source, theirs)
+    module, name = CONTRACTS[place]
+    if not isinstance(made, getattr(import_module(module), name)):
+        raise CheckpointError(
+            f"{source}: its {place} is a {type(made).__name__}, which is no {name}: do not use this file."
+        )
+    return made
 
+
+def check(settings: Any, place: str, source: object) -> dict[str, Any]:
+    """A plain copy of settings that may be built at a place; nothing is imported or built."""
+    found = plain(settings, f"{source}: {place}")
+    if not isinstance(found, dict) or "_target_" not in found:
+        what = "names no class (_target_)" if isinstance(found, dict) else f"is {described(found)}"
+        raise CheckpointError(f"{source}: its {place} {what}: give a file that flowanchor has written.")
+    _check(found, place, source)
+    if place == "data":
+        _keep_here(found, place, source)
+    return found
+
+
+def _keep_here(value: Any, place: str, source: object) -> None:
+    """Data may lie behind any address, a command's output among them, and may be fetched: a user says so, no file."""
+    if isinstance(value, dict):
+        if "download" in value:
+            value["download"] = False
+        for key, inner in value.items():
+            _keep_here(inner, f"{place}.{key}", source)
+    elif isinstance(value, list):
+        for inner in value:
+            _keep_here(inner, f"{place}.*", source)
+    elif isinstance(value, str) and ":" in value and not re.fullmatch(r"[A-Za-z]:[\\/][^:]*", value):
+        raise CheckpointError(
+            f"{source} names {shown(value)} as {place}, and what is fetched or run is not for a file to say: type it "
+            f"yourself (data_overrides.{place.partition('.')[2]}=...), or use other data."
+        )
+
+
+def _check(value: Any, place: str, source: object) -> None:
+    if isinstance(value, list):
+        for inner in value:
+            _check(inner, f"{place}.*", source)
+    if not isinstance(value, dict):
+        return
+    for key, inner in value.items():
+        if key == "_target_":
+            if not isinstance(inner, str) or current_name(inner) not in registered(place):
+                raise _not_registered(inner, place, source)
+        elif key.startswith("_"):
+            raise CheckpointError(f"{source}: its {place} has the key {shown(key)}, which no file may: do not use it.")
+        else:
+            _check(inner, f"{place}.{key}", source)
+
+
+def _not_registered(target: Any, place: str, source: object) -> CheckpointError:
+    own = registered(place)
+    if not own:  # a value in which no option has a class
+        advice = "nothing is built there: do not use this file"
+    elif isinstance(target, str) and target.startswith("flowanchor."):
+        advice = "use the version of flowanchor that wrote it, or do not use this file"
+    else:
+        advice = "install the plugin package that has it, or register it in an option of your own (docs/plugins.md)"
+    return CheckpointError(
+        f"{source} asks for {shown(target)} as its {place}, and neither flowanchor nor an installed plugin package "
+        f"has registered that there: {advice}."
+    )
+
+
+def _call(value: Any, place: str, source: object, chosen: dict[str, Any]) -> Any:
+    """A checked value with its objects in place of their descriptions."""
+    if isinstance(value, list):
+        return [_call(inner, f"{place}.*", source, {}) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    arguments = {key: _call(inner, f"{place}.{key}", source, {}) for key, inner in value.items() if key != "_target_"}
+    if "_target_" not in value:
+        return arguments
+    target = current_name(value["_target_"])
     try:
-        found = get_object(target)
-    except Exception:  # whatever a plugin raises on import
-        return False
-    owner = getattr(found, "__self__", found)  # the class of a class method
-    return isinstance(owner, type) and owner.__module__.split(".")[0] in allowed
+        made = _located(target)
+        check_arguments(made, arguments, chosen)
+        return made(**arguments, **chosen)
+    except FlowAnchorError as error:
+        if chosen:  # what the user typed is as likely to be the cause
+            raise
+        raise type(error)(f"{source}: {place}: {error}".removesuffix(".") + ".") from error
+    except Exception as error:  # whatever a class, or what it imports, makes of settings that it does not expect
+        if chosen:
+            typed = ", ".join(f"{place}.{name}" for name in chosen)
+            raise ConfigError(
+                f"The {place} of {source} cannot be built with your settings ({brief(error)}): correct {typed}."
+            ) from error
+        raise CheckpointError(
+            f"{source}: its {place} cannot be built as {target.rpartition('.')[2]} ({brief(error)}): use the version "
+            "of flowanchor, or of the plugin package, that wrote it."
+        ) from error
 
 
-def _targets(config: Any) -> Iterator[str]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key == "_target_":
-                yield str(value)
-            yield from _targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _targets(value)
+@lru_cache(maxsize=64)
+def _located(target: str) -> Any:
+    """The class, or the constructor of a class, of a registered name."""
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # that of a class is none; what it needs may be missing, too
+            raise
+        owner, _, outer = module.rpartition(".")
+        found = getattr(getattr(import_module(owner), outer), name)
+    if not isinstance(getattr(found, "__self__", found), type):
+        raise TypeError(f"{name} is no class")
+    return found
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error of a library, short, for the middle of a sentence."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = re.sub(r"[.:!]+$", "", line.replace(". ", "; "))
+    return "".join(c if c.isprintable() else "?" for c in (line if len(line) <= 160 else line[:157] + "..."))

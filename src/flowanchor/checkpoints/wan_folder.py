@@ -6,16 +6,17 @@ by diffusers' own table. A tensor, or the part of it that a process owns, is rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
+from flowanchor.base.plain import read_json
+from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, named_dtype
+from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import Joined, LazyWeights, local, own_part
 
@@ -50,7 +51,7 @@ def read_wan(folder: Path) -> dict[str, Any]:
     (or image).
     """
     places = [folder / name for name in _parts(folder)] or [folder]
-    first, *others = [_settings(place, json.loads((place / CONFIG).read_text(encoding="utf-8"))) for place in places]
+    first, *others = [_settings(place, read_json(place / CONFIG)) for place in places]
     if any(settings != first for settings in others):
         raise CheckpointError(f"{places[0]} and {places[1]} are networks of different sizes: give one of them.")
     target, named = "flowanchor.plugins.backbones.wan.Wan", [""]
@@ -84,6 +85,9 @@ class WanWeights(LazyWeights):
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return named_dtype(self._slice(name).get_dtype())
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self._files[name]
@@ -127,7 +131,10 @@ def _names(folder: Path) -> dict[str, tuple[Path, str]]:
     """diffusers' name of each tensor -> its file and its name there."""
     indices = sorted(folder.glob(f"*{SUFFIX}.index.json"))
     if indices:
-        listed: dict[str, str] = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        index = read_json(indices[0])
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not all(_is_name(file) for file in listed.values()):
+            raise CheckpointError(f"{indices[0]} does not list files of its folder by tensor: download it again.")
         places = {name: folder / file for name, file in listed.items()}
     else:
         files = sorted(folder.glob(f"*{SUFFIX}"))
@@ -143,6 +150,11 @@ def _names(folder: Path) -> dict[str, tuple[Path, str]]:
     return {ours: (places[theirs], theirs) for theirs, ours in diffusers_names(list(places)).items()}
 
 
+def _is_name(file: object) -> bool:
+    """Whether a text is the name of a file in the same folder, and leads nowhere else."""
+    return isinstance(file, str) and file.endswith(SUFFIX) and PurePath(file).name == file and "\\" not in file
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -153,8 +165,17 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read ({reason}): download it again.") from error
 
 
-def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The network's arguments, in either config."""
+def _settings(folder: Path, config: Any) -> dict[str, Any]:
+    """The network's arguments, in either config; raises `CheckpointError` where they are none."""
+    try:
+        return _arguments(folder, config)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} does not describe a Wan ({type(error).__name__} {brief(error)}): download it again."
+        ) from error
+
+
+def _arguments(folder: Path, config: Any) -> dict[str, Any]:
     if config.get("_class_name") == RELEASED:
         settings = {ours: config[theirs] for theirs, ours in _RELEASED_SETTINGS.items() if theirs in config}
         settings["attention_head_dim"] = config["dim"] // config["num_heads"]
@@ -177,19 +198,22 @@ def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _boundary(pipeline: Path) -> float:
     """The noise level from which on a pipeline asks its first network; as released where it does not say."""
-    try:
-        found = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("boundary_ratio")
-    except (OSError, ValueError, AttributeError):
-        found = None
-    return BOUNDARY if found is None else float(found)
+    found = _entry(pipeline / "model_index.json", "boundary_ratio")
+    return float(found) if isinstance(found, (int, float)) else BOUNDARY
 
 
 def _class_name(folder: Path) -> str | None:
+    found = _entry(folder / CONFIG, "_class_name")
+    return found if isinstance(found, str) else None
+
+
+def _entry(file: Path, key: str) -> Any:
+    """One entry of a JSON file; None where there is none."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(file)
+    except (OSError, CheckpointError):
         return None
-    return found.get("_class_name") if isinstance(found, dict) else None
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def _parts(folder: Path) -> list[str]:

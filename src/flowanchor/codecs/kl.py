@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowanchor.base.seal import write_sealed
+from flowanchor.base.torch_files import read_torch
+from flowanchor.checkpoints.trusted import brief
 from flowanchor.codecs.kl_keys import autoencoder_weights, infer_architecture
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
 from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.weights import check_finite, kind_of, whole_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
@@ -142,6 +143,7 @@ class KLCodec(Codec):
                     "autoencoder."
                 )
             weights, ignored = autoencoder_weights(read_weights(self.path))
+            _check_numbers(weights, self.path)
             if ignored:
                 shown = ", ".join(sorted({key.split(".")[0] for key in ignored}))
                 log.info(
@@ -156,6 +158,11 @@ class KLCodec(Codec):
             architecture = infer_architecture(weights)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+        except (
+            IndexError,
+            TypeError,
+        ) as error:  # tensors of other dimensions than the convolutions that they are named
+            raise CheckpointError(f"{self.path} holds no autoencoder ({error}): use the released weights.") from error
         found = (_latent_channels(weights, architecture), 2 ** (len(architecture["block_out_channels"]) - 1))
         if found != (self.latent_channels, self.downsampling):
             raise CheckpointError(
@@ -163,7 +170,21 @@ class KLCodec(Codec):
                 f"codec={self.name} is set to {self.latent_channels} and {self.downsampling}: use its own weights, or "
                 f"set codec.latent_channels={found[0]} codec.downsampling={found[1]}."
             )
-        return _build(weights, architecture, self.dtype)
+        try:
+            return _build(weights, architecture, self.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        except Exception as error:  # diffusers refuses sizes in its own words
+            raise CheckpointError(
+                f"{self.path} holds no autoencoder that diffusers can build ({brief(error)}): use the released weights."
+            ) from error
+
+
+def _check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in weights.items():
+        if kind_of(whole_tensor(tensor, f"{path}: {name}").dtype) != "floating":
+            raise CheckpointError(f"{path} has other numbers than floating-point ones in {name}: do not use it.")
+    check_finite(weights, path)
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -173,21 +194,25 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         if inside is None:
             raise CheckpointError(f"The folder {path} holds no {FOLDER_FILES[0]}: give the folder of a diffusers VAE.")
         path = inside
+    if not path.is_file():  # a pipe would never end
+        raise CheckpointError(f"There is no file {path}: give the weights of an autoencoder.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        content = read_torch(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged files make PyTorch raise almost anything
         raise CheckpointError(
             f"{path} cannot be read safely as weights ({type(error).__name__}): it is incomplete, or holds more than "
             "tensors and plain values."
         ) from error
     for name in ("state_dict", "model", "ema"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict: give the weights of an autoencoder.")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {str(key).removeprefix("module."): value for key, value in dict.items(content)}
 
 
 def _latent_channels(weights: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> int:

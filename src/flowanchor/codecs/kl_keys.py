@@ -106,6 +106,8 @@ def _side(weights: Mapping[str, Tensor], side: str, direction: str) -> dict[str,
     names = [key.removeprefix(stem) for key in weights if key.startswith(stem)]
     levels = 1 + max(int(name.split(".")[0]) for name in names)
     layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("0.resnets."))
+    if levels * layers > len(weights):
+        raise ValueError("one of its layers")  # a name counts layers that there are no weights for
     return {
         "channels": [int(weights[f"{stem}{i}.resnets.0.conv1.weight"].shape[0]) for i in range(levels)],
         "layers": layers,

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
+from flowanchor.latents.statistics import LatentStatistics
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel
@@ -27,13 +28,13 @@ def load_codec(model: LoadedModel, chosen: DictConfig | None = None) -> Codec:
             "codec.weights=FOLDER)."
         )
     if chosen is None:
-        codec: Codec = instantiate_trusted(own)
+        codec: Codec = build(own, "codec", model.path)
     else:
         from hydra.utils import instantiate
 
         settings: Any = OmegaConf.to_container(chosen, resolve=True)
-        if "statistics" in settings and settings["statistics"] is None:
-            settings["statistics"] = own.get("statistics")
+        if "statistics" in settings and settings["statistics"] is None and own.get("statistics") is not None:
+            settings["statistics"] = LatentStatistics.read(own["statistics"]).as_config()  # numbers, nothing else
         codec = instantiate(settings, _convert_="all")
     channels = model.backbone.sample_shape[0]
     if codec.latent_channels not in (None, channels):

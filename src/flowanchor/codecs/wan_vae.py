@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowanchor.base.plain import bare
+from flowanchor.checkpoints.stock_folder import without_code
+from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
+from flowanchor.weights import check_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG = "config.json"
@@ -142,13 +145,16 @@ def _folder(path: Path) -> Path:
 def _read(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKLWan
 
-    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("_class_name")
+    name = without_code(folder).get("_class_name")
     if name != "AutoencoderKLWan":
-        raise CheckpointError(f"{folder} holds a {name}, not Wan's VAE: give the folder vae/ of a Wan pipeline.")
+        raise CheckpointError(f"{folder} holds a {bare(name)}, not Wan's VAE: give the folder vae/ of a Wan pipeline.")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} holds no weights (*.safetensors): download them.")
     try:
-        network: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be read as Wan's VAE ({error}): download it again.") from error
+        network: Any = AutoencoderKLWan.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # whatever diffusers makes of another configuration, or of damaged files
+        raise CheckpointError(f"{folder} cannot be read as Wan's VAE ({brief(error)}): download it again.") from error
+    check_finite(dict(network.named_parameters()), folder)
     return network.eval().requires_grad_(False)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.plain import read_json
+from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.errors import CheckpointError
 from flowanchor.latents.statistics import LatentStatistics
 
@@ -28,10 +30,13 @@ class BasePipeline:
         """A folder as diffusers saves it; raises `CheckpointError` where a part is missing or is not Wan's."""
         folder = Path(path).expanduser()
         index = _json(folder / INDEX, f"{folder} is no folder of a diffusers pipeline")
-        parts = {name: index.get(name) or [None, None] for name in ("vae", "text_encoder", "tokenizer")}
-        missing = [name for name, entry in parts.items() if not (entry[1] and (folder / name).is_dir())]
+        parts: dict[str, Any] = {name: index.get(name) for name in ("vae", "text_encoder", "tokenizer")}
+        missing = [name for name, entry in parts.items() if not (_of_library(entry) and (folder / name).is_dir())]
         if missing:
-            raise CheckpointError(f"{folder} lacks {', '.join(missing)}: download all folders of the pipeline.")
+            raise CheckpointError(
+                f"{folder} lacks {', '.join(missing)}: download all folders of the pipeline, whose classes must be of "
+                "diffusers or transformers."
+            )
         if parts["vae"][1] != VAE:
             raise CheckpointError(f"{folder} decodes by {parts['vae'][1]}: give a pipeline of Wan, which has {VAE}.")
         return cls(folder, parts)
@@ -47,7 +52,12 @@ class BasePipeline:
         the VAE's configuration.
         """
         for part in self.parts:
-            shutil.copytree(self.folder / part, target / part, copy_function=_link if link else shutil.copyfile)
+            without_code(self.folder / part)
+        for part in self.parts:
+            # Code beside the weights would be run by whoever trusts the scheduler's file.
+            code = shutil.ignore_patterns("*.py", "*.pyc", "*.pkl", "__pycache__")
+            copy = _link if link else shutil.copyfile
+            shutil.copytree(self.folder / part, target / part, copy_function=copy, ignore=code)
         if statistics is not None:
             config, channels = self.config("vae"), self.config("vae")["z_dim"]
             mean, std = statistics.mean or (0.0,) * channels, statistics.std or (1.0,) * channels
@@ -58,14 +68,20 @@ class BasePipeline:
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _of_library(entry: Any) -> bool:
+    """Whether an entry of the index names a library's class; another first word is a file of code in the folder."""
+    listed = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+    return listed and entry[0] in ("diffusers", "transformers") and entry[1].isidentifier()
+
+
 def _link(source: str, target: str) -> None:
     os.symlink(Path(source).resolve(), target)
 
 
 def _json(file: Path, problem: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(file)
+    except (OSError, CheckpointError) as error:
         reason = "is not there" if not file.is_file() else f"cannot be read ({error})"
         raise CheckpointError(
             f"{problem} ({file.name} {reason}): add pipeline=FOLDER, a downloaded pipeline of Wan."

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from flowanchor.base.files import flush, remove, replace, unfinished
-from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.base.plain import read_json
+from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import CheckpointError
 from flowanchor.exports.base_pipeline import INDEX, BasePipeline
 from flowanchor.exports.pipeline_card import pipeline_card
@@ -28,8 +29,8 @@ NETWORK = ["diffusers", "WanTransformer3DModel"]
 def is_exported(path: Path) -> bool:
     """Whether a folder is such a pipeline."""
     try:
-        return bool(json.loads((path / INDEX).read_text(encoding="utf-8")).get("scheduler") == SCHEDULER)
-    except (OSError, ValueError, AttributeError):
+        return bool(read_json(path / INDEX).get("scheduler") == SCHEDULER)
+    except (OSError, CheckpointError, AttributeError):
         return False
 
 
@@ -134,7 +135,7 @@ def _statistics(model: LoadedModel) -> LatentStatistics | None:
 
 def _sampler(model: LoadedModel) -> ConsistencySampler:
     """The sampler of the run, or the plainest one where that is of another kind."""
-    own = instantiate_trusted(model.config["sampler"]) if model.config.get("sampler") else None
+    own = build(model.config["sampler"], "sampler", model.path) if model.config.get("sampler") else None
     return own if isinstance(own, ConsistencySampler) else ConsistencySampler()
 
 

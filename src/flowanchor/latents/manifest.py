@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from flowanchor.base.files import write_json
-from flowanchor.base.reading import read_regular, shown
+from flowanchor.base.plain import read_json
+from flowanchor.base.reading import shown
 from flowanchor.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            content = json.loads(read_regular(path, LONGEST))
+            content = read_json(path, DataError)
             known = {f.name for f in fields(cls)}
             found = {k: v for k, v in content.items() if k in known}
             for name in ("shape", "class_names", "unreadable"):

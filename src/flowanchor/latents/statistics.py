@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,10 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.files import replacing, save_torch
-from flowanchor.errors import DataError
+from flowanchor.base.plain import described
+from flowanchor.base.torch_files import read_torch
+from flowanchor.errors import CheckpointError, DataError
+from flowanchor.weights import whole_tensor
 
 STATISTICS = "latents_stats.pt"  # the released name
 
@@ -86,10 +88,15 @@ class LatentStatistics:
             found = {}
         elif isinstance(source, Mapping):
             found = source
-        else:
+        elif isinstance(source, (str, Path)):
             found = _read_file(Path(source).expanduser())
+        else:
+            raise DataError(
+                f"Latent statistics are a file, or numbers such as {{multiplier: 0.18215}}, not {described(source)}."
+            )
         given = multiplier if multiplier is not None else found.get("multiplier", 1.0)
-        return cls(_values(found.get("mean")), _values(found.get("std")), float(given))
+        name = "Latent statistics" if isinstance(source, Mapping) else str(source)
+        return cls(_values(found.get("mean"), name), _values(found.get("std"), name), *_values([given], name))
 
     def write(self, path: Path) -> None:
         """Write the released file: `mean` and `std` [1, C, 1, 1], float32."""
@@ -144,20 +151,23 @@ class RunningStatistics:
         self.count = total
 
 
-def _values(found: Any) -> tuple[float, ...]:
+def _values(found: Any, source: str) -> tuple[float, ...]:
     if found is None:
         return ()
-    if isinstance(found, Tensor):
-        return tuple(found.detach().double().flatten().tolist())
-    return tuple(float(v) for v in (found if isinstance(found, Sequence) else list(found)))
+    try:
+        if isinstance(found, Tensor):
+            return tuple(whole_tensor(found, source).detach().double().flatten().tolist())
+        return tuple(float(v) for v in (found if isinstance(found, Sequence) else list(found)))
+    except (TypeError, ValueError, RuntimeError, CheckpointError) as error:
+        raise DataError(f"{source} holds means and deviations that are no numbers ({error}).") from error
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise DataError(f"There are no latent statistics at {path}: encode.py writes {STATISTICS} beside its shards.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        content = read_torch(path, mmap=False, legacy=True)
+    except Exception as error:  # damaged files make PyTorch raise almost anything
         raise DataError(f"{path} cannot be read safely as latent statistics: encode.py writes {STATISTICS}.") from error
     if not (isinstance(content, dict) and all(isinstance(content.get(k), Tensor) for k in ("mean", "std"))):
         raise DataError(f"{path} holds no 'mean' and 'std': encode.py writes {STATISTICS} beside its shards.")

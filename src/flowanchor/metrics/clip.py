@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.errors import CheckpointError, ConfigError
 
 BYTES = 256  # a vocabulary of CLIP has at least all single bytes
@@ -40,11 +41,12 @@ class Clip(nn.Module):
             from transformers import CLIPModel, CLIPProcessor
         except ImportError as error:
             raise ConfigError("metric=t2i needs transformers: pip install 'flowanchor[wan]'.") from error
+        without_code(self.folder)
         try:
             read: Any = CLIPModel.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
             )
-            self.processor = CLIPProcessor.from_pretrained(self.folder, local_files_only=True)
+            self.processor = CLIPProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder} cannot be read as CLIP with its processor ({str(error).splitlines()[0]}): download all "

@@ -1,1 +1,5 @@
 """Entry points: each module composes a configuration, builds from it, and runs."""
+
+from flowanchor.base.start import begin
+
+begin()

@@ -10,33 +10,41 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from flowanchor.base.plain import bare
 from flowanchor.checkpoints.authors import write_authors
-from flowanchor.checkpoints.consolidated import SUFFIX, write_consolidated
+from flowanchor.checkpoints.consolidated import SUFFIX, WRITABLE, write_consolidated
+from flowanchor.checkpoints.description import described_network
 from flowanchor.checkpoints.experts import join_experts
 from flowanchor.checkpoints.foreign import read_foreign
 from flowanchor.checkpoints.huggingface import is_published, write_folder
 from flowanchor.checkpoints.importing import Choices, import_foreign
 from flowanchor.checkpoints.inspection import count, inspect_file
 from flowanchor.checkpoints.load import (
+    by_part,
+    check_fit,
     file_digest,
     find_checkpoint,
     is_ours,
     load_model,
+    outlined,
     read_checkpoint,
     select_weights,
     whole_weights,
 )
 from flowanchor.checkpoints.model_card import model_card, read_metrics
-from flowanchor.checkpoints.trusted import instantiate_trusted
-from flowanchor.deferred import parameters_on_meta
-from flowanchor.errors import ConfigError
+from flowanchor.checkpoints.registry import current_name, registered
+from flowanchor.checkpoints.soundness import refuse_damaged
+from flowanchor.checkpoints.trusted import build
+from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.exports.base_pipeline import BasePipeline
 from flowanchor.exports.wan_pipeline import export_pipeline, is_exported
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers
 from flowanchor.programs.launch import program
+from flowanchor.weights import check_finite, dtype_of
 
 ACTIONS = ("consolidate",)
 _SUFFIXES = {"flowanchor": SUFFIX, "authors": ".pt", "huggingface": "", "diffusers": ""}
@@ -71,10 +79,13 @@ def convert(cfg: DictConfig) -> None:
             "file), or inspect=PATH to look at one."
         )
     output = _output(cfg)
+    for path in by_part("checkpoint", cfg.checkpoint).values():
+        refuse_damaged(find_checkpoint(path))
     if cfg.format == "diffusers":
         _export(cfg, output)
         return
     source = _cast(_source(cfg), cfg.dtype)
+    check_source(source)
     _WRITERS[cfg.format](cfg, source, output)
     print(f"{output}: {count(source.weights)}, weights {source.ema} of {source.file}")
 
@@ -136,14 +147,30 @@ def _whole(cfg: DictConfig, source: Source) -> Source:
     settings, base = source.meta["config"].get("backbone") or {}, base_of_adapters(cfg)
     if base is None and not settings.get("lora"):
         return source
-    with parameters_on_meta():
-        network = instantiate_trusted(settings)
-    weights, raw = (
-        None if part is None else whole_weights(network, part, source.meta, source.file, base)[0]
-        for part in (source.weights, source.raw)
-    )
-    assert weights is not None
+    network, weights, _ = outlined(source.meta, source.weights, source.file, base)
+    raw = None if source.raw is None else whole_weights(network, source.raw, source.meta, source.file, base)[0]
     return Source(source.file, weights, source.meta, source.ema, raw)
+
+
+def check_source(source: Source) -> None:
+    """Raise `CheckpointError` for weights that should not be handed on: diverged ones, or not those of their network.
+
+    The network of a plugin package that is not installed here is taken as it is described.
+    """
+    for weights in (source.weights, *([] if source.raw is None else [source.raw])):
+        odd = [name for name in weights if dtype_of(weights, name) not in WRITABLE]
+        if odd:
+            raise CheckpointError(
+                f"{source.file} holds {str(dtype_of(weights, odd[0])).removeprefix('torch.')} numbers in "
+                f"{bare(odd[0])}, which no network is made of: do not use this file."
+            )
+    known = None
+    settings, _ = described_network(source.meta["config"], source.file)
+    if current_name(settings["_target_"]) in registered("backbone"):
+        network, whole, _ = outlined(source.meta, source.weights, source.file)
+        check_fit(network, whole, source.file)
+        known = [name for name, _ in network.named_parameters() if name in source.weights]
+    check_finite(source.weights, f"{source.file} ({source.ema})", known)
 
 
 def _cast(source: Source, name: str | None) -> Source:
@@ -184,10 +211,13 @@ def _write_folder(cfg: DictConfig, source: Source, output: Path) -> None:
 
 def _codec(cfg: DictConfig, source: Source) -> Any:
     """The codec whose weights are published: that of the checkpoint, or the one of the command line."""
-    settings: Any = source.meta["config"].get("codec") or {}
+    settings = source.meta["config"].get("codec")
     if cfg.get("codec") is not None:
-        settings = OmegaConf.to_container(cfg.codec, resolve=True)
-    codec = instantiate_trusted(settings)
+        codec = instantiate(OmegaConf.to_container(cfg.codec, resolve=True), _convert_="all")
+    elif settings:
+        codec = build(settings, "codec", source.file)
+    else:
+        raise ConfigError(f"with_codec=true: {source.file} does not say what its codec is: add codec=NAME.")
     if not hasattr(codec, "save"):
         raise ConfigError("with_codec=true: this network draws pixels and has no codec to publish: leave it out.")
     if not codec.usable:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import flowanchor
 from flowanchor.base.files import write_json, write_whole
+from flowanchor.base.signals import Interrupted
 from flowanchor.checkpoints import read_checkpoint
 from flowanchor.checkpoints.load import file_digest
 from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
@@ -37,6 +38,7 @@ class Parts:
         self.record = record
         self.commands: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._started: list[subprocess.Popen[str]] = []
         self._earlier: dict[str, float] = json.loads(record.read_text()) if record.is_file() else {}
 
     def run(self, title: str, name: str, arguments: Sequence[str], finished: bool = False, margin: str = "   ") -> None:
@@ -58,9 +60,13 @@ class Parts:
             [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
             errors="replace", env=environment,
         )  # fmt: skip
-        assert process.stdout is not None
-        for output in process.stdout:
-            print(f"{margin}{output.rstrip()}", flush=True)
+        self._started.append(process)
+        try:
+            _show(process, margin)
+        except Interrupted as stop:
+            self.stop(stop.signum)
+            _show(process, margin)
+            raise
         if process.wait() != 0:
             raise FlowAnchorError(
                 f"The demo stopped in its part '{title}' (exit code {process.returncode}): mend what the lines above "
@@ -70,6 +76,17 @@ class Parts:
         self._earlier[title] = self.seconds[title]
         write_json(self.record, self._earlier)
         print(f"   {title}: {self.seconds[title]:.0f} s", flush=True)
+
+    def stop(self, signum: int) -> None:
+        """Pass a signal on to the programs that run: each ends as if it had been told itself."""
+        for process in self._started:
+            process.send_signal(signum)  # nothing, where it has ended
+
+
+def _show(process: subprocess.Popen[str], margin: str) -> None:
+    assert process.stdout is not None
+    for output in process.stdout:
+        print(f"{margin}{output.rstrip()}", flush=True)
 
 
 def invocation(name: str) -> tuple[list[str], list[str]]:
@@ -170,8 +187,12 @@ def demo(cfg: DictConfig) -> None:
             _evaluate, parts, "evaluation of the teacher", runs["teacher"], evaluations["teacher"],
             ["sampler=flow", "sampler.solver=euler"], cfg.teacher, cfg, "   | ",
         )  # fmt: skip
-        _train(parts, "FACM student", runs["facm"], cfg.student, cfg, [f"teacher.checkpoint={runs['teacher']}"])
-        measured.result()
+        try:
+            _train(parts, "FACM student", runs["facm"], cfg.student, cfg, [f"teacher.checkpoint={runs['teacher']}"])
+            measured.result()
+        except Interrupted as stop:
+            parts.stop(stop.signum)
+            raise
     _evaluate(
         parts, "evaluation of the student", runs["facm"], evaluations["facm"], ["sampler=consistency"], cfg.student, cfg
     )  # fmt: skip

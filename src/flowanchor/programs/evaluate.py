@@ -177,10 +177,10 @@ def identity(
 
 def load_data(cfg: DictConfig, model: LoadedModel, drawn: Shape) -> FlowDataModule:
     """The data of the training run, unless the command line names another; `data_overrides` change single settings."""
-    from flowanchor.checkpoints.trusted import instantiate_trusted
+    from flowanchor.checkpoints.trusted import build
 
     chosen = cfg.get("data")
-    named = model.config["data"] if chosen is None else OmegaConf.to_container(chosen, resolve=True)
+    named = model.config.get("data") or {} if chosen is None else OmegaConf.to_container(chosen, resolve=True)
     settings: dict[str, Any] = dict(named)  # type: ignore[arg-type]
     if "_target_" not in settings:
         raise ConfigError(
@@ -192,8 +192,11 @@ def load_data(cfg: DictConfig, model: LoadedModel, drawn: Shape) -> FlowDataModu
             f"data_overrides has {', '.join(map(str, unknown))}, which this data does not know: it has "
             f"{', '.join(key for key in settings if key != '_target_')}."
         )
-    settings.update(OmegaConf.to_container(cfg.data_overrides, resolve=True))  # type: ignore[arg-type]
-    data = instantiate_trusted(settings) if chosen is None else instantiate(settings)
+    typed: Any = OmegaConf.to_container(cfg.data_overrides, resolve=True)
+    if chosen is None:
+        data = build(settings, "data", model.path, typed)
+    else:
+        data = instantiate({**settings, **typed})
     sample = (data.channels, data.size, data.size)
     if sample != tuple(drawn):
         raise ConfigError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +26,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+from flowanchor.base.causes import unwrapped
+from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
+from flowanchor.base.start import LAUNCHER, launcher
+from flowanchor.programs import slurm
 from flowanchor.programs.folders import register_resolvers
 from flowanchor.programs.messages import explain
 from flowanchor.programs.plugin_path import register_plugin_path
@@ -34,6 +40,7 @@ Task = Callable[[DictConfig], T]
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIG_PATH = "pkg://flowanchor.conf"
+CHILDREN = 20.0  # seconds that the other processes of a run, which have all saved, have for their end
 
 # Warnings of libraries that no user can do anything about: about their own code, or about what is meant to be so.
 LIBRARY_WARNINGS = (
@@ -53,11 +60,16 @@ def prepare() -> None:
     register_plugin_path()
 
 
-def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[T]], Callable[[], None]]:
+def program(
+    config_name: str, config_path: str = CONFIG_PATH, unfinished: str = ""
+) -> Callable[[Task[T]], Callable[[], None]]:
     """Turn `main(cfg)` into a command-line program that composes `config_name`.yaml of `config_path`.
 
     The program returns None: what `main` returns is for sweepers (`-m`), and a console script would take it for an
-    exit code. Exit codes: 0, 1 for an error, 130 for Ctrl-C.
+    exit code. Exit codes: 0, 1 for an error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+
+    Args:
+        unfinished: ends the sentence `Stopped by SIGNAL ...` where `main` has said nothing else about its state.
     """
 
     def decorate(main: Task[T]) -> Callable[[], None]:
@@ -73,38 +85,87 @@ def program(config_name: str, config_path: str = CONFIG_PATH) -> Callable[[Task[
 
             @functools.wraps(main)
             def task(cfg: DictConfig) -> T:
-                with _environment(FULL_ERROR, own):  # child processes see what the user had set, not what we set below
+                # Child processes see what the user had set, not what we set below. A job of a cluster begins here.
+                with (
+                    listening(slurm.notices()) as listener,
+                    _environment(FULL_ERROR, own),
+                    _environment(LAUNCHER, launcher()),
+                ):
+                    listener.state = unfinished
                     _fix_run_folder()
                     try:
                         return main(cfg)
-                    except Exception as error:
-                        # A sweeper must see the error; a single run ends here, before Hydra adds its own lines.
-                        if HydraConfig.get().mode == RunMode.MULTIRUN or show_traceback or cfg.get("debug", False):
-                            raise
-                        _exit_with(error, config_name, config_path)
+                    except Interrupted as stop:
+                        _stop(stop)
                         raise
+                    except BaseException as raised:
+                        error = unwrapped(raised)
+                        if not isinstance(error, Exception):
+                            raise
+                        # A sweeper must see the error; a single run ends here, before Hydra adds its own lines.
+                        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+                        if not (sweep or show_traceback or cfg.get("debug", False)):
+                            _exit_with(error, config_name, config_path)
+                        if error is raised:
+                            raise
+                        raise error from error.__cause__  # its wrapper holds the tracebacks of all ranks
 
             start = hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)
-            try:
-                with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
-                    start()
-                _leave_process_group()
-            except KeyboardInterrupt:
-                sys.exit(130)
-            except Exception as error:
-                if not show_traceback:
-                    _exit_with(error, config_name, config_path)
-                raise
+            with listening(slurm.notices()):
+                try:
+                    with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
+                        start()
+                    _leave_process_group()
+                except Interrupted as stop:
+                    _stop(stop)
+                    raise
+                except KeyboardInterrupt:
+                    if is_first():
+                        say(f"Stopped by {name_of(signal.SIGINT)}.")
+                    sys.exit(130)
+                except Exception as error:
+                    if not show_traceback:
+                        _exit_with(error, config_name, config_path)
+                    raise
 
         return run
 
     return decorate
 
 
+def _stop(stop: Interrupted) -> None:
+    """Tell why the program ends, once, and leave what it shares with others."""
+    if stop.done:
+        return
+    stop.done, listener = True, current()
+    notice = stop.signum in slurm.notices()
+    submitter = listener.previous.get(stop.signum)  # submitit has its own way of requeueing
+    if notice and not callable(submitter):
+        listener.tell(f"{stop.sentence.rstrip('.')}, {slurm.requeue()}.")
+    listener.tell(stop.sentence)
+    for child in listener.children:
+        try:
+            child.wait(timeout=CHILDREN)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    if notice and callable(submitter):
+        submitter(stop.signum, None)
+    if stop.together:
+        _leave_process_group()
+    elif _process_group() is not None:  # which other processes may not have left
+        end_now(128 + stop.signum)
+
+
+def _process_group() -> Any:
+    distributed = sys.modules.get("torch.distributed")
+    several = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if several else None
+
+
 def _leave_process_group() -> None:
     """End the process group's threads: those that meet the interpreter's end can abort a process that is done."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    distributed = _process_group()
+    if distributed is not None:
         gc.collect()  # sharded networks hold the group
         distributed.destroy_process_group()
 

@@ -10,6 +10,7 @@ from difflib import SequenceMatcher, get_close_matches
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -20,7 +21,9 @@ from hydra.errors import (
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from flowanchor.base.causes import unwrapped
 from flowanchor.errors import FlowAnchorError
+from flowanchor.programs.rendezvous import trouble
 from flowanchor.programs.suspects import blame
 
 _FOLDER_TROUBLE = {
@@ -30,9 +33,13 @@ _FOLDER_TROUBLE = {
 
 def explain(error: BaseException, config_name: str, config_path: str, arguments: list[str]) -> str | None:
     """The sentence for an error that a user can act on; None for one that needs its traceback."""
+    error = unwrapped(error)
     for link in _chain(error):
         if isinstance(link, FlowAnchorError):
             return _one_line(str(link))
+        apart = trouble(link)
+        if apart is not None:
+            return apart
     if isinstance(error, MissingConfigException):
         return _missing_option(error, config_name)
     if isinstance(error, OverrideParseException):
@@ -55,7 +62,7 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
         return _sentence(str(error))
     if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
         return (
-            f"Cannot use {error.filename or 'the output folder'} ({(error.strerror or 'refused').lower()}): check the "
+            f"Cannot use {error.filename or _output_folder()} ({(error.strerror or 'refused').lower()}): check the "
             "path and its permissions, or write elsewhere with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER with -m)."
         )
     emptied = [text for text in arguments if re.fullmatch(r"[^=]+=(null)?", text)]
@@ -80,6 +87,13 @@ def nearest(wanted: str, known: Iterable[str]) -> list[str]:
         good = get_close_matches(last, list(ends.values()), n=1, cutoff=0.8)
         close = [name for name, end in ends.items() if end in good][:3]
     return close
+
+
+def _output_folder() -> str:
+    """The folder of this run, where it is known already."""
+    if not HydraConfig.initialized():
+        return "the output folder"
+    return f"the output folder {HydraConfig.get().runtime.output_dir}"
 
 
 def _missing_option(error: MissingConfigException, config_name: str) -> str:

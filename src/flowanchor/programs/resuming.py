@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.checkpoints import read_checkpoint
+from flowanchor.checkpoints.resuming import check_resumable
 from flowanchor.provenance import differences
 
 _SHOWN = 6  # changed settings that a line names
@@ -26,6 +27,7 @@ class EarlierPart:
     @classmethod
     def read(cls, file: Path) -> EarlierPart:
         content = read_checkpoint(file)
+        check_resumable(content, file)
         meta = content["flowanchor"]
         config = copy.deepcopy(meta["config"])
         states = content.get("optimizer_states")

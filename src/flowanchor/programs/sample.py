@@ -53,6 +53,7 @@ def sample(cfg: DictConfig) -> None:
         device,
         cfg.num_samples,
         shape=sample_shape(model.backbone, cfg.size, codec.downsampling),
+        finite=True,
     )
     console = Console()
     batches = -(-cfg.num_samples // cfg.batch_size)

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.callbacks.interruption import take_over
 from flowanchor.checkpoints import initialise_student, latest_checkpoint
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.checkpoints.soundness import readable
@@ -27,6 +28,7 @@ from flowanchor.module import FlowModule
 from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
 from flowanchor.programs.launch import program
+from flowanchor.programs.rendezvous import check_meeting_point
 from flowanchor.programs.resuming import EarlierPart
 from flowanchor.programs.run_identity import RunIdentity
 from flowanchor.programs.score import check_score, measure_score
@@ -159,21 +161,20 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: A
     if cfg.ema and "_target_" in cfg.ema:
         callbacks.insert(0, instantiate(cfg.ema))
     loggers = [instantiate(item) for item in (cfg.logger or {}).values() if item]
-    trainer = cast(
-        pl.Trainer,
-        instantiate(
-            cfg.trainer,
-            strategy=strategy,
-            callbacks=callbacks,
-            logger=loggers or False,
-            default_root_dir=str(folder),
-            use_distributed_sampler=False,  # the data module shares each global batch among the processes
-            inference_mode=False,  # validation computes tangents, which inference tensors refuse
-            _convert_="all",
-        ),
+    trainer = instantiate(
+        cfg.trainer,
+        strategy=strategy,
+        callbacks=callbacks,
+        logger=loggers or False,
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,  # the data module shares each global batch among the processes
+        inference_mode=False,  # validation computes tangents, which inference tensors refuse
+        _convert_="all",
     )
     use_run_checkpoints(trainer)
-    return trainer
+    if trainer.num_devices * trainer.num_nodes > 1:
+        check_meeting_point()
+    return take_over(trainer)
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
@@ -182,4 +183,4 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
-main = program("train")(train)
+main = program("train", unfinished="before its first step, so there is nothing to save")(train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,30 @@ class _AppendingWriter(ExperimentWriter):
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         if self._continuing and step is not None:
             self._continuing = False
-            self._drop_from(step)
+            self._drop_from(step, validation=_is_validation(metrics_dict))
         super().log_metrics(metrics_dict, step)
 
-    def _drop_from(self, step: int) -> None:
-        """A killed run may have logged beyond the checkpoint that it resumes from."""
+    def _drop_from(self, step: int, validation: bool) -> None:
+        """A killed run may have logged beyond the checkpoint that it resumes from.
+
+        Where it resumes with the validation of a step, what was logged of the training in that step stays.
+        """
         file = Path(self.metrics_file_path)
         with file.open(newline="") as lines:
-            kept = [row for row in csv.DictReader(lines) if row.get("step", "").isdigit() and int(row["step"]) < step]
+            numbered = [row for row in csv.DictReader(lines) if row.get("step", "").isdigit()]
+        kept = [
+            row
+            for row in numbered
+            if int(row["step"]) < step or (validation and int(row["step"]) == step and not _is_validation(row))
+        ]
         with replacing(file) as draft, draft.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, fieldnames=self.metrics_keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
+
+
+def _is_validation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("val/") and value not in ("", None) for name, value in row.items())
 
 
 class AppendingCSVLogger(CSVLogger):

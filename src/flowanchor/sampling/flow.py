@@ -17,6 +17,7 @@ from flowanchor.sampling.precision import state_dtype
 
 # Velocity evaluations per step of torchdiffeq's fixed-grid solvers; every other solver there is adaptive.
 FIXED_SOLVERS = {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+TOLERANCE = 1e-12  # of adaptive solvers, which never arrive with less
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
@@ -49,6 +50,8 @@ class FlowSampler(Sampler):
         known = ("euler", "heun", *FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
         if solver not in known:
             raise ConfigError(f"Unknown solver sampler.solver={solver}: choose one of {', '.join(known)}.")
+        if not (rtol >= TOLERANCE and atol >= TOLERANCE):
+            raise ConfigError(f"sampler.rtol={rtol} and sampler.atol={atol} must be {TOLERANCE} at least.")
         self.times = time_grid(steps, timestep_shift)
         self.steps = steps
         self.solver = solver

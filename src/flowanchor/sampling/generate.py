@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowanchor.codecs.pixels import to_uint8
-from flowanchor.errors import ConfigError
+from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
 from flowanchor.sampling.noise import renoiser, sample_noise
 from flowanchor.sampling.precision import asking, state_dtype
@@ -27,12 +27,14 @@ def generate(
     num_samples: int | None = None,
     start: int = 0,
     shape: tuple[int, ...] | None = None,
+    finite: bool = False,
 ) -> Iterator[Tensor]:
     """Yield uint8 images [b, H, W, C] on the CPU, in order; image i depends only on (seed, start + i, labels[i]).
 
     `labels`: classes [N] or text embeddings [N, L, D]; None for unconditional networks, where `num_samples` gives N.
     `shape`: of one sample in the network's space; None: the network's own. A network that was loaded in a lower
     precision is asked under autocast; its samples are float32 all the same.
+    `finite`: raise `DataError` at an image that is not; else it becomes a black one.
     """
     if labels is None and num_samples is None:
         raise ConfigError("Nothing says how many images to generate: set num_samples.")
@@ -50,7 +52,18 @@ def generate(
             latents = sampler.sample(backbone, noise, cond, interval, fresh)
         with torch.no_grad():
             images = codec.decode(one_image(latents.to(dtype)))
+        if finite:
+            _check_finite(images, start + first, seed)
         yield to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _check_finite(images: Tensor, first: int, seed: int) -> None:
+    good = images.isfinite().flatten(1).all(1)
+    if not bool(good.all()):
+        raise DataError(
+            f"Sample {first + int((~good).nonzero()[0])} (seed {seed}) is not finite: the weights have diverged, or "
+            "the codec overflows; try an earlier checkpoint, or codec.dtype=float32."
+        )
 
 
 def one_image(latents: Tensor) -> Tensor:
@@ -66,12 +79,15 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
     A group without `_target_` (`sampler=from_checkpoint`) takes the sampler that the checkpoint was trained with, and
     lays the settings that are not null over it.
     """
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    from flowanchor.checkpoints.trusted import instantiate_trusted
+    from flowanchor.checkpoints.trusted import build
 
-    chosen = {key: value for key, value in dict(settings).items() if value is not None}
-    if "_target_" in chosen:
+    typed: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else dict(settings)
+    chosen = {key: value for key, value in typed.items() if value is not None}
+    if "_target_" in chosen:  # the user's own choice
+        from hydra.utils import instantiate
+
         sampler: Sampler = instantiate(chosen, _convert_="all")
     else:
         own = model.config.get("sampler")
@@ -80,7 +96,7 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
                 f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=40 "
                 "sampler.guidance_scale=4."
             )
-        sampler = instantiate_trusted({**own, **chosen})
+        sampler = build(own, "sampler", model.path, chosen)
     check_sampler(sampler, model.kind, model.interval)
     return sampler
 

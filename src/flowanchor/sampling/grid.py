@@ -9,6 +9,8 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 
+STEPS = 100_000  # more is a mistake, or a file that would have its reader wait
+
 
 def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | None = None) -> Tensor:
     """Times [steps + 1] from 0 (noise) to 1 (data), float64.
@@ -32,8 +34,10 @@ def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | N
         raise ConfigError(f"sampler.steps={steps} is not a whole number: use for example sampler.steps=2.")
     if steps < 1:
         raise ConfigError(f"sampler.steps={steps} is too few: a sampler needs at least one step (sampler.steps=1).")
-    if timestep_shift < 0:
-        raise ConfigError(f"sampler.timestep_shift={timestep_shift} is negative: use 0 for none, or for example 3.")
+    if steps > STEPS:
+        raise ConfigError(f"sampler.steps={steps} is too many: use {STEPS:,} at most.")
+    if not 0 <= timestep_shift < float("inf"):
+        raise ConfigError(f"sampler.timestep_shift={timestep_shift} is no shift: use 0 for none, or for example 3.")
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if timestep_shift > 0:
         times = timestep_shift * times / (1 + (timestep_shift - 1) * times)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from flowanchor.captions.sources import TABLES, read_captions
-from flowanchor.checkpoints.trusted import instantiate_trusted
+from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.text.base import TextEncoder, pad_embeddings
@@ -36,7 +36,7 @@ def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
         raise ConfigError(
             f"{model.path} does not say how its prompts are encoded: add text_encoder=umt5 text_encoder.weights=FOLDER."
         )
-    found: TextEncoder = instantiate_trusted(settings)
+    found: TextEncoder = build(settings, "text_encoder", model.path)
     return found.eval()
 
 

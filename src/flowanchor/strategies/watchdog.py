@@ -10,13 +10,13 @@ Every rank keeps one TCP connection to a judge, a thread of rank 0. A connection
 process that died (killed, out of memory, crashed); one that stays silent is a process, or a machine, that froze; an
 exception is reported in words. The judge tells all ranks who is to blame and why; they print it and end, even while
 their main thread hangs in a collective. Ranks talk to the judge only, so that 512 ranks cost 512 small messages per
-interval. torchrun (its agent ends the other workers) and Lightning's launcher (rank 0 ends its children, nobody ends
-an orphaned child) see ordinary processes that exit with code 1.
+interval. torchrun (its agent ends the other workers) and Lightning's launcher (rank 0 ends its children) see ordinary
+processes that exit with code 1. Through the same connections, ranks that are told to stop agree on where
+(`flowanchor.strategies.stopping`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -26,27 +26,26 @@ import sys
 import threading
 import time
 import warnings
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from flowanchor.base.causes import unwrapped
+from flowanchor.base.signals import briefly, current, end_now, say
 from flowanchor.errors import ConfigError
+from flowanchor.strategies.channel import Channel, Message, Silence, listen
+from flowanchor.strategies.stopping import Count, Moments
 
 SETTLE = 1.0  # seconds for which an error waits for its cause: where a rank dies, the others' collectives may raise
 GRACE = 10.0  # seconds that a rank to blame has for its own traceback, before it and the others are ended
 LAST = 0.5  # seconds for which the others outlive it: torchrun blames the worker whose end it sees first
 CONNECT = 10.0  # seconds in which the judge must be reachable
-LONGEST_LINE = 65536  # bytes; whoever sends more is none of ours
 LONGEST_CAUSE = 500  # characters
 
 UNEXPLAINED = "its process ended without saying why (killed, out of memory or crashed)"
 SILENT = "it gave no sign of life for {:g} seconds"
-
-Message = dict[str, Any]
 
 
 class RankWatchdog:
@@ -85,7 +84,7 @@ class RankWatchdog:
             return
         address, port, token = invitation[0]
         try:
-            channel = _Channel(socket.create_connection((address, port), timeout=CONNECT))
+            channel = Channel(socket.create_connection((address, port), timeout=CONNECT))
         except OSError as error:
             warnings.warn(
                 f"Rank {rank} cannot reach the rank watchdog of rank 0 at {address}:{port} ({error}), so the death of "
@@ -104,6 +103,19 @@ class RankWatchdog:
         """
         if self._member is not None:
             self._member.fail(cause_of(error))
+
+    def passing(self, moment: int, signum: int | None) -> int | None:
+        """At a moment at which the run could stop: the signal by which all ranks do so here, or None to go on.
+
+        Every rank calls it at the same moments, numbered from 1 on, with the signal that it has received itself (None:
+        none so far). Raises `Undecided` where a rank does not answer.
+        """
+        return signum if self._member is None else self._member.moments.passing(moment, signum)
+
+    def end_all(self, signum: int, sentence: str) -> None:
+        """Have every other rank end at once with the code of a signal; rank 0 says the sentence."""
+        if self._member is not None:
+            self._member.end_all(signum, sentence)
 
     def stop(self) -> None:
         """Say goodbye, so that the end of this process is not taken for a death."""
@@ -128,106 +140,21 @@ class RankWatchdog:
         assert self.timeout is not None
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()  # where the ranks found rank 0 already
         try:
-            listener = _listen(address)
+            listener = listen(address)
         except OSError as error:
             warnings.warn(f"The rank watchdog cannot open a port ({error}), so it watches nothing.", stacklevel=3)
             return None
         token = secrets.token_hex(16)
-        _Judge(listener, token, self.timeout, self.interval).start()
+        _Judge(listener, token, self.timeout, self.interval, dist.get_world_size()).start()
         return address, listener.getsockname()[1], token
 
 
 def cause_of(error: BaseException) -> str:
     """An exception in one line: its type and its message."""
+    error = unwrapped(error)
     words = " ".join(str(error).split())
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
-
-
-# ------------------------------------------------------------------------------------------------------ connections
-
-
-class _Channel:
-    """Messages over a socket, one line of JSON each."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = connection
-        self._rest = b""
-        self._sending = threading.Lock()
-        _open_sockets.add(connection)
-
-    def send(self, kind: str, **values: Any) -> None:
-        """Send a message; to a peer that is gone, nothing: that is noticed by `receive`."""
-        try:
-            with self._sending:
-                self.socket.sendall(json.dumps({"kind": kind, **values}).encode() + b"\n")
-        except OSError:
-            pass
-
-    def receive(self) -> list[Message] | None:
-        """What has arrived, after waiting for the socket's timeout at most; None: the peer is gone."""
-        try:
-            data = self.socket.recv(LONGEST_LINE)
-        except (TimeoutError, BlockingIOError, InterruptedError):
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        known = all(isinstance(message, dict) and "kind" in message for message in messages)
-        return messages if known and len(self._rest) <= LONGEST_LINE else None
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def _listen(address: str) -> socket.socket:
-    """A free port; on this machine only, where the others are told to find it here."""
-    if address in ("localhost", "127.0.0.1"):
-        listener = socket.create_server(("127.0.0.1", 0))
-    elif socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        listener = socket.create_server(("", 0))
-    _open_sockets.add(listener)
-    return listener
-
-
-_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def _close_inherited() -> None:
-    for connection in list(_open_sockets):
-        connection.close()
-
-
-# A forked data worker holds copies of the sockets and may outlive its rank: its death must still close the connection.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)
-
-
-class _Silence:
-    """For how long a peer has been silent, counting only time in which this process was awake to listen."""
-
-    def __init__(self, interval: float) -> None:
-        self._longest = 2 * interval
-        self._last = time.monotonic()
-        self.seconds = 0.0
-
-    def broken(self) -> None:
-        self.seconds = 0.0
-
-    def grow(self) -> float:
-        now = time.monotonic()
-        self.seconds += min(now - self._last, self._longest)
-        self._last = now
-        return self.seconds
 
 
 # ------------------------------------------------------------------------------------------------------------ judge
@@ -237,8 +164,8 @@ class _Silence:
 class _Witness:
     """A rank as the judge sees it."""
 
-    channel: _Channel
-    silence: _Silence
+    channel: Channel
+    silence: Silence
     rank: int = -1  # until it has introduced itself
     host: str = ""
     left: bool = False  # it has said goodbye
@@ -250,14 +177,15 @@ class _Witness:
 class _Judge(threading.Thread):
     """The thread of rank 0 that hears all ranks and decides who died first."""
 
-    def __init__(self, listener: socket.socket, token: str, timeout: float, interval: float) -> None:
+    def __init__(self, listener: socket.socket, token: str, timeout: float, interval: float, ranks: int) -> None:
         super().__init__(name="rank-watchdog-judge", daemon=True)
         self._listener, self._token, self._timeout, self._interval = listener, token, timeout, interval
         self._selector = selectors.DefaultSelector()
         self._witnesses: list[_Witness] = []
         self._culprit: int | None = None
         self._first_report: float | None = None
-        self._over = False
+        self._over = self._ending = False
+        self._count = Count(ranks)
 
     def run(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -289,7 +217,7 @@ class _Judge(threading.Thread):
         except OSError:  # the peer has gone already
             return
         connection.setblocking(False)
-        witness = _Witness(_Channel(connection), _Silence(self._interval))
+        witness = _Witness(Channel(connection), Silence(self._interval))
         self._witnesses.append(witness)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(witness))
 
@@ -306,8 +234,20 @@ class _Judge(threading.Thread):
                     self._close(witness)
                     return
                 witness.rank, witness.host = message["rank"], message["host"]
+                if self._count.signum is not None:
+                    witness.channel.send("count")
             elif kind == "failed":
                 witness.failed = message["cause"]
+            elif kind == "stop" and self._count.signum is None:
+                self._count.signum = message["signum"]
+                self._tell("count")
+            elif kind == "passed":
+                last = self._count.add(witness.rank, message["count"])
+                if last is not None:
+                    self._tell("after", last=last, signum=self._count.signum)
+            elif kind == "end":
+                self._ending = True
+                self._tell("end", signum=message["signum"], sentence=message["sentence"])
             elif kind == "bye":
                 witness.left = True
 
@@ -330,7 +270,7 @@ class _Judge(threading.Thread):
 
     def _decide(self) -> None:
         """Name the rank that died first: one that was lost before those whose error may be its consequence."""
-        if self._culprit is not None:
+        if self._culprit is not None or self._ending:
             return
         lost = [w for w in self._ranks() if w.lost is not None]
         failed = [w for w in self._ranks() if w.failed is not None]
@@ -366,7 +306,7 @@ class _Member(threading.Thread):
     """The thread of every rank that gives signs of life, and ends the process when the judge says so."""
 
     def __init__(
-        self, channel: _Channel, rank: int, judge_host: str, token: str, timeout: float, interval: float
+        self, channel: Channel, rank: int, judge_host: str, token: str, timeout: float, interval: float
     ) -> None:
         super().__init__(name="rank-watchdog", daemon=True)
         self._channel, self._rank, self._judge_host = channel, rank, judge_host
@@ -374,6 +314,7 @@ class _Member(threading.Thread):
         self._to_blame = threading.Event()
         self._failed = self._over = False
         self._latest_end = math.inf
+        self.moments = Moments(lambda signum: channel.send("stop", signum=signum), timeout)
         channel.socket.settimeout(interval)
         channel.send("hello", rank=rank, host=socket.gethostname(), token=token)
 
@@ -385,12 +326,17 @@ class _Member(threading.Thread):
         self._channel.send("failed", cause=cause)
         self._to_blame.wait(SETTLE + GRACE + self._timeout)
 
+    def end_all(self, signum: int, sentence: str) -> None:
+        self._channel.send("end", signum=signum, sentence=sentence)
+        if self._rank == 0:
+            time.sleep(LAST)  # the judge, in this process, has others to tell
+
     def leave(self) -> None:
         self._channel.send("bye")
         self.join(SETTLE + GRACE)  # "over" comes at once, unless a rank has just died
 
     def run(self) -> None:
-        silence = _Silence(self._interval)
+        silence = Silence(self._interval)
         last_beat = time.monotonic()
         while not self._over:
             messages = self._channel.receive()
@@ -414,6 +360,14 @@ class _Member(threading.Thread):
             self._over = True
         elif message["kind"] == "gone":
             self._follow()
+        elif message["kind"] == "count":
+            self._channel.send("passed", count=self.moments.count())
+        elif message["kind"] == "after":
+            self.moments.decide(message["last"], message["signum"])
+        elif message["kind"] == "end":
+            current().tell(message["sentence"])
+            time.sleep(LAST if self._rank == 0 else 0.0)
+            end_now(128 + message["signum"])
         elif message["kind"] == "verdict":
             rank, host, cause = message["rank"], message["host"], message["cause"]
             if rank == self._rank:
@@ -444,9 +398,9 @@ class _Member(threading.Thread):
 
 
 def _say(sentence: str) -> None:
-    os.write(2, f"{sentence}\n".encode())  # past sys.stderr, whose lock the main thread may hold
+    say(sentence)
     for stream in (sys.stdout, sys.stderr):
-        _briefly(stream.flush)  # what was printed before is not lost
+        briefly(stream.flush)  # what was printed before is not lost
 
 
 def _end(sentence: str | None = None) -> NoReturn:
@@ -454,9 +408,3 @@ def _end(sentence: str | None = None) -> NoReturn:
     if sentence is not None:
         _say(sentence)
     os._exit(1)
-
-
-def _briefly(action: Callable[[], Any]) -> None:
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(1.0)  # the main thread may hold the stream's lock for ever

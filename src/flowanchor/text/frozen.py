@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.checkpoints.stock_folder import without_code
+from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.text.base import TextEncoder
+from flowanchor.weights import check_finite
 
 KEPT = 64  # embeddings of prompts, 8 MB each at most for UMT5
 _WEIGHTS = "*.safetensors"
@@ -68,20 +71,27 @@ class FrozenEncoder(TextEncoder):
                 f"{self.folder} holds no weights ({_WEIGHTS}): download them (a gated release asks you to accept its "
                 "licence first)."
             )
+        without_code(self.folder)
         try:
             network, info = getattr(_library(), self._class).from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=self.dtype
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{self.folder} cannot be read as {self._class}: {error}") from error
+        except Exception as error:  # whatever transformers makes of another configuration, or of damaged files
+            raise CheckpointError(
+                f"{self.folder} cannot be read as {self._class} ({brief(error)}): download it again."
+            ) from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(f"{self.folder} is no {self._class}: it lacks {', '.join(missing[:3])}.")
+        check_finite(dict(network.named_parameters()), self.folder)
         return network.eval().requires_grad_(False)
 
     def _read_tokenizer(self) -> Any:
+        without_code(self.tokenizer_folder)
         try:
-            tokenizer = _library().AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+            tokenizer = _library().AutoTokenizer.from_pretrained(
+                self.tokenizer_folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever a tokenizer's own code raises without its files
             raise CheckpointError(
                 f"{self.tokenizer_folder} has no tokenizer that can be read ({type(error).__name__}): give its folder, "

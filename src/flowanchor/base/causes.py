@@ -1,0 +1,20 @@
+"""What went wrong, under what a library has put around it."""
+
+from __future__ import annotations
+
+import os
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error itself, or the one inside what torch.distributed.checkpoint makes of the errors of several ranks.
+
+    Its `CheckpointException`, which is not even an `Exception`, holds each rank's own: here that of this process, or
+    of the lowest rank that has one. What it was raised `from` stays reachable.
+    """
+    failures = getattr(error, "failures", None)
+    if not isinstance(failures, dict) or not failures or isinstance(error, Exception):
+        return error
+    rank = os.environ.get("RANK", "")
+    found = failures.get(int(rank)) if rank.isdigit() else None
+    inner = (found or failures[min(failures)])[0]
+    return unwrapped(inner) if isinstance(inner, BaseException) else error
