@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,27 @@ def signals_are_heard() -> None:
     for number, handler in usual.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def _same(ours: Any, theirs: Any, where: str = "") -> None:
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), (where, ours.keys() ^ theirs.keys())
+        for key in ours:
+            _same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            _same(*pair, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """`assert_same(ours, theirs, where)`: two checkpoints, or parts of them, bit for bit; the message names the place."""
+    return _same
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from flowanchor.base.alive import is_alive
 from flowanchor.errors import ConfigError
 from flowanchor.provenance import unwritable
 
@@ -198,10 +199,4 @@ def _started(pid: int) -> str | None:
 
 def _is_running(holder: Holder) -> bool:
     """Whether a process of this machine is still the one that took the lock."""
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return holder.started is None or _started(holder.pid) == holder.started
+    return is_alive(holder.pid) and (holder.started is None or _started(holder.pid) == holder.started)

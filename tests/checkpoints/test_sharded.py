@@ -58,22 +58,7 @@ def write(folder: Path, **kwargs: Any) -> dict[str, Any]:
     return written
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    if isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs)
-        for pair in zip(ours, theirs, strict=True):
-            assert_same(*pair)
-    else:
-        assert ours == theirs
-
-
-def test_what_was_written_comes_back(tmp_path):
+def test_what_was_written_comes_back(tmp_path, assert_same):
     written = write(tmp_path / "a.ckpt")
     assert is_sharded(tmp_path / "a.ckpt")
     assert_same(read_whole(tmp_path / "a.ckpt"), written)

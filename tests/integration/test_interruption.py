@@ -42,21 +42,6 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(lines)]
 
 
-def assert_same(ours, theirs, where=""):
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert ours == theirs, where
-
-
 def stopped(command, *words: str) -> int:
     before = {number: signal.getsignal(number) for number in CODES}
     with pytest.raises(SystemExit) as exit:
@@ -97,7 +82,9 @@ PLACES = [  # hook at which the signal comes, steps done by then, step that is s
 
 
 @pytest.mark.parametrize("signum, hook, at, saved, extra", PLACES)
-def test_goes_on_as_if_it_had_not_been_stopped(command, tiny, capfd, uninterrupted, signum, hook, at, saved, extra):
+def test_goes_on_as_if_it_had_not_been_stopped(
+    command, tiny, capfd, uninterrupted, assert_same, signum, hook, at, saved, extra
+):  # fmt: skip
     settings = [*tiny, *RUN, "trainer.max_steps=8", *extra]
     folder, whole = Path.cwd(), uninterrupted(settings)
     capfd.readouterr()
@@ -118,7 +105,7 @@ def test_goes_on_as_if_it_had_not_been_stopped(command, tiny, capfd, uninterrupt
     }
 
 
-def test_a_signal_in_the_validation_that_a_resumed_run_makes_first(command, tiny, capfd):
+def test_a_signal_in_the_validation_that_a_resumed_run_makes_first(command, tiny, capfd, assert_same):
     settings = [*tiny, *RUN, "trainer.max_steps=4", "name=one"]
     stopped(command, "train", *settings, *kick("on_train_batch_start", 2, signal.SIGTERM))
     before = content(Path.cwd(), "one")
@@ -206,7 +193,7 @@ def test_submitits_own_way_of_requeueing_comes_after_the_checkpoint(command, tin
     assert found == [5] and not slurm.exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_is_named_and_not_read(command, tiny, slurm):
+def test_a_checkpoint_of_an_earlier_version_is_named_and_not_read(command, tiny, slurm, assert_same):
     settings = [*tiny, *RUN, "trainer.max_steps=2"]
     folder = command("train", *settings, "name=other", "seed=5")
     run = folder / "outputs/train/one"
@@ -267,7 +254,7 @@ def state(folder: Path, name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", [name for name, scenario in TOGETHER.items() if scenario[3]])
-def test_all_ranks_stop_at_one_step(together, name):
+def test_all_ranks_stop_at_one_step(together, name, assert_same):
     folder, codes = together
     strategy, _, code, steps, _ = TOGETHER[name]
     whole = {id(ALONE): "one", id(DDP): "ddp", id(FSDP): "fsdp"}[id(strategy)]

@@ -12,7 +12,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,26 +160,16 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
-def same(ours: Any, theirs: Any, where: str = "") -> None:
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), (where, ours.keys() ^ theirs.keys())
-        for key in ours:
-            same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            same(*pair, f"{where}[{i}]")
-    else:
-        assert ours == theirs, where
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy, kills, per_run", [("auto", 24, 3), ("ddp", 12, 2), ("fsdp_chain_jvp", 12, 2)])
 def test_killed_runs_equal_an_uninterrupted_one(
-    interpreters: Interpreters, folder: Path, strategy: str, kills: int, per_run: int
+    interpreters: Interpreters,
+    folder: Path,
+    strategy: str,
+    kills: int,
+    per_run: int,
+    assert_same: Callable[..., None],
 ) -> None:
     draw = random.Random(strategy)
     ranks = 1 if strategy == "auto" else 2
@@ -203,7 +193,7 @@ def test_killed_runs_equal_an_uninterrupted_one(
         # Lightning logs a step, and validates after it, when its checkpoint is written: a kill in between costs these.
         lost = [row for row in wanted["log"] if row not in found["log"]]
         assert all((int(row["step"]) + 1) % SAVED_EVERY == 0 for row in lost), lost
-        same(found, {**wanted, "log": [row for row in wanted["log"] if row not in lost]})
+        assert_same(found, {**wanted, "log": [row for row in wanted["log"] if row not in lost]})
         left = [path for path in run.rglob("*") if path.name.endswith((".partial", ".damaged", ".diverged"))]
         assert not [path for path in left if path.stat().st_mtime < (run / "checkpoints/last.ckpt").stat().st_mtime]
     assert done >= kills // 2, "most of them must have been hit"

@@ -18,19 +18,6 @@ def content(folder, name):
     return torch.load(folder / "outputs" / "train" / name / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_same(ours, theirs, where=""):
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-
-
 @pytest.mark.parametrize(
     ("batch", "stop", "extra"),
     [
@@ -40,7 +27,7 @@ def assert_same(ours, theirs, where=""):
         (100, 3, ["trainer.accumulate_grad_batches=2"]),
     ],
 )
-def test_resumed_equals_uninterrupted(command, tiny, batch, stop, extra):
+def test_resumed_equals_uninterrupted(command, tiny, batch, stop, extra, assert_same):
     settings = [*tiny, *RUN, f"data.batch_size={batch}", *extra]
     folder = command("train", *settings, "name=whole", "trainer.max_steps=7")
     command("train", *settings, "name=parts", f"trainer.max_steps={stop}")

@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowanchor.base.alive import is_alive
+
 PARTIAL, PREVIOUS = ".partial", ".previous"
 
 
@@ -181,20 +183,10 @@ def _own_draft(path: Path) -> Path:
     host = socket.gethostname()
     for old in path.parent.glob(f"{path.name}.{host}.*{PARTIAL}"):
         process = old.name.removesuffix(PARTIAL).rpartition(".")[2]
-        if process.isdigit() and not _lives(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             with suppress(OSError):
                 old.unlink()
     return path.with_name(f"{path.name}.{host}.{os.getpid()}{PARTIAL}")
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _number(text: str) -> int:

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from flowanchor.base.alive import is_alive
 from flowanchor.base.signals import STOPS, is_first, say, stopped_by
 
 LAUNCHER = "FLOWANCHOR_LAUNCHER"  # environment: the program of ours that starts others, PROCESS@HOST
@@ -54,7 +55,7 @@ def _parent() -> int | None:
     if process.isdigit() and host == socket.gethostname():
         if int(process) == os.getppid():
             return int(process)
-        if "LOCAL_RANK" in os.environ and not _lives(int(process)):
+        if "LOCAL_RANK" in os.environ and not is_alive(int(process)):
             os._exit(1)
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ else None
 
@@ -66,13 +67,3 @@ def _end_with(parent: int) -> None:
     if is_first():
         say("The process that started this one has ended, so it ends as well.")
     os._exit(1)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
