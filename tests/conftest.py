@@ -51,7 +51,7 @@ def _same(ours: Any, theirs: Any, where: str = "") -> None:
 
 @pytest.fixture(scope="session")
 def assert_same() -> Callable[..., None]:
-    """`assert_same(ours, theirs, where)`: two checkpoints, or parts of them, bit for bit; the message names the place."""
+    """`assert_same(ours, theirs, where)`: two checkpoints, or parts of them, bit for bit."""
     return _same
 
 
