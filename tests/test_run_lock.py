@@ -65,7 +65,7 @@ def test_a_process_of_this_machine_is_looked_at(tmp_path, kill):
     while _read(tmp_path / LOCK) is None:
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL if kill else signal.SIGSTOP)
-    time.sleep(0.1)
+    os.waitid(os.P_PID, child.pid, (os.WEXITED if kill else os.WSTOPPED) | os.WNOWAIT)  # it stays a zombie
     try:
         if kill:
             taken(tmp_path)
