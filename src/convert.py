@@ -1,6 +1,6 @@
 """Convert a checkpoint: `python src/convert.py consolidate checkpoint=RUN output=FILE.safetensors`."""
 
-from flowanchor.programs.convert import main
+from flowanchor.programs.commands import convert as main
 
 if __name__ == "__main__":
     main()

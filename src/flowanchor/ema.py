@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flowanchor.base.rank_zero import rank_zero_info, rank_zero_warn
 from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone

@@ -9,11 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.checkpoints.consolidated import FORMAT
+from flowanchor.data.lightning import data_of
 from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, Times, VelocityField
 from flowanchor.jvp.compatibility import check, is_low
@@ -90,7 +91,7 @@ class FlowModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
-        null = getattr(getattr(self.trainer, "datamodule", None), "null_condition", None)
+        null = getattr(data_of(self.trainer), "null_condition", None)
         if null is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):

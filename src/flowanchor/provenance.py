@@ -21,10 +21,10 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.base.files import write_json, write_whole
+from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.errors import ConfigError
 
 CONFIG = "config.yaml"

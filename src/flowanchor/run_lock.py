@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from flowanchor.base.alive import is_alive
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.errors import ConfigError
 from flowanchor.provenance import unwritable
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ArrayImages, ImageSet
+from flowanchor.data.lightning import LightningData
 from flowanchor.errors import ConfigError, DataError
 
 LENGTH = 23
@@ -73,7 +74,7 @@ def fit(tmp_path, steps, ckpt=None, callbacks=(), workers=0, **trainer):
     data = Numbered(batch_size=4, num_workers=workers, repeat=2, seed=3)  # 46 samples: 11 batches per epoch
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not resumable.*")
-        runner.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        runner.fit(module, datamodule=LightningData(data), ckpt_path=ckpt, weights_only=True)
     runner.steps = module.steps
     return module.seen, runner
 
@@ -204,4 +205,4 @@ def test_changed_batch_size_is_reported_on_resume(tmp_path):
         default_root_dir=tmp_path, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     with pytest.warns(UserWarning, match="global_batch_size was 4, is 5"):
-        again.fit(Recorder(), datamodule=data, ckpt_path=tmp_path / "stop.ckpt", weights_only=True)
+        again.fit(Recorder(), datamodule=LightningData(data), ckpt_path=tmp_path / "stop.ckpt", weights_only=True)

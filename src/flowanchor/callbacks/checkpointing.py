@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flowanchor.base.files import remove, superseded
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.ema import EMA
 from flowanchor.errors import NonFiniteLossError

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-from lightning.pytorch.utilities import rank_zero_warn
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.signals import current, stopped_by
 from flowanchor.callbacks.checkpointing import LastCheckpoint
 from flowanchor.callbacks.rank_watchdog import WatchRanks

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 import flowanchor
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.errors import ConfigError, RankDisagreement
 from flowanchor.interfaces import Batch
 from flowanchor.weights import local

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.codecs.identity import Identity
+from flowanchor.data.lightning import data_of
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec, Sampler
@@ -145,7 +146,7 @@ class SampleGrid(pl.Callback):
         return drawn
 
     def _labels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        prompts = getattr(trainer.datamodule, "fixed_prompts", None)  # type: ignore[attr-defined]
+        prompts = getattr(data_of(trainer), "fixed_prompts", None)
         if prompts is not None:  # texts of the data, the same ones every time
             found: Tensor = prompts(self.max_classes)[1]
             return found.repeat_interleave(self.per_class, dim=0)
@@ -156,10 +157,10 @@ class SampleGrid(pl.Callback):
         return (torch.arange(rows) * classes // rows).repeat_interleave(self.per_class)
 
     def _names(self, trainer: pl.Trainer, labels: Tensor) -> list[str]:
-        prompts = getattr(trainer.datamodule, "fixed_prompts", None)  # type: ignore[attr-defined]
+        prompts = getattr(data_of(trainer), "fixed_prompts", None)
         if prompts is not None:
             return list(prompts(self.max_classes)[0])
-        known = getattr(trainer.datamodule, "class_names", None) or ()  # type: ignore[attr-defined]
+        known = getattr(data_of(trainer), "class_names", None) or ()
         return [str(known[i]) if i < len(known) else str(i) for i in labels[:: self.per_class].tolist()]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.base.files import superseded
 from flowanchor.base.plain import bare
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.base.torch_files import read_torch
 from flowanchor.checkpoints.consolidated import SUFFIX
 from flowanchor.checkpoints.description import checked_content, described_network

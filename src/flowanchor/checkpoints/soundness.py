@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 
 from flowanchor.base.files import remove, superseded
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.seal import check_folder, check_seal, check_zip
 from flowanchor.base.torch_files import read_torch
 from flowanchor.checkpoints.consolidated import SUFFIX

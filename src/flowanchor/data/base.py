@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.data.epoch_sampler import BatchLoader, EpochBatchSampler, ResumableLoader
@@ -16,11 +15,12 @@ from flowanchor.errors import ConfigError
 SPLITS = ("train", "heldout")
 
 
-class FlowDataModule(LightningDataModule, ABC):
+class FlowDataModule(ABC):
     """Images [C, H, W] in [-1, 1], with or without labels, from a train and a held-out split.
 
-    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`. The trainer must
-    be built with `use_distributed_sampler=False`: the loaders shard by rank themselves.
+    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`. Lightning takes
+    it as `LightningData(data)` (`flowanchor.data.lightning`), in a trainer built with `use_distributed_sampler=False`:
+    the loaders shard by rank themselves.
 
     Args:
         batch_size: samples per process.
@@ -37,6 +37,7 @@ class FlowDataModule(LightningDataModule, ABC):
         class_names: one per class.
         mirror: whether mirrored copies are trained on, too.
         random_views: whether what is shown of a sample is drawn anew in every pass (`EpochBatchSampler.views`).
+        trainer: who trains on it; None: nobody, as in an evaluation.
     """
 
     name: str = "data"
@@ -46,6 +47,7 @@ class FlowDataModule(LightningDataModule, ABC):
     class_names: tuple[str, ...] = ()
     mirror: bool = False
     random_views: bool = False
+    trainer: Any = None
 
     def __init__(
         self,
@@ -56,7 +58,6 @@ class FlowDataModule(LightningDataModule, ABC):
         repeat: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
         self.drop_last, self.repeat, self.seed = drop_last, repeat, seed
         self._images: dict[str, ImageSet] = {}
@@ -64,6 +65,9 @@ class FlowDataModule(LightningDataModule, ABC):
     @abstractmethod
     def load(self) -> dict[str, ImageSet]:
         """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had."""
+
+    def prepare_data(self) -> None:  # noqa: B027 - most data is there
+        """Fetch what is missing, if that was asked for; by one process of each machine."""
 
     def images(self, split: str) -> ImageSet:
         """The images of `train` or `heldout`; held-out images are interleaved by class."""
@@ -139,7 +143,7 @@ class FlowDataModule(LightningDataModule, ABC):
             return 0
         # `processed` is what a checkpoint is consistent with: a batch counts once its optimizer step is done. The epoch
         # counter is no substitute: a run that is stopped by max_steps in the middle of an epoch counts that epoch.
-        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self.trainer.overfit_batches:
             return batches % int(self.trainer.num_training_batches)  # the same few batches in every epoch
         return batches

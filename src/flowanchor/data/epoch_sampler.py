@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.errors import ConfigError, DataError, FlowAnchorError
 
 

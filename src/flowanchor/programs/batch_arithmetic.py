@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.errors import ConfigError
 from flowanchor.programs.checks import check_whole_numbers
 

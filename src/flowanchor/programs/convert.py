@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.exports.base_pipeline import BasePipeline
 from flowanchor.exports.wan_pipeline import export_pipeline, is_exported
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers
-from flowanchor.programs.launch import program
+from flowanchor.programs.commands import convert as main
 from flowanchor.weights import check_finite, dtype_of
 
 ACTIONS = ("consolidate",)
@@ -247,11 +246,5 @@ def _export(cfg: DictConfig, output: Path) -> None:
     print(f"{output}: {size:,} parameters, weights {model.ema} of {model.path}")
 
 
-def main() -> None:
-    """The program; its first word may be the action, as in `convert.py consolidate checkpoint=...`."""
-    if len(sys.argv) > 1 and sys.argv[1].isidentifier():
-        sys.argv[1] = f"action={sys.argv[1]}"
-    _main()
-
-
-_main = program("convert")(convert)
+if __name__ == "__main__":
+    main()

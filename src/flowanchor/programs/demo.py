@@ -21,11 +21,10 @@ from flowanchor.base.signals import Interrupted
 from flowanchor.checkpoints import read_checkpoint
 from flowanchor.checkpoints.load import file_digest
 from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
-from flowanchor.programs.launch import program
+from flowanchor.programs.commands import demo as main
 from flowanchor.reporting.demo_report import Demo
 
 SCRIPTS = {"train": "flowanchor-train", "eval": "flowanchor-eval"}
-MODULES = {"train": "flowanchor.programs.train", "eval": "flowanchor.programs.evaluate"}
 
 
 class Parts:
@@ -101,7 +100,7 @@ def invocation(name: str) -> tuple[list[str], list[str]]:
     installed = Path(sys.executable).with_name(SCRIPTS[name])
     if installed.is_file():
         return [str(installed)], [SCRIPTS[name]]
-    return [sys.executable, "-c", f"from {MODULES[name]} import main; main()"], [SCRIPTS[name]]
+    return [sys.executable, "-m", "flowanchor", name], [SCRIPTS[name]]
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -223,4 +222,5 @@ def _plain(settings: DictConfig) -> dict[str, object]:
     return {str(k): v for k, v in values.items()}
 
 
-main = program("demo")(demo)
+if __name__ == "__main__":
+    main()

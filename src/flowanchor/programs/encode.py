@@ -21,8 +21,8 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
 from flowanchor.latents.manifest import MANIFEST, Manifest
 from flowanchor.programs.checks import check_whole_numbers, own_device
+from flowanchor.programs.commands import encode as main
 from flowanchor.programs.encode_captions import encode_captions
-from flowanchor.programs.launch import program
 from flowanchor.programs.progress import counter
 
 VALUES = ("sample", "moments")
@@ -158,4 +158,5 @@ def describe(manifest: Manifest) -> str:
     )
 
 
-main = program("encode")(encode)
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -26,7 +28,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+import flowanchor
 from flowanchor.base.causes import unwrapped
+from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
 from flowanchor.programs import slurm
@@ -61,7 +65,7 @@ def prepare() -> None:
 
 
 def program(
-    config_name: str, config_path: str = CONFIG_PATH, unfinished: str = ""
+    config_name: str, config_path: str = CONFIG_PATH, unfinished: str = "", doing: str = ""
 ) -> Callable[[Task[T]], Callable[[], None]]:
     """Turn `main(cfg)` into a command-line program that composes `config_name`.yaml of `config_path`.
 
@@ -70,6 +74,7 @@ def program(
 
     Args:
         unfinished: ends the sentence `Stopped by SIGNAL ...` where `main` has said nothing else about its state.
+        doing: begins the line, before the folder, that is printed at once, as libraries take seconds to import.
     """
 
     def decorate(main: Task[T]) -> Callable[[], None]:
@@ -93,6 +98,7 @@ def program(
                 ):
                     listener.state = unfinished
                     _fix_run_folder()
+                    _announce(doing)
                     try:
                         return main(cfg)
                     except Interrupted as stop:
@@ -102,10 +108,12 @@ def program(
                         error = unwrapped(raised)
                         if not isinstance(error, Exception):
                             raise
-                        # A sweeper must see the error; a single run ends here, before Hydra adds its own lines.
-                        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-                        if not (sweep or show_traceback or cfg.get("debug", False)):
-                            _exit_with(error, config_name, config_path)
+                        if not (show_traceback or cfg.get("debug", False)):
+                            # A sweeper must see the error; a single run ends here, before Hydra adds its own lines.
+                            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                                _tell_failed_job(error, config_name, config_path)
+                            else:
+                                _exit_with(error, config_name, config_path)
                         if error is raised:
                             raise
                         raise error from error.__cause__  # its wrapper holds the tracebacks of all ranks
@@ -178,11 +186,33 @@ def _exit_with(error: Exception, config_name: str, config_path: str) -> None:
         sys.stdout.flush()
         print(f"Error: {sentence}", file=sys.stderr)
         sys.exit(1)
+    say("flowanchor did not expect this error: please report it, with the command and all that follows.")
+
+
+def _tell_failed_job(error: Exception, config_name: str, config_path: str) -> None:
+    """Say at once, on the screen and in the job's log, why a job of a sweep failed; the others go on."""
+    job, overrides = HydraConfig.get().job, HydraConfig.get().overrides.task
+    hydra_state = GlobalHydra.instance().hydra
+    sentence = explain(error, config_name, config_path, list(overrides))
+    GlobalHydra.instance().hydra = hydra_state  # what explains it composes anew
+    logging.getLogger("flowanchor").error(
+        f"Job {job.num} failed ({' '.join(overrides)}): {sentence or f'{type(error).__name__}: {error}'}"
+    )
+
+
+def _announce(doing: str) -> None:
+    """One line about what begins and where, by the first process."""
+    if doing and rank_zero_only.rank == 0:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        print(f"{doing} {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}", flush=True)
 
 
 def _check_command_line(arguments: list[str]) -> None:
     """Exit with a sentence where Hydra's own parser would print its usage and exit with code 2."""
     parser = get_args_parser()
+    if "--version" in arguments:  # Hydra would tell its own
+        print(f"flowanchor {flowanchor.__version__}")
+        sys.exit(0)
 
     def refuse(message: str) -> NoReturn:
         print(

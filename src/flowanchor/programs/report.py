@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.errors import ConfigError
-from flowanchor.programs.launch import program
+from flowanchor.programs.commands import report as main
 from flowanchor.reporting.run_report import markdown, write_report
 from flowanchor.reporting.runs import find_runs
 
@@ -24,4 +24,5 @@ def report(cfg: DictConfig) -> None:
     print(f"report.html, table.json, table.md and the figures are in {folder}")
 
 
-main = program("report")(report)
+if __name__ == "__main__":
+    main()

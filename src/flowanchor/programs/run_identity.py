@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints import latest_checkpoint
 from flowanchor.checkpoints.sources import identify, resumed_sources, weight_settings
 from flowanchor.errors import ConfigError, FlowAnchorError

@@ -11,15 +11,16 @@ import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.base.rank_zero import rank_zero_info, rank_zero_warn
 from flowanchor.callbacks.interruption import take_over
 from flowanchor.checkpoints import initialise_student, latest_checkpoint
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.checkpoints.soundness import readable
 from flowanchor.checkpoints.sources import weight_settings
 from flowanchor.codecs.load import adopt_statistics, check_codec
+from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
@@ -27,7 +28,8 @@ from flowanchor.jvp.compatibility import compile_options
 from flowanchor.module import FlowModule
 from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
-from flowanchor.programs.launch import program
+from flowanchor.programs.commands import train as main
+from flowanchor.programs.next_step import after_training
 from flowanchor.programs.rendezvous import check_meeting_point
 from flowanchor.programs.resuming import EarlierPart
 from flowanchor.programs.run_identity import RunIdentity
@@ -38,6 +40,7 @@ from flowanchor.sampling.generate import check_sampler
 
 def train(cfg: DictConfig) -> float | None:
     """Train one run in Hydra's output folder; returns what a sweep compares: `score`, else the validation loss."""
+    use_program_log()
     check_whole_numbers(cfg, seed=0, threads=1, max_nonfinite_steps=(1, 10), log_every_n_steps=(0, 50))
     check_whole_numbers(cfg, trainer__max_steps=(-1, 3000))  # -1: no limit
     check_whole_numbers(cfg, data__batch_size=(1, 128), data__num_workers=0, data__repeat=1)
@@ -73,7 +76,9 @@ def train(cfg: DictConfig) -> float | None:
     trainer.callbacks.append(identity)  # type: ignore[attr-defined]
     try:
         identity.begin(trainer, module)
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        trainer.fit(module, datamodule=LightningData(data), ckpt_path=resumed, weights_only=True)
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            rank_zero_info(after_training(folder, trainer.global_step, trainer.callback_metrics))
         if cfg.score:
             return measure_score(cfg, folder)
     finally:
@@ -177,10 +182,19 @@ def build_trainer(cfg: DictConfig, folder: Path, module: FlowModule, strategy: A
     return take_over(trainer)
 
 
+def use_program_log() -> None:
+    """What Lightning tells goes where the program's own lines go: to the screen, and into the run's train.log."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return "Tip: For seamless" not in record.getMessage()
 
 
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
-main = program("train", unfinished="before its first step, so there is nothing to save")(train)
+if __name__ == "__main__":
+    main()

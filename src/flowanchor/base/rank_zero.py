@@ -1,0 +1,30 @@
+"""What the first process of a run says: Lightning's functions of these names, without the seconds of importing it.
+
+Told lines go to the logger `flowanchor`: in a program, to the screen and to the log file in its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+
+__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn"]
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them, in its order
+
+
+def _rank() -> int:
+    found = (os.environ.get(name, "") for name in _RANKS)
+    return next((int(value) for value in found if value.isdigit()), 0)
+
+
+# Lightning keeps what is there, and sets it anew when its strategy knows the rank.
+rank_zero_only.rank = getattr(rank_zero_only, "rank", _rank())
+
+
+@rank_zero_only
+def rank_zero_info(text: str) -> None:
+    """Tell the user something that is no warning."""
+    logging.getLogger("flowanchor").info(text)
