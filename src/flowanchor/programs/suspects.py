@@ -7,6 +7,7 @@ setting. The configuration knows better: it holds a default for everything that 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,10 +44,17 @@ def blame(error: BaseException, arguments: list[str], compose: Compose) -> str |
     values = {key: value for key, value in typed.items() if key not in groups and "/" not in key}
     message = _short(str(cause))
     odd = {key: OmegaConf.select(defaults, key) for key in values}
-    suspects = [key for key, default in odd.items() if _other_kind(values[key], default)]
-    suspects = suspects or [key for key, default in odd.items() if _below(values[key], default)]
-    if not suspects and isinstance(cause, TypeError):  # text where the default is null tells nothing by itself
-        suspects = [key for key, default in odd.items() if default is None and isinstance(values[key], str)]
+    built = re.search(r"full_key: (\S+)", str(error)) if building else None
+    # What differs from its default is no suspect by itself: the failing call was given it, or the message names it.
+    near = [
+        key
+        for key, value in values.items()
+        if _is_named(key, value, message) or _is_within(key, built) or _was_given(cause, key, value)
+    ]
+    suspects = [key for key in near if _other_kind(values[key], odd[key])]
+    suspects = suspects or [key for key in near if _below(values[key], odd[key])]
+    if not suspects and isinstance(cause, TypeError):  # text where the default is null
+        suspects = [key for key in near if odd[key] is None and isinstance(values[key], str)]
     if not suspects and isinstance(cause, refusals):
         suspects = [key for key in values if _is_named(key, values[key], message)]
     if not suspects:
@@ -97,6 +105,22 @@ def _below(value: Any, default: Any) -> bool:
     if default is None or isinstance(default, int) and default > 0:
         return value <= 0
     return isinstance(default, (int, float)) and default >= 0 and value < 0
+
+
+def _is_within(key: str, built: re.Match[str] | None) -> bool:
+    """Whether the setting belongs to what Hydra was building."""
+    return built is not None and f"{key}.".startswith(f"{built[1]}.")
+
+
+def _was_given(error: BaseException, key: str, value: Any) -> bool:
+    """Whether one of the two innermost calls has an argument of that name and value."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-2:]
+    name = key.rsplit(".", 1)[-1]
+    return any(
+        name in frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
+        and str(frame.f_locals.get(name)) == str(value)
+        for frame in frames
+    )
 
 
 def _is_named(key: str, value: Any, message: str) -> bool:
