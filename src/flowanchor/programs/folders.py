@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -35,18 +36,31 @@ def digest(overrides: Iterable[str]) -> str:
 def run_name(name: str | None, overrides: Iterable[str]) -> str:
     """Folder name of one run: the user's name, or for example `objective-facm_seed-1_0fb1c2d3`."""
     if name is not None:
-        parts = [re.sub(r"[^\w.-]+", "-", part) for part in str(name).split("/")]
-        return "/".join(part for part in parts if part.strip("."))
+        return "/".join(_folder(part) for part in str(name).split("/") if part.strip("."))
     lines = sorted(str(line) for line in overrides if _key(str(line)) not in _NEUTRAL)
     if not lines:
         return UNNAMED
     return f"{_slug(lines)}_{digest(lines)}"
 
 
+def swept_name(swept: str, overrides: Iterable[str]) -> str:
+    """Folder name of one job of a sweep: what the sweep varies and nothing else, for example `seed-1_depth-4`."""
+    keys = swept.split(";")
+    lines = [str(line) for line in overrides if _key(str(line)) in keys]
+    return _slug(sorted(lines, key=lambda line: keys.index(_key(line)))) or UNNAMED
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), None)
+
+
 def register_resolvers() -> None:
     """Make both names known to OmegaConf; calling it again changes nothing."""
     OmegaConf.register_new_resolver("flowanchor.digest", digest, replace=True)
     OmegaConf.register_new_resolver("flowanchor.run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("flowanchor.swept_name", swept_name, replace=True)
+    OmegaConf.register_new_resolver("flowanchor.first_given", first_given, replace=True)
 
 
 class OneSweepFolder(Callback):
@@ -58,9 +72,30 @@ class OneSweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         overrides = config.hydra.overrides.hydra
-        if not any(_key(line) == "hydra.sweep.dir" for line in overrides):
-            with read_write(overrides):
+        own = {_key(line) for line in overrides}
+        with read_write(overrides):
+            if "hydra.sweep.dir" not in own:
                 overrides.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
+            if "hydra.sweep.subdir" not in own:
+                swept = ";".join(self._swept(config))
+                name = f"${{flowanchor.swept_name:'{swept}',${{hydra.overrides.task}}}}"
+                overrides.append(f'hydra.sweep.subdir="${{hydra.job.num}}_{name}"')
+
+    @staticmethod
+    def _swept(config: DictConfig) -> list[str]:
+        """Keys with several values on the command line, and those that a sweeper searches."""
+        lines = [str(line) for line in config.hydra.overrides.task]
+        parsed = OverridesParser.create().parse_overrides(lines)
+        typed = [_key(line) for line, override in zip(lines, parsed, strict=True) if override.is_sweep_override()]
+        searched = config.hydra.sweeper.get("params") or {}
+        return [*typed, *(str(key) for key in searched if str(key) not in typed)]
+
+
+def _folder(part: str) -> str:
+    """A name as a folder's: as it is, but for what some file system or Hydra's quotes cannot hold. Names that differ
+    there only stay apart by their hash."""
+    safe = re.sub(r"[^\w .,;:+=@~#&()\[\]\'!%-]+", "-", part)
+    return safe if safe == part else f"{safe}_{hashlib.sha256(part.encode()).hexdigest()[:8]}"
 
 
 def _key(override: str) -> str:
