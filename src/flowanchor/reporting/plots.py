@@ -42,6 +42,14 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
     return figure, list(axes)
 
 
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis whose ticks are plain numbers: 1, 2, 5, 10 ..."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def quality_figure(
     curves: Sequence[QualityCurve],
     metric: str = "FD",
@@ -70,12 +78,9 @@ def quality_figure(
     if floor is not None and floor > 0:
         ax.axhline(floor, color="#8a8a8a", linestyle="--", linewidth=1.3, label=f"held-out floor {floor:.3g}")
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    logarithmic(ax)
     ax.set_xticks(budgets, [str(n) for n in budgets])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.margins(x=0.08, y=0.14)
     ax.set_xlabel("network evaluations per image (NFE)", fontsize=11)
     ax.set_ylabel(f"{metric}, lower is better", fontsize=11)
@@ -129,10 +134,7 @@ def loss_figure(runs: Mapping[str, Mapping[str, tuple[list[int], list[float]]]],
             )  # fmt: skip
         values = [v for n in chosen for v in series[n][1]]
         if values and min(values) > 0 and max(values) > 10 * min(values):  # a logarithmic axis needs a decade
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            logarithmic(ax)
         ax.set_xlabel("optimizer step", fontsize=11)
         ax.set_ylabel("loss", fontsize=11)
         ax.set_title(title, fontsize=12)

@@ -14,11 +14,22 @@ import yaml
 
 from flowanchor.errors import DataError
 from flowanchor.provenance import read_parts
+from flowanchor.reporting.measurements import Kind
 
 Series = dict[str, tuple[list[int], list[float]]]  # name -> steps, values
 
 # Settings that tell runs of one kind apart without being what is compared.
 REPETITION = ("seed", "name")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A line of an evaluation."""
+
+    kind: Kind
+    nfe: int | None
+    fd: float | None
+    spread: float | None = None  # over independent sets of samples, where there were several
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,9 @@ class Run:
     seed: int | None
     max_steps: int | None
     series: Series
-    results: tuple[dict[str, Any], ...] = ()  # lines of its evaluations, with their settings
+    name: str | None = None  # as given by name=
+    objective: str | None = None  # its class
+    results: tuple[Score, ...] = ()  # of its evaluations, the newest last
     problems: tuple[str, ...] = ()  # what could not be read
 
     @property
@@ -83,6 +96,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     configs = sorted({path for root in roots for path in root.rglob("config.yaml") if path.parent.name != ".hydra"})
     reports = sorted({path for root in roots for path in root.rglob("metrics.json")})
     evaluated = [found for path in reports if (found := _read_report(path)) is not None]
+    evaluated.sort(key=lambda item: item[0].stat().st_mtime)
     runs = [run for path in configs if (run := _read_run(path, evaluated)) is not None]
     if not runs:
         raise DataError(
@@ -101,8 +115,17 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     groups = []
     for kind, members in kinds.items():
         own = [word for word in members[0].overrides if word not in shared] if len(kinds) > 1 else list(kind)
-        groups.append(Group(" ".join(own) or "default", sorted(members, key=lambda run: (run.seed is None, run.seed))))
+        members.sort(key=lambda run: (run.seed is None, run.seed))
+        groups.append(Group(_label(members, " ".join(own) or "default"), members))
     return groups
+
+
+def _label(members: Sequence[Run], overrides: str) -> str:
+    """The names that were given; what was asked for, where there are none."""
+    given = list(dict.fromkeys(run.name for run in members if run.name))
+    if len(given) == len(members) <= 3:
+        return ", ".join(given)
+    return f"{given[0]} ... {given[-1]}" if len(given) == len(members) else overrides
 
 
 def read_series(path: Path) -> Series:
@@ -140,7 +163,7 @@ def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run
     if curves.is_file():
         series = read_series(curves)
     results = tuple(
-        {**line, "metric": report["settings"].get("metric")}
+        Score(Kind.of(line, report["settings"]), line.get("nfe"), line.get("fd"), (line.get("spread") or {}).get("fd"))
         for path, report in evaluated
         if _belongs(path, report, folder)
         for line in report["results"]
@@ -153,6 +176,8 @@ def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run
         seed=settings.get("seed"),
         max_steps=steps if isinstance(steps, int) else None,
         series=series,
+        name=settings["name"] if _was_named(folder, settings) else None,
+        objective=_class(settings.get("objective")),
         results=results,
         problems=tuple(problems),
     )
@@ -184,7 +209,24 @@ def _belongs(path: Path, report: Mapping[str, Any], folder: Path) -> bool:
     if folder.resolve() in path.resolve().parents:
         return True
     checkpoint = report["settings"].get("checkpoint")
-    return bool(checkpoint) and folder.resolve() in Path(checkpoint).resolve().parents
+    if not checkpoint:
+        return False
+    # Older evaluations have the path as it was typed, from a folder above their own.
+    start = [Path.cwd(), *path.resolve().parents]
+    return any(folder.resolve() in (base / checkpoint).resolve().parents for base in start)
+
+
+def _was_named(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the run's folder is called by a name that somebody gave it."""
+    name = settings.get("name")
+    return isinstance(name, str) and str(folder).endswith(name.rpartition("/")[2])
+
+
+def _class(settings: Any) -> str | None:
+    """A short name of what a part of the configuration builds."""
+    target = settings.get("_target_") if isinstance(settings, Mapping) else None
+    parts = [_class(settings.get(part)) for part in ("anchor", "shortcut")] if target else []
+    return "+".join(part for part in parts if part) or (str(target).rpartition(".")[2] if target else None)
 
 
 def _number(cell: Any) -> float | None:
