@@ -1,0 +1,44 @@
+"""`python -m flowanchor.testing backbone=mlp backbone.depth=2`: a backbone's rules, one line each."""
+
+from __future__ import annotations
+
+import sys
+
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from flowanchor.interfaces import Backbone
+from flowanchor.programs.launch import prepare
+from flowanchor.programs.messages import explain
+from flowanchor.testing.backbone import examine_backbone
+
+
+def main() -> None:
+    """Settings as of train.py; exits with 1 where a rule is broken."""
+    prepare()
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("python -m flowanchor.testing backbone=NAME [backbone.KEY=VALUE data=... ...]: settings as of train.py")
+        sys.exit(0)
+    try:
+        with initialize_config_module("flowanchor.conf", version_base="1.3"):
+            network = instantiate(compose("train", words).backbone)
+    except Exception as error:
+        sentence = explain(error, "train", "pkg://flowanchor.conf", words)
+        if sentence is None:
+            raise
+        print(f"Error: {sentence}", file=sys.stderr)
+        sys.exit(1)
+    if not isinstance(network, Backbone):
+        print(f"Error: {type(network).__name__} is no Backbone (flowanchor.interfaces).", file=sys.stderr)
+        sys.exit(1)
+    findings = examine_backbone(network)
+    for finding in findings:
+        verdict = "BROKEN" if finding.fault else "not looked at" if finding.skipped else "kept"
+        remark = finding.fault or finding.skipped
+        print(f"{verdict:14}{finding.rule}{f': {remark}' if remark else ''}")
+    sys.exit(any(finding.fault for finding in findings))
+
+
+if __name__ == "__main__":
+    main()
