@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowanchor.base.plain import bare, read_json
 from flowanchor.base.seal import write_sealed
 from flowanchor.base.torch_files import read_torch
 from flowanchor.checkpoints.trusted import brief
@@ -24,6 +25,8 @@ from flowanchor.weights import check_finite, kind_of, whole_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+
+UNSEEN = {"norm_num_groups": int, "act_fn": str}  # settings of an autoencoder that change no weight's shape
 
 log = logging.getLogger(__name__)
 
@@ -171,13 +174,26 @@ class KLCodec(Codec):
                 f"set codec.latent_channels={found[0]} codec.downsampling={found[1]}."
             )
         try:
-            return _build(weights, architecture, self.dtype)
+            return _build(weights, architecture | folder_settings(self.path), self.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         except Exception as error:  # diffusers refuses sizes in its own words
             raise CheckpointError(
                 f"{self.path} holds no autoencoder that diffusers can build ({brief(error)}): use the released weights."
             ) from error
+
+
+def folder_settings(path: Path | None) -> dict[str, Any]:
+    """What a folder of diffusers says of its autoencoder that no weight tells: groups of the norms, the activation."""
+    config = None if path is None else path / "config.json"
+    if config is None or not config.is_file():
+        return {}
+    found = read_json(config)
+    settings = {name: found[name] for name in UNSEEN if isinstance(found, dict) and name in found}
+    for name, value in settings.items():
+        if type(value) is not UNSEEN[name]:
+            raise CheckpointError(f"{config} has {name}={bare(value)}, which is no setting of an autoencoder.")
+    return settings
 
 
 def _check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -17,7 +17,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.metrics.protocol import make_labels
 from flowanchor.metrics.sample_file import SampleFile
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_device, choose_dtype
-from flowanchor.programs.launch import program
+from flowanchor.programs.commands import sample as main
 from flowanchor.provenance import write_program_record
 from flowanchor.reporting.grids import save_grid
 from flowanchor.sampling import build_sampler, generate
@@ -72,7 +72,8 @@ def sample(cfg: DictConfig) -> None:
     nfe = "adaptive" if sampler.nfe is None else sampler.nfe
     console.print(
         f"{cfg.num_samples} images by {getattr(sampler, 'label', type(sampler).__name__)}, nfe {nfe}, seed {cfg.seed}, "
-        f"weights {model.ema}, checkpoint {model.digest}: {folder}/samples.npz, grid.png"
+        f"weights {model.ema}, checkpoint {model.digest}: {folder}/samples.npz, grid.png",
+        soft_wrap=True,  # a path that is broken into two lines cannot be copied
     )
 
 
@@ -109,4 +110,5 @@ def choose_labels(cfg: DictConfig, model: LoadedModel) -> torch.Tensor | None:
     return torch.tensor(wanted).repeat(-(-cfg.num_samples // len(wanted)))[: cfg.num_samples]
 
 
-main = program("sample")(sample)
+if __name__ == "__main__":
+    main()

@@ -79,12 +79,9 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
     A group without `_target_` (`sampler=from_checkpoint`) takes the sampler that the checkpoint was trained with, and
     lays the settings that are not null over it.
     """
-    from omegaconf import OmegaConf
-
     from flowanchor.checkpoints.trusted import build
 
-    typed: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else dict(settings)
-    chosen = {key: value for key, value in typed.items() if value is not None}
+    chosen = _given(settings)
     if "_target_" in chosen:  # the user's own choice
         from hydra.utils import instantiate
 
@@ -99,6 +96,19 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
         sampler = build(own, "sampler", model.path, chosen)
     check_sampler(sampler, model.kind, model.interval)
     return sampler
+
+
+def sampler_settings(settings: Any, model: Any) -> dict[str, Any]:
+    """What `build_sampler` builds from, for a record: the checkpoint's settings under those that were chosen."""
+    chosen = _given(settings)
+    return chosen if "_target_" in chosen else {**(model.config.get("sampler") or {}), **chosen}
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    typed: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else dict(settings)
+    return {key: value for key, value in typed.items() if value is not None}
 
 
 def check_sampler(sampler: Sampler, kind: str, interval: Interval) -> None:
