@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowanchor.base.files import write_json, write_tensors
+from flowanchor.base.locking import only_one
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
@@ -89,16 +91,22 @@ def cached_classifier(
     settings = asdict(spec)
     key = hashlib.sha256(json.dumps([settings, train.digest()], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache_dir).expanduser() / f"classifier-{key}.safetensors"
+    if not _is_stored(path):
+        doing = f"training the classifier of {name} (on the CPU, once)"
+        with only_one(path, doing):  # of two evaluations side by side
+            if not _is_stored(path):
+                model = train_classifier(train, spec, doing)
+                right = accuracy(model, heldout)
+                _store(model, {"data": name, "spec": settings, "heldout_accuracy": right, "samples": len(train)}, path)
+                rank_zero_info(f"It is right about {right:.1%} of held-out images: {path}")
     model = SmallClassifier(spec)
-    card_path = path.with_suffix(".json")
-    if path.is_file() and card_path.is_file():
-        model.load_state_dict(load_file(path))
-        card = json.loads(card_path.read_text())
-    else:
-        model = train_classifier(train, spec, f"training the classifier of {name}, once")
-        card = {"data": name, "spec": settings, "heldout_accuracy": accuracy(model, heldout), "samples": len(train)}
-        _store(model, card, path)
+    model.load_state_dict(load_file(path))
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return TrainedClassifier(model.eval().requires_grad_(False), key, card["heldout_accuracy"], path)
+
+
+def _is_stored(path: Path) -> bool:
+    return path.is_file() and path.with_suffix(".json").is_file()
 
 
 def train_classifier(train: ImageSet, spec: ClassifierSpec, description: str = "classifier") -> SmallClassifier:

@@ -14,6 +14,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flowanchor.base.files import replacing
+from flowanchor.reporting.plots import logarithmic
+
+SPREAD = ("fd", "fd_at_floor_n", "sfid")  # told with their spread; metrics.json has that of all
 
 
 def results_table(report: Mapping[str, Any]) -> Table:
@@ -21,7 +24,7 @@ def results_table(report: Mapping[str, Any]) -> Table:
     settings, floor, metric = report["settings"], report["floor"], report["settings"]["metric"]
     spatial = any(line.get("sfid") is not None for line in report["results"])
     table = Table(
-        title=f"{metric} of {settings['checkpoint']}",
+        title=f"{metric} of {_relative(settings['checkpoint'])}",
         caption="\n".join(_circumstances(report)),
         box=SIMPLE,  # eleven columns in 80 characters
         collapse_padding=True,
@@ -32,7 +35,9 @@ def results_table(report: Mapping[str, Any]) -> Table:
     )
     columns = [("NFE", "nfe", "d"), ("calls", "network_calls", "d"), (metric, "fd", ".4g")]
     if floor is not None:
-        columns += [(f"n={floor['n']}", "fd_at_floor_n", ".4g"), ("floor", "floor", ".4g")]
+        same = floor["n"] == settings["num_samples"]
+        columns += [] if same else [(f"n={floor['n']}", "fd_at_floor_n", ".4g")]
+        columns += [("floor", "floor", ".4g")]
     if spatial:
         columns += [(f"s{metric}", "sfid", ".4g")]
     columns += [("KID", "kid", ".3g"), ("prec", "precision", ".2f"), ("rec", "recall", ".2f")]
@@ -44,8 +49,15 @@ def results_table(report: Mapping[str, Any]) -> Table:
     for name, _, _ in columns:
         table.add_column(name, justify="right", overflow="fold")
     for line in report["results"]:
-        table.add_row(line["sampler"], *(_number(line.get(key), form) for _, key, form in columns))
+        table.add_row(line["sampler"], *(_cell(line, key, form) for _, key, form in columns))
     return table
+
+
+def _cell(line: Mapping[str, Any], key: str, form: str) -> str:
+    """A number, with its spread over independent sets where there are several."""
+    spread = (line.get("spread") or {}).get(key)
+    text = _number(line.get(key), form)
+    return text if spread is None or key not in SPREAD else f"{text} ± {spread:.2g}"
 
 
 def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
@@ -55,6 +67,8 @@ def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
         f"n = {settings['num_samples']}, {_asked(settings)}, seed {settings['seed']}, "
         f"EMA {settings['ema']}, step {settings['step']}, checkpoint {settings['checkpoint_hash']}"
     )
+    if settings.get("repeats", 1) > 1:
+        yield f"means over {settings['repeats']} independent sets of so many samples; ±: their standard deviation"
     reference, extractor = settings["reference"], settings["extractor"]
     count = "statistics" if reference["n"] is None else f"{reference['n']} images"
     yield (
@@ -62,9 +76,10 @@ def _circumstances(report: Mapping[str, Any]) -> Iterator[str]:
         f"extractor {extractor['name']} {extractor['digest']}"
     )
     if floor is not None:
+        column = metric if floor["n"] == settings["num_samples"] else f"n={floor['n']}"
         yield (
             f"floor: {metric} of {floor['n']} held-out images of {settings['data']}; compare it with the column "
-            f"n={floor['n']}, the score of so many samples"
+            f"{column}, the score of so many samples"
         )
     for why in dict.fromkeys(reference["missing"].values()):
         names = ", ".join(name for name, reason in reference["missing"].items() if reason == why)
@@ -91,26 +106,33 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, float, float]]] = {}
     for result in report["results"]:
         if result["nfe"] is not None and result[score] is not None:
-            lines.setdefault(result["sampler"], []).append((result["nfe"], result[score]))
-    for sampler, points in lines.items():
-        nfe, distance = zip(*sorted(points), strict=True)
-        axes.plot(nfe, distance, marker="o", label=sampler)
+            spread = (result.get("spread") or {}).get(score) or 0.0
+            lines.setdefault(result["sampler"], []).append((result["nfe"], result[score], spread))
+    for i, (sampler, points) in enumerate(lines.items()):
+        nfe, distance, spread = zip(*sorted(points), strict=True)
+        axes.errorbar(nfe, distance, yerr=spread if any(spread) else None, marker="o", capsize=3, label=sampler)
+        for place, value in zip(nfe, distance, strict=True):
+            axes.annotate(
+                f"{value:.3g}", (place, value), textcoords="offset points", ha="center", fontsize=8,
+                xytext=(0, 7 if i % 2 == 0 else -14),
+            )  # fmt: skip
     if ground is not None:
         axes.axhline(ground, color="gray", linestyle="--", label="floor: held-out images")
     axes.set_xscale("log", base=2)
-    shown = [value for points in lines.values() for _, value in points] + ([] if ground is None else [ground])
+    shown = [value for points in lines.values() for _, value, _ in points] + ([] if ground is None else [ground])
     if shown and max(shown) > 10 * min(shown) > 0:  # within a decade a logarithmic axis may bear no number
-        axes.set_yscale("log")
-    ticks = sorted({nfe for points in lines.values() for nfe, _ in points})
+        logarithmic(axes)
+    axes.margins(x=0.1, y=0.12)
+    ticks = sorted({nfe for points in lines.values() for nfe, *_ in points})
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("NFE (velocity evaluations per sample)")
     axes.set_ylabel(f"{settings['metric']} (n={n})")
     axes.set_title(
-        f"{settings['checkpoint_hash']}, EMA {settings['ema']}, {_asked(settings)}\n"
+        f"{_short(settings['checkpoint'])}, step {settings['step']}, EMA {settings['ema']}, {_asked(settings)}\n"
         f"against {settings['reference']['name']} {settings['reference']['hash']}",
         fontsize=9,
     )
@@ -118,6 +140,17 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.legend()
     with replacing(path) as draft:
         figure.savefig(draft, dpi=150, format="png")
+
+
+def _relative(checkpoint: str) -> str:
+    path = Path(checkpoint)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _short(checkpoint: str) -> str:
+    """A run by its name, a file by its own."""
+    path = Path(checkpoint)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
 def finite_or_none(value: Any) -> Any:

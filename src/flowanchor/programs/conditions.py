@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,14 @@ class Conditions:
         self.listed = read_prompts(cfg.prompts)
         self.prompts = [self.listed[i % len(self.listed)] for i in range(cfg.num_samples)]
         self.encoder = load_text_encoder(model, cfg.get("text_encoder")).to(device)
+
+    def labelled(self, labels: Tensor | None) -> Conditions:
+        """The same with other labels; with these, where there are none."""
+        if labels is None:
+            return self
+        other = copy(self)
+        other.labels = labels
+        return other
 
     def of(self, start: int, stop: int) -> Tensor | None:
         """For samples start ... stop - 1: labels [b], embeddings [b, L, D], or None."""

@@ -13,20 +13,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowanchor.data.base import FlowDataModule
-from flowanchor.errors import ConfigError
+from flowanchor.errors import ConfigError, FlowAnchorError
 from flowanchor.interfaces import Codec, Sampler
 from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.metrics.partial_results import PartialResults
 from flowanchor.metrics.presentation import finite_or_none, quality_plot, results_table
 from flowanchor.metrics.protocol import make_labels, parse_nfe
 from flowanchor.metrics.reference import Shape, open_reference
+from flowanchor.metrics.repeats import mean_line, repeated_seed
 from flowanchor.metrics.storage import write_whole
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_dtype
+from flowanchor.programs.commands import evaluate as main
 from flowanchor.programs.conditions import Conditions
-from flowanchor.programs.evaluation import Evaluation, WatchedCodec, line_name, sampler_label
-from flowanchor.programs.launch import program
+from flowanchor.programs.evaluation import Draw, Evaluation, WatchedCodec, sampler_label
+from flowanchor.programs.next_step import command, shown
 from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_program_record
+from flowanchor.reporting.runs import find_runs
+from flowanchor.sampling.generate import sampler_settings
 from flowanchor.sampling.prompts import sample_shape
 
 if TYPE_CHECKING:
@@ -86,26 +90,68 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     return report
 
 
+def evaluate_all(cfg: DictConfig, folder: Path) -> None:
+    """Every run below `runs`, each into its own folder; one that cannot be measured does not stop the others.
+
+    Raises:
+        ConfigError: at the end, where some could not be measured, and for settings that leave no choice.
+    """
+    if cfg.checkpoint is not None:
+        raise ConfigError("checkpoint= is one run and runs= are many: leave one of them out.")
+    found = find_runs(list(cfg.runs) if OmegaConf.is_list(cfg.runs) else [cfg.runs])
+    failed = []
+    for number, run in enumerate(found, 1):
+        one = OmegaConf.merge(cfg, {"checkpoint": str(run.folder), "runs": None})
+        assert isinstance(one, DictConfig)
+        print(f"Run {number} of {len(found)}: {shown(run.folder)}", flush=True)
+        try:
+            evaluate(one, run.folder / "evaluations" / folder.name)
+        except FlowAnchorError as error:
+            print(f"  {error}", flush=True)
+            failed.append(str(shown(run.folder)))
+    if failed:
+        raise ConfigError(f"{len(failed)} of {len(found)} runs could not be measured: {', '.join(failed)}.")
+    names = [str(path) for path in cfg.runs] if OmegaConf.is_list(cfg.runs) else [str(cfg.runs)]
+    runs = names[0] if len(names) == 1 else f"[{','.join(names)}]"
+    print(f"Side by side: {command('report', f'runs={runs}')}")
+
+
 def measure_all(run: Evaluation, samplers: list[Sampler], console: Console) -> list[dict[str, Any]]:
     """One line per sampler, those of an earlier run taken over; an empty list but for the first process."""
     results, processes = [], run.processes
     whose = "" if processes.count == 1 else f" (this process, 1 of {processes.count})"
     with _progress(console) as progress:
         for sampler in samplers:
-            line = processes.agree(run.finished(sampler) if processes.first else None)
-            if line is not None:
-                console.print(f"{line_name(sampler)}: measured by an earlier run (restart=true measures again)")
-            else:
-                task = progress.add_task(f"{sampler_label(sampler)}, NFE {sampler.nfe}{whose}", total=None)
+            lines = []
+            for draw in draws(run.cfg, sampler, run.conditions.labels is not None, run.model):
+                line = processes.agree(run.finished(draw) if processes.first else None)
+                if line is not None:
+                    console.print(f"{draw.name}: measured by an earlier run (restart=true measures again)")
+                else:
+                    which = f", set {draw.repeat + 1} of {run.cfg.repeats}" if run.cfg.repeats > 1 else ""
+                    name = f"{sampler_label(sampler)}, NFE {sampler.nfe}{which}{whose}"
+                    task = progress.add_task(name, total=None)
 
-                def show(done: int, total: int, task: Any = task) -> None:
-                    progress.update(task, completed=done, total=total)
+                    def show(done: int, total: int, task: Any = task) -> None:
+                        progress.update(task, completed=done, total=total)
 
-                run.generate(sampler, show)
-                line = run.score(sampler) if processes.first else None
-            if line is not None and processes.first:
-                results.append(line)
+                    run.generate(draw, show)
+                    line = run.score(draw) if processes.first else None
+                if line is not None and processes.first:
+                    lines.append(line)
+            if lines:
+                results.append(mean_line(lines))
     return results
+
+
+def draws(cfg: DictConfig, sampler: Sampler, labelled: bool, model: LoadedModel) -> list[Draw]:
+    """The independent sets of one line: `repeats` of them, the first with the seed itself."""
+    found = []
+    for repeat in range(cfg.repeats):
+        seed = repeated_seed(cfg.seed, repeat)
+        labels = make_labels(cfg.protocol, cfg.num_samples, model.backbone.num_classes, seed) if labelled else None
+        found.append(Draw(sampler, seed, repeat, labels))
+    return found
 
 
 def check_settings(cfg: DictConfig) -> list[int | None]:
@@ -116,7 +162,7 @@ def check_settings(cfg: DictConfig) -> list[int | None]:
             "(for example checkpoint=outputs/train/NAME)."
         )
     budgets = parse_nfe(OmegaConf.to_container(cfg.nfe) if OmegaConf.is_config(cfg.nfe) else cfg.nfe)
-    check_whole_numbers(cfg, num_samples=(1, 1000), batch_size=(1, 250), seed=0, metric__seed=0)
+    check_whole_numbers(cfg, num_samples=(1, 1000), repeats=(1, 5), batch_size=(1, 250), seed=0, metric__seed=0)
     check_whole_numbers(cfg, metric__steps=(1, 400), metric__neighborhood=(1, 3), save_every=(1, 5000))
     check_whole_numbers(cfg, metric__kid_subsets=(1, 100), metric__kid_subset_size=(2, 250))
     check_whole_numbers(cfg, metric__isc_splits=(1, 10), metric__feature_limit=(100, 10_000))
@@ -159,10 +205,11 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that a line of the report depends on, but its sampler's number of evaluations."""
     named = ("num_samples", "protocol", "seed", "batch_size", "save_samples")
-    groups = ("sampler", "metric")
+    groups = ("metric",)
     return {
         **{name: cfg[name] for name in named},
         **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in groups},
+        "sampler": sampler_settings(cfg.sampler, model),
         "checkpoint": model.digest,
         **({"sources": model.sources} if model.sources else {}),
         "ema": model.ema,
@@ -211,11 +258,17 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
-@program("eval")
-def main(cfg: DictConfig) -> float | None:
+def evaluate_run(cfg: DictConfig) -> float | None:
     """Print the table; returns the Frechet distance at the smallest NFE, for sweeps."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.runs:
+        evaluate_all(cfg, folder)
+        return None
     report = evaluate(cfg, folder)
     if report is None:
         return None
     return min(report["results"], key=lambda line: line["nfe"] or 0)["fd"]
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from flowanchor.metrics.partial_results import PartialResults, merge
 from flowanchor.metrics.sample_file import SampleFile
 from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.processes import Processes
+from flowanchor.sampling.generate import sampler_settings
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel
@@ -43,6 +44,21 @@ class WatchedCodec(Codec):
         return self.codec.encode(images)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A set of samples: by which sampler, from which noise and labels."""
+
+    sampler: Sampler
+    seed: int
+    repeat: int = 0
+    labels: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Names the files of one set."""
+        return line_name(self.sampler) + (f"-r{self.repeat}" if self.repeat else "")
+
+
 @dataclass
 class Evaluation:
     """What all lines of a report share."""
@@ -63,18 +79,18 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.wanted: Wanted = self.evaluator.wanted(self.cfg.num_samples, self.floor_n)
 
-    def finished(self, sampler: Sampler) -> dict[str, Any] | None:
+    def finished(self, draw: Draw) -> dict[str, Any] | None:
         """The line of an earlier run, where it is still whole."""
-        line = self.store.line(line_name(sampler))
-        return None if self.cfg.save_samples and not self._sample_path(sampler).is_file() else line
+        line = self.store.line(draw.name)
+        return None if self.cfg.save_samples and not self._sample_path(draw).is_file() else line
 
-    def generate(self, sampler: Sampler, on_images: Callable[[int, int], None]) -> None:
+    def generate(self, draw: Draw, on_images: Callable[[int, int], None]) -> None:
         """This process' share of the images that are missing, into `store`.
 
         `on_images` is called with (images of this process' share so far, all of them).
         """
-        cfg, name = self.cfg, line_name(sampler)
-        file = self._sample_file(sampler)
+        cfg, name = self.cfg, draw.name
+        file = self._sample_file(draw)
         if self.processes.first and file is not None and not file.draft.is_file():
             self.store.forget(name)  # the images of what was collected are gone
         self.processes.wait()
@@ -90,7 +106,7 @@ class Evaluation:
         saved = mine.n
         on_images(mine.n, total)
         for start, stop in own:
-            for chunk, first in self._chunks(sampler, (start, stop), mine):
+            for chunk, first in self._chunks(draw, (start, stop), mine):
                 if file is not None:
                     file.write(first, chunk)
                 texts = self.conditions.texts(first, first + len(chunk))
@@ -104,9 +120,9 @@ class Evaluation:
             file.close()
         self.processes.wait()
 
-    def score(self, sampler: Sampler) -> dict[str, Any]:
-        """The line of the report, once every process has generated its share; by the first process."""
-        cfg, model, name = self.cfg, self.model, line_name(sampler)
+    def score(self, draw: Draw) -> dict[str, Any]:
+        """The line of one set, once every process has generated its share; by the first process."""
+        cfg, model, name, sampler = self.cfg, self.model, draw.name, draw.sampler
         found = self.store.merged(name, self.wanted)
         missing = remaining(self.wanted.n, found.ranges)
         if missing:
@@ -124,12 +140,12 @@ class Evaluation:
             "floor": None if self.floor is None else self.floor.fd,
             "floor_n": self.floor_n,
             "protocol": cfg.protocol,
-            "seed": cfg.seed,
+            "seed": draw.seed,
             "ema": model.ema,
             "checkpoint_hash": model.digest,
             "seconds": found.seconds,  # of generation, summed over processes
         }
-        file = self._sample_file(sampler)
+        file = self._sample_file(draw)
         if file is not None:
             file.finish()
         self.store.finish(name, line)
@@ -140,7 +156,7 @@ class Evaluation:
         cfg, model, reference = self.cfg, self.model, self.evaluator.reference
         source = self.evaluator.source
         return {
-            "checkpoint": str(model.path),
+            "checkpoint": str(Path(model.path).resolve()),
             "checkpoint_hash": model.digest,
             **({"sources": model.sources} if model.sources else {}),
             "step": model.step,
@@ -157,33 +173,36 @@ class Evaluation:
                 "split": "train" if cfg.reference is None else None,
                 "missing": reference.missing(self.evaluator.metric.spatial_layer),
             },
-            "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
+            "sampler": sampler_settings(cfg.sampler, model),
             "num_samples": cfg.num_samples,
             "protocol": cfg.protocol,
             "prompts": self.conditions.settings(),
             "dtype": cfg.dtype or "float32",
             "seed": cfg.seed,
+            "repeats": cfg.repeats,
             "batch_size": cfg.batch_size,
         }
 
-    def _chunks(self, sampler: Sampler, part: Range, timed: Collected) -> Any:
+    def _chunks(self, draw: Draw, part: Range, timed: Collected) -> Any:
         """Images of a range, uint8 [b, H, W, C], each chunk with its first index; raises `DataError` for a NaN."""
         from flowanchor.sampling import generate
 
         (start, stop), cfg, model = part, self.cfg, self.model
+        conditions = self.conditions.labelled(draw.labels)
         for first in range(start, stop, cfg.batch_size):
             last = min(first + cfg.batch_size, stop)
             started = perf_counter()
             chunks = generate(
-                model.backbone, model.interval, sampler, self.codec, self.conditions.of(first, last), cfg.seed,
+                model.backbone, model.interval, draw.sampler, self.codec, conditions.of(first, last), draw.seed,
                 cfg.batch_size, self.processes.device, last - first, first, self.shape,
             )  # fmt: skip
             chunk = next(chunks)
             timed.seconds += perf_counter() - started
             if self.codec.broken is not None:
                 index = first + self.codec.broken
+                asked = f"seed {draw.seed}{conditions.named(index)}, NFE {draw.sampler.nfe}"
                 raise DataError(
-                    f"Sample {index} (seed {cfg.seed}{self.conditions.named(index)}, NFE {sampler.nfe}) is not finite: "
+                    f"Sample {index} ({asked}) is not finite: "
                     "the weights have diverged, or the codec overflows; try an earlier checkpoint, or "
                     "codec.dtype=float32."
                 )
@@ -194,13 +213,15 @@ class Evaluation:
             file.flush()  # first: what is recorded must be there
         self.store.save(name, self.processes.index, mine)
 
-    def _sample_path(self, sampler: Sampler) -> Path:
-        return self.folder / "samples" / f"nfe{sampler.nfe or sampler_label(sampler)}.npz"
+    def _sample_path(self, draw: Draw) -> Path:
+        repeat = f"-r{draw.repeat}" if draw.repeat else ""
+        return self.folder / "samples" / f"nfe{draw.sampler.nfe or sampler_label(draw.sampler)}{repeat}.npz"
 
-    def _sample_file(self, sampler: Sampler) -> SampleFile | None:
+    def _sample_file(self, draw: Draw) -> SampleFile | None:
         if not self.cfg.save_samples:
             return None
-        return SampleFile(self._sample_path(sampler), self.cfg.num_samples, self.conditions.stored())
+        stored = self.conditions.labelled(draw.labels).stored()
+        return SampleFile(self._sample_path(draw), self.cfg.num_samples, stored)
 
 
 def sampler_label(sampler: Sampler) -> str:
