@@ -47,6 +47,7 @@ from flowanchor.sampling.guidance import Guidance
 R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
 UNWEIGHTED = "objective.shortcut.weight_power=0.0"
 NFE = (1, 2, 4)
+REPEATS = 5  # independent sets of samples of each score
 RECORD = "ablation_digits.json"
 
 
@@ -139,7 +140,7 @@ class Ablation:
         if not broke:
             done = self.run(
                 "eval.py", f"checkpoint={folder}", f"nfe={list(NFE)}".replace(" ", ""), "seed=0",
-                f"num_samples={self.samples}", f"hydra.run.dir={folder / 'score'}",
+                f"num_samples={self.samples}", f"repeats={REPEATS}", f"hydra.run.dir={folder / 'score'}",
             )  # fmt: skip
             if done.returncode and "not finite" not in done.stderr:
                 raise SystemExit(f"{row.name}, seed {seed}: {done.stderr}")
@@ -161,7 +162,7 @@ class Ablation:
         """The teacher itself, by Euler steps."""
         self.run(
             "eval.py", f"checkpoint={teacher}", "sampler=flow", "nfe=[1,2,4,50]", f"num_samples={self.samples}",
-            f"hydra.run.dir={teacher / 'score'}",
+            f"repeats={REPEATS}", f"hydra.run.dir={teacher / 'score'}",
         )  # fmt: skip
         report = json.loads((teacher / "score" / "metrics.json").read_text())
         return {"fd": {str(r["nfe"]): r["fd_at_floor_n"] for r in report["results"]}, "floor": report["floor"]}

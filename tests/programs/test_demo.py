@@ -38,7 +38,7 @@ def fabricate(evaluation: Path, model: str, fd: dict[int, float], digest: str = 
         for nfe, value in fd.items()
     ]  # fmt: skip
     settings = {"checkpoint_hash": digest, "metric": "FD-digits", "ema": "power_0.2", "data": "digits", "seed": 0,
-                "num_samples": 60, "protocol": "balanced", "step": 100}  # fmt: skip
+                "num_samples": 60, "protocol": "balanced", "step": 100, "repeats": 3}  # fmt: skip
     (evaluation / "metrics.json").write_text(json.dumps({"settings": settings, "floor": {"fd": 1.2}, "results": rows}))
 
 

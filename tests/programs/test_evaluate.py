@@ -177,3 +177,28 @@ def test_command_line_errors_are_one_sentence(place, run, arguments, word):
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and word in lines[0], done.stderr
+
+
+def test_repeats_are_independent_sets_and_their_mean(place, config, report):
+    """The first set is that of an evaluation without repeats; the others have seeds of their own."""
+    several = evaluate(config("nfe=[1,3]", "save_samples=true", "repeats=3", "protocol=balanced"), place / "several")
+    for one, mean in zip(report["results"], several["results"], strict=True):
+        assert mean["repeats"] == 3 and mean["seeds"][0] == one["seed"] and len(set(mean["seeds"])) == 3
+        parts = [json.loads(path.read_text()) for path in sorted((place / "several" / ".evaluation").rglob("*.json"))]
+        fds = [part["fd"] for part in parts if part["nfe"] == one["nfe"]]
+        assert len(fds) == 3 and one["fd"] in fds
+        assert mean["fd"] == pytest.approx(np.mean(fds)) and mean["spread"]["fd"] == pytest.approx(np.std(fds, ddof=1))
+        assert len(set(fds)) == 3
+        assert mean["spread"]["kid"] > 0 and mean["seconds"] == pytest.approx(
+            sum(p["seconds"] for p in parts if p["nfe"] == one["nfe"])
+        )
+    assert report["results"][0]["spread"] is None
+    images = [np.load(path)["images"] for path in sorted((place / "several" / "samples").glob("nfe1*.npz"))]
+    assert len(images) == 3 and not np.array_equal(images[0], images[1])
+
+
+def test_more_repeats_go_on_from_fewer(place, config, capsys):
+    evaluate(config("nfe=1", "num_samples=60"), place / "more")
+    capsys.readouterr()
+    found = evaluate(config("nfe=1", "num_samples=60", "repeats=2"), place / "more")
+    assert capsys.readouterr().out.count("measured by an earlier run") == 1 and found["results"][0]["repeats"] == 2

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flowanchor.programs.folders import MAX_SLUG, digest, run_name
+from flowanchor.programs.folders import MAX_SLUG, digest, first_given, run_name, swept_name
 
 
 def test_order_of_overrides_does_not_matter():
@@ -43,10 +43,26 @@ def test_needs_no_quoting_and_stays_one_folder():
 
 def test_a_name_wins_and_may_have_a_parent_folder():
     assert run_name("mine", ["seed=1"]) == "mine"
-    assert run_name("paper/table 1", []) == "paper/table-1"
+    assert run_name("paper/table 1", []) == "paper/table 1"
     assert run_name("../../mine", []) == "mine"
     assert run_name("/mine", []) == "mine"
 
 
 def test_settings_that_compute_the_same_share_the_folder():
     assert run_name(None, ["seed=1", "debug=true"]) == run_name(None, ["seed=1"])
+
+
+def test_names_that_differ_have_folders_that_differ():
+    names = ["a+b", "a:b", "a-b", "a b", "a$b", 'a"b', "a\\b", "1.10", "1.1", "é", "2026_11_26"]
+    assert len({run_name(name, []) for name in names}) == len(names)
+    assert all(not re.search(r'["$\\]', run_name(name, [])) for name in names), "Hydra's quotes hold them"
+
+
+def test_a_job_of_a_sweep_is_called_by_what_the_sweep_varies():
+    job = ["objective=facm", "trainer.max_steps=40", "optimizer.lr=0.001", "seed=1"]
+    assert swept_name("seed;optimizer.lr", job) == "seed-1_lr-0.001"
+    assert swept_name("", job) == "default"
+
+
+def test_a_search_space_is_replaced_as_a_whole():
+    assert first_given(None, {"a": 1}) == {"a": 1} and first_given({"b": 2}, {"a": 1}) == {"b": 2}

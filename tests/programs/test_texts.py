@@ -30,7 +30,32 @@ def test_a_text_arrives_as_it_was_written(prompt, name):
 
 def test_what_is_written_for_hydra_stays():
     same = ["prompt=['a fox, red','a dog']", "prompt='a fox, red'", 'prompt="a, b"', "prompt=null", "prompt=", "seed=1",
-            "nfe=[1,2]", "prompts=a,b", "-c", "job"]  # fmt: skip
+            "nfe=[1,2]", "prompts=a.txt", "-c", "job", "checkpoint={high: a, low: b}", "runs=[a,b]", "name=plain-1.a",
+            "teacher.checkpoint=${initialise_from}", "~name",
+            "hydra.run.dir=/tmp/x"]  # fmt: skip
     assert quoted(same) == same
     assert value(quoted(["prompt=['a fox, red','a dog']"])[0]) == ["a fox, red", "a dog"]
     assert quoted(["-m", "prompt=a fox,a dog"]) == ["-m", "prompt=a fox,a dog"], "a sweep over two prompts"
+
+
+NAMES = [
+    "2026_11_26", "1e3", "7e1234567", "true", "1.10", "0x10", "a,b", "/d/é", "/d/p=q", "/d/it's", "/d/(1)", "/d/x~y",
+    "/d/a&b", "/d/#e", "/d/a b", "a: b", "nan", "-1", "1_000", "/d/{a}/x", "/d/[1]", "ends\\", "on", "/d/a,b c/ü",
+    "s3://bucket/{000..003}.tar",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "key", ["name", "data.root", "checkpoint", "teacher.checkpoint", "runs", "++out", "hydra.run.dir"]
+)
+def test_a_name_or_a_path_stays_what_was_typed(name, key):
+    (argument,) = quoted([f"{key}={name}"])
+    assert value(argument) == name
+    assert quoted([argument]) == [argument]
+
+
+def test_several_names_of_a_sweep():
+    (_, argument, chosen) = quoted(["-m", "name=1_0,b,1.10", "name=choice(a,b)"])
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert list(override.sweep_string_iterator()) == ["'1_0'", "b", "'1.10'"] and chosen == "name=choice(a,b)"

@@ -100,3 +100,69 @@ def test_other_folders_are_left_out_and_none_at_all_is_an_error(tmp_path):
         find_runs([tmp_path])
     with pytest.raises(DataError, match="no folder"):
         find_runs([tmp_path / "nowhere"])
+
+
+def measured(run: Path, name: str, fd: float, line: dict | None = None, **settings) -> None:
+    """An evaluation at two steps, in a folder of its own."""
+    where = run.parent / f"eval_{name}"
+    where.mkdir()
+    common = {"checkpoint": str(run / "checkpoints" / "last.ckpt"), "metric": "FD-digits", "num_samples": 1000,
+              "reference": {"name": "digits", "hash": "1a"}, "ema": "power_0.1", "protocol": "balanced"}  # fmt: skip
+    results = [{"nfe": 2, "fd": fd, "sampler": "consistency", **(line or {})}]
+    (where / "metrics.json").write_text(json.dumps({"settings": common | settings, "floor": None, "results": results}))
+
+
+def test_scores_measured_differently_stand_in_different_columns(tmp_path):
+    run, other = make_run(tmp_path / "a", "x=1"), make_run(tmp_path / "b", "x=1", seed=1)
+    measured(run, "1", 1.0)
+    measured(other, "2", 3.0)
+    for name, settings in {
+        "n": {"num_samples": 50}, "metric": {"metric": "FD-random"}, "ema": {"ema": "none"},
+        "best": {"checkpoint": str(run / "checkpoints" / "best.ckpt")}, "protocol": {"protocol": "random"},
+        "reference": {"reference": {"name": "folder", "hash": "2b"}}, "dtype": {"dtype": "bfloat16"},
+    }.items():  # fmt: skip
+        measured(run, name, 100.0, **settings)
+    measured(run, "sampler", 100.0, {"sampler": "flow-euler"})
+    (row,) = summarise(group_runs(find_runs([tmp_path])))
+    scores = {key: row[key] for key in row if key.startswith("fd_2") and f"{key}_n" in row}
+    assert len(scores) == 9 and sorted(scores.values()) == [2.0, *[100.0] * 8]
+    names = " | ".join(scores)
+    assert all(part in names for part in ("n=50", "FD-random", "EMA none", "best.ckpt", "protocol=random", "folder 2b",
+                                          "dtype=bfloat16", "flow-euler"))  # fmt: skip
+    write_report(find_runs([tmp_path]), tmp_path / "report", "nine ways")
+
+
+def test_of_two_measured_alike_the_newest_counts(tmp_path):
+    import os
+
+    run = make_run(tmp_path / "a", "x=1")
+    for age, (name, fd) in enumerate((("z", 1.0), ("m", 2.0), ("a", 3.0))):
+        measured(run, name, fd)
+        os.utime(tmp_path / f"eval_{name}" / "metrics.json", (1000 + (age != 1), 1000 + (age == 1)))
+    (row,) = summarise(group_runs(find_runs([tmp_path])))
+    assert row["fd_2"] == 2.0
+
+
+def test_a_runs_own_spread_is_that_of_its_repeats(tmp_path):
+    run = make_run(tmp_path / "a", "x=1")
+    measured(run, "r", 1.5, {"spread": {"fd": 0.25}})
+    rows = summarise(group_runs(find_runs([tmp_path])))
+    assert rows[0]["fd_2_spread"] == 0.25 and "1.5 ± 0.25" in markdown(rows)
+
+
+def test_evaluations_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Also older ones, which hold the path as it was typed in the folder of the training."""
+    run = make_run(tmp_path / "outputs" / "train" / "a", "x=1")
+    measured(run, "old", 1.5, checkpoint="outputs/train/a/checkpoints/last.ckpt")
+    for folder in (tmp_path, tmp_path / "outputs", Path("/")):
+        monkeypatch.chdir(folder)
+        (found,) = find_runs([tmp_path / "outputs"])
+        assert [score.fd for score in found.results] == [1.5]
+
+
+def test_names_that_were_given_are_the_labels(tmp_path):
+    for name, *words in (("teacher", "objective=flow_matching"), ("student", "objective=facm", "data.batch_size=16")):
+        run = make_run(tmp_path / name, *words)
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
+    assert [group.label for group in group_runs(find_runs([tmp_path]))] == ["student", "teacher"]

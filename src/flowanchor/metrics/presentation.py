@@ -26,18 +26,19 @@ def results_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{metric} of {_relative(settings['checkpoint'])}",
         caption="\n".join(_circumstances(report)),
-        box=SIMPLE,  # eleven columns in 80 characters
+        box=SIMPLE,  # ten columns in 80 characters
         collapse_padding=True,
         show_edge=False,
         pad_edge=False,
         title_justify="left",
         caption_justify="left",
     )
-    columns = [("NFE", "nfe", "d"), ("calls", "network_calls", "d"), (metric, "fd", ".4g")]
+    more = any(line.get("network_calls") != line["nfe"] for line in report["results"])
+    columns = [("NFE", "nfe", "d"), *([("calls", "network_calls", "d")] if more else []), (metric, "fd", ".4g")]
     if floor is not None:
         same = floor["n"] == settings["num_samples"]
         columns += [] if same else [(f"n={floor['n']}", "fd_at_floor_n", ".4g")]
-        columns += [("floor", "floor", ".4g")]
+        columns += [("floor", "floor", ".3g")]
     if spatial:
         columns += [(f"s{metric}", "sfid", ".4g")]
     columns += [("KID", "kid", ".3g"), ("prec", "precision", ".2f"), ("rec", "recall", ".2f")]
@@ -47,7 +48,7 @@ def results_table(report: Mapping[str, Any]) -> Table:
     columns += [("sec", "seconds", ".1f")]
     table.add_column("sampler", justify="left", overflow="fold")
     for name, _, _ in columns:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)
     for line in report["results"]:
         table.add_row(line["sampler"], *(_cell(line, key, form) for _, key, form in columns))
     return table

@@ -128,7 +128,12 @@ def _evaluate(
     nfe = [int(n) for n in settings.nfe]
     budgets = "nfe=[" + ",".join(map(str, nfe)) + "]"
     arguments = [f"checkpoint={run}", *sampler, budgets, f"num_samples={cfg.num_samples}", f"seed={cfg.seed}"]
-    arguments += ["save_samples=true", *cfg.evaluation.overrides, f"hydra.run.dir={folder}"]
+    arguments += [
+        f"repeats={1 if cfg.quick else cfg.repeats}",
+        "save_samples=true",
+        *cfg.evaluation.overrides,
+        f"hydra.run.dir={folder}",
+    ]
     parts.run(title, "eval", arguments, finished=_evaluated(run, folder, nfe, cfg), margin=margin)
 
 
@@ -147,8 +152,9 @@ def _evaluated(run: Path, folder: Path, nfe: list[int], cfg: DictConfig) -> bool
     try:
         found = json.loads(file.read_text())
         settings, done = found["settings"], [row["nfe"] for row in found["results"]]
-        wanted = (file_digest(run / "checkpoints" / "last.ckpt")[:12], int(cfg.num_samples), int(cfg.seed))
-        same = (settings["checkpoint_hash"], settings["num_samples"], settings["seed"]) == wanted
+        repeats = 1 if cfg.quick else int(cfg.repeats)
+        wanted = (file_digest(run / "checkpoints" / "last.ckpt")[:12], int(cfg.num_samples), int(cfg.seed), repeats)
+        same = tuple(settings.get(key) for key in ("checkpoint_hash", "num_samples", "seed", "repeats")) == wanted
     except (ValueError, KeyError, TypeError, OSError):
         return False
     return same and done == nfe and all((folder / "samples" / f"nfe{n}.npz").is_file() for n in nfe)

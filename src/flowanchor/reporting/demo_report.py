@@ -98,7 +98,10 @@ class Demo:
         score, count = ("fd_at_floor_n", "floor_n") if same_n else ("fd", "n")
         for model in dict.fromkeys(row["model"] for row in results):
             rows = [row for row in results if row["model"] == model]
-            curves.append(QualityCurve(TITLES.get(model, model), [r["nfe"] for r in rows], [r[score] for r in rows]))
+            spread = [r["spread"][score] for r in rows if r.get("spread")]
+            curves.append(
+                QualityCurve(TITLES.get(model, model), [r["nfe"] for r in rows], [r[score] for r in rows], spread)
+            )
         first = results[0]
         title = f"{first.get('metric', 'FD')} of {first[count]:,} images on {first.get('data', 'digits')}"
         return quality_figure(curves, first.get("metric", "FD"), first.get("floor"), title, size)
@@ -140,7 +143,11 @@ class Demo:
                 for b in bars
             ]
         )
-        page.heading("Scores").table(results, _columns(results))
+        sets = max(row.get("repeats") or 1 for row in results)
+        if sets > 1:
+            page.paragraph(f"Means over {sets} independent sets of samples; ±: their standard deviation.")
+        told = [{**row, "fd_spread": (row.get("spread") or {}).get("fd")} for row in results]
+        page.heading("Scores").table(told, _columns(told))
         page.picture(self._quality(results, (8.0, 4.6)), "Quality against network evaluations, both axes logarithmic")
         page.heading("Samples").paragraph("One row per class; the first images of each evaluation, not chosen.")
         page.pictures({_title(*key): _grid(path, per_class=5) for key, path in samples.items()})
@@ -175,7 +182,8 @@ def bars_of(results: Sequence[Mapping[str, Any]]) -> list[Bar]:
 def _columns(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     names = {
         "model": "model", "sampler": "sampler", "nfe": "NFE", "network_calls": "network calls",
-        "fd": str(results[0].get("metric", "FD")), "floor": "floor", "fd_at_floor_n": "at the floor's N", "n": "N",
+        "fd": str(results[0].get("metric", "FD")), "fd_spread": "±", "floor": "floor",
+        "fd_at_floor_n": "at the floor's N", "n": "N",
         "kid": "KID", "precision": "precision", "recall": "recall", "inception_score": "inception score",
         "seconds": "seconds",
     }  # fmt: skip

@@ -27,6 +27,7 @@ class QualityCurve:
     name: str
     nfe: Sequence[int]
     fd: Sequence[float]
+    spread: Sequence[float] = ()  # of each, over independent sets of samples; empty: not known
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -64,13 +65,15 @@ def quality_figure(
     figure, (ax,) = new_figure(*size)
     budgets = sorted({int(n) for c in curves for n in c.nfe})
     for i, curve in enumerate(curves):
-        points = sorted(zip(curve.nfe, curve.fd, strict=True))
+        points = sorted(zip(curve.nfe, curve.fd, curve.spread or [0.0] * len(curve.fd), strict=True))
         colour = COLOURS[i % len(COLOURS)]
+        at, values, spread = zip(*points, strict=True)
         ax.plot(
-            [p[0] for p in points], [p[1] for p in points], color=colour, marker=MARKERS[i % len(MARKERS)],
-            markersize=7, linewidth=1.8, label=curve.name,
-        )  # fmt: skip
-        for nfe, fd in points:
+            at, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=7, linewidth=1.8, label=curve.name
+        )
+        if curve.spread:
+            ax.errorbar(at, values, yerr=spread, fmt="none", ecolor=colour, capsize=3)
+        for nfe, fd, _ in points:
             ax.annotate(
                 f"{fd:.3g}", (nfe, fd), textcoords="offset points", ha="center", fontsize=9, color=colour,
                 xytext=(0, 8 if i % 2 == 0 else -16),  # above and below, for curves that lie on each other
