@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_every_kind_of_file_gives_the_same_codec(kind, state, tmp_path):
     latents = torch.randn(1, 4, 4, 4)
     torch.testing.assert_close(loaded.decode(latents), codec.decode(latents))
     assert loaded.fingerprint() == codec.fingerprint() and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_folder_is_built_as_its_config_says(tmp_path):
+    """Groups of the norms and the activation change no weight's shape."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        block_out_channels=(16, 16), latent_channels=4, norm_num_groups=8, act_fn="gelu",
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    network.save_pretrained(tmp_path / "folder")
+    codec = KLCodec("vavae", latent_channels=4, downsampling=2, weights=str(tmp_path / "folder"))
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(codec.encode(images), network.encode(images).latent_dist.mean)
+        torch.testing.assert_close(
+            codec.decode(images[:, :1].expand(2, 4, 8, 8)), network.decode(images[:, :1].expand(2, 4, 8, 8)).sample
+        )
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config | {"norm_num_groups": "eight"}))
+    with pytest.raises(CheckpointError, match="norm_num_groups='?eight"):
+        KLCodec("vavae", latent_channels=4, downsampling=2, weights=str(tmp_path / "folder")).encode(images)
 
 
 def test_the_fingerprint_is_of_the_weights(state):

@@ -277,7 +277,7 @@ def _other_vae(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (None, r"Which VAE, text encoder and tokenizer\? Add pipeline=FOLDER"),
+        (None, r"needs its VAE, text encoder and tokenizer: add pipeline=FOLDER"),
         (shutil.rmtree, r"no folder of a diffusers pipeline \(model_index.json is not there\): add pipeline=FOLDER"),
         (_without("tokenizer"), "lacks tokenizer: download all folders"),
         (_other_vae, "decodes by AutoencoderKL: give a pipeline of Wan"),

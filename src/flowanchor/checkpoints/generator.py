@@ -73,6 +73,8 @@ class Generator(LoadedModel):
         from flowanchor.sampling import build_sampler, generate
         from flowanchor.sampling.prompts import encode_prompts, sample_shape
 
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed={seed!r} must be a whole number, 0 or more.")
         chosen: Tensor | None
         if prompts is not None:
             if not hasattr(self.backbone, "text_dim"):
@@ -109,7 +111,10 @@ class Generator(LoadedModel):
             if labels is not None:
                 raise ConfigError("This network was trained without classes: leave out labels and give num_samples.")
             return None, count
-        chosen = torch.arange(count) % classes if labels is None else torch.as_tensor(labels)
+        try:
+            chosen = torch.arange(count) % classes if labels is None else torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):  # texts, lists of unequal length
+            chosen = torch.empty(0, 0)
         if chosen.dim() != 1 or chosen.is_floating_point() or not bool(((0 <= chosen) & (chosen < classes)).all()):
             raise ConfigError(f"labels must be whole numbers between 0 and {classes - 1}, one per image.")
         return chosen.long(), count

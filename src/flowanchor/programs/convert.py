@@ -234,7 +234,8 @@ _WRITERS: dict[str, Callable[[DictConfig, Source, Path], None]] = {
 def _export(cfg: DictConfig, output: Path) -> None:
     if not cfg.pipeline:
         raise ConfigError(
-            "Which VAE, text encoder and tokenizer? Add pipeline=FOLDER, a diffusers pipeline of Wan that has them."
+            "format=diffusers writes a pipeline of Wan, and needs its VAE, text encoder and tokenizer: add "
+            "pipeline=FOLDER, a diffusers pipeline of Wan that has them (format=huggingface for other networks)."
         )
     if OmegaConf.is_dict(cfg.checkpoint):
         raise ConfigError(

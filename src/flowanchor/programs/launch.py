@@ -55,6 +55,7 @@ LIBRARY_WARNINGS = (
     r"Total length of `list` across ranks is zero",  # data without held-out samples
     r"Checkpoint directory .* exists and is not empty",  # that is how a run resumes
     r"Mismatch dtype between input and weight",  # norms keep float32 beside bfloat16
+    r"The number of training batches \(\d+\) is smaller than the logging interval",  # steps count, not epochs
 )
 
 
