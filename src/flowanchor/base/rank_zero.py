@@ -10,7 +10,7 @@ import os
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn"]
+__all__ = ["is_first", "rank_zero_info", "rank_zero_only", "rank_zero_warn"]
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them, in its order
 
@@ -21,7 +21,13 @@ def _rank() -> int:
 
 
 # Lightning keeps what is there, and sets it anew when its strategy knows the rank.
-rank_zero_only.rank = getattr(rank_zero_only, "rank", _rank())
+if not hasattr(rank_zero_only, "rank"):
+    setattr(rank_zero_only, "rank", _rank())  # noqa: B010 (the function's type has no such attribute)
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 @rank_zero_only

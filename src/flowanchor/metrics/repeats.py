@@ -27,14 +27,16 @@ def mean_line(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = lines[0]
     if len(lines) == 1:
         return {**first, "repeats": 1, "spread": None}
-    values = {
-        name: found for name in MEASURED if None not in (found := [line.get(name) for line in lines])
-    }  # fmt: skip
+    values: dict[str, list[float]] = {}
+    for name in MEASURED:
+        found = [line.get(name) for line in lines]
+        if None not in found:
+            values[name] = [float(value) for value in found if value is not None]
     return {
         **first,
-        **{name: statistics.fmean(found) for name, found in values.items()},  # type: ignore[type-var]
+        **{name: statistics.fmean(found) for name, found in values.items()},
         "seconds": sum(line["seconds"] for line in lines),
         "repeats": len(lines),
         "seeds": [line["seed"] for line in lines],
-        "spread": {name: statistics.stdev(found) for name, found in values.items()},  # type: ignore[type-var]
+        "spread": {name: statistics.stdev(found) for name, found in values.items()},
     }

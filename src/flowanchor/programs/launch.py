@@ -30,7 +30,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 import flowanchor
 from flowanchor.base.causes import unwrapped
-from flowanchor.base.rank_zero import rank_zero_only
+from flowanchor.base.rank_zero import is_first as speaks_for_all
 from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
 from flowanchor.programs import slurm
@@ -203,7 +203,7 @@ def _tell_failed_job(error: Exception, config_name: str, config_path: str) -> No
 
 def _announce(doing: str) -> None:
     """One line about what begins and where, by the first process."""
-    if doing and rank_zero_only.rank == 0:
+    if doing and speaks_for_all():
         folder = Path(HydraConfig.get().runtime.output_dir)
         print(f"{doing} {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}", flush=True)
 
