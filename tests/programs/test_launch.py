@@ -27,7 +27,7 @@ def test_runs_in_a_folder_named_after_the_command(toy):
 def test_a_sweep_can_be_put_anywhere(toy):
     done = toy("-m", "seed=0,1", "hydra.sweep.dir='my sweeps/a=1'")
     assert done.returncode == 0, done
-    assert f"FOLDER {toy.folder}/my sweeps/a=1/0_seed-0_" in done.stdout
+    assert f"FOLDER {toy.folder}/my sweeps/a=1/0_seed-0\n" in done.stdout
     assert not (toy.folder / "outputs").exists()
 
 
