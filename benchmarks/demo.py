@@ -1,6 +1,6 @@
 """The README's table: what `make demo` measured last, on this machine.
 
-Run `make demo` first, then `make bench`. Reads outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with
+Run `make demo` first, then `make bench` (or this script; `--busy` says that the machine had other work). Reads outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with
 the machine's description, and refreshes the table and the picture of the README.
 """
 
@@ -37,7 +37,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[str, float]) -> str:
+def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[str, float], busy: bool = False) -> str:
     """The results as Markdown, with what has to stand beside a score."""
     metric = results[0]["metric"]
     lines = [
@@ -46,14 +46,17 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[st
     ]
     for row in results:
         lines.append(
-            f"| {NAMES.get(row['model'], row['model'])} | {row['sampler']} | {row['nfe']} | {row['fd']:.2f} | "
-            f"{row['fd_at_floor_n']:.2f} | {row['precision']:.2f} | {row['recall']:.2f} |"
+            f"| {NAMES.get(row['model'], row['model'])} | {row['sampler']} | {row['nfe']} | {_told(row, 'fd')} | "
+            f"{_told(row, 'fd_at_floor_n')} | {row['precision']:.2f} | {row['recall']:.2f} |"
         )
     first = results[0]
     times = ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items())
+    times += "; other work ran beside it" if busy else ""
+    sets = first.get("repeats") or 1
+    repeats = f", means and standard deviations over {sets} independent sets" if sets > 1 else ""
     lines += [
         "",
-        f"{first['n']:,} images, {first['protocol']} labels, seed {first['seed']}, weights {first['ema']}. "
+        f"{first['n']:,} images{repeats}, {first['protocol']} labels, seed {first['seed']}, weights {first['ema']}. "
         f"Floor (held-out real images, N = {first['floor_n']}): {first['floor']:.2f}; a score below it means that "
         "samples lie closer to the training images than unseen real ones do. "
         f"Measured by `make demo` on {about['cores']} cores of {about['cpu']}, torch {about['torch']} ({times}). "
@@ -63,6 +66,12 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[st
     return "\n".join(lines)
 
 
+def _told(row: dict[str, Any], name: str) -> str:
+    """A score with its spread, to the digits that mean something."""
+    spread = (row.get("spread") or {}).get(name)
+    return f"{row[name]:.2f}" if spread is None else f"{row[name]:.2f} ± {spread:.2f}"
+
+
 def main() -> None:
     results_file = DEMO / "results.json"
     if not results_file.is_file():
@@ -70,9 +79,10 @@ def main() -> None:
     results = json.loads(results_file.read_text())
     seconds = json.loads((DEMO / "runs" / "seconds.json").read_text())
     about = machine()
-    record = {"machine": about, "seconds": seconds, "results": results}
+    busy = "--busy" in sys.argv[1:]
+    record = {"machine": about, "seconds": seconds, "busy": busy, "results": results}
     (ROOT / "benchmarks" / "results" / "demo_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
-    text = table(results, about, seconds)
+    text = table(results, about, seconds, busy)
     print(text)
     readme = ROOT / "README.md"
     old = readme.read_text()
