@@ -1,7 +1,8 @@
 """The README's table: what `make demo` measured last, on this machine.
 
-Run `make demo` first, then `make bench` (or this script; `--busy` says that the machine had other work). Reads outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with
-the machine's description, and refreshes the table and the picture of the README.
+Run `make demo` first, then `make bench` or this script; `--busy` says that the machine had other work meanwhile. Reads
+outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with the machine's description, and refreshes the
+table and the picture of the README.
 """
 
 from __future__ import annotations
