@@ -174,3 +174,16 @@ def test_a_repository_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=r"nothing at someone/few-step, and no repository .*OSError"):
         flowanchor.load("someone/few-step")
+
+
+def test_arguments_that_are_none(file):
+    model = flowanchor.load(file)
+    for seed in (-1, 1.5, True, "3"):
+        with pytest.raises(ConfigError, match="seed=.* must be a whole number"):
+            model.sample([1], seed=seed)
+    for labels in ("3", [[1], [2, 3]], [None]):
+        with pytest.raises(ConfigError, match="labels must be whole numbers between 0 and 2|How many images"):
+            model.sample(labels)
+    for settings in ({"noise": 0}, {"guidence_scale": 2}):
+        with pytest.raises(ConfigError, match="has no setting|unexpected keyword argument"):
+            model.sample([1], **settings)

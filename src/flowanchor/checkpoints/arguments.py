@@ -11,19 +11,27 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from flowanchor.base.plain import bare, described, shown
-from flowanchor.errors import CheckpointError
+from flowanchor.errors import CheckpointError, ConfigError
 
 
 def check_arguments(made: Any, arguments: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `made(**arguments, **chosen)` is a call that fits.
 
-    That is its names and, for our classes, the types of `arguments`; what the user has `chosen` may be anything.
+    That is its names and, for our classes, the types of `arguments`; what the user has `chosen` may be anything, but
+    for a name that there is not, which is a `ConfigError`.
     """
     try:
         inspect.signature(made).bind(**arguments, **chosen)
     except ValueError:  # of a class in C, which says nothing about itself
         return
     except TypeError as error:
+        known = [name for name in inspect.signature(made).parameters if name != "self"]
+        typed = [name for name in chosen if name not in known]
+        if typed:
+            raise ConfigError(
+                f"{getattr(made, '__qualname__', 'This class')} has no setting {', '.join(typed)}: it has "
+                f"{', '.join(known)}."
+            ) from error
         raise CheckpointError(
             f"the settings of its {getattr(made, '__qualname__', 'class')} do not fit ({error})"
         ) from error
