@@ -13,7 +13,15 @@ import numpy as np
 
 from flowanchor.base.reading import open_regular, read_regular, shown
 from flowanchor.data.npy import Header, byte_count, read_header
-from flowanchor.data.tar_members import BLOCK, Content, Entry, compression, mapped_members, streamed_members
+from flowanchor.data.tar_members import (
+    BLOCK,
+    Content,
+    Entry,
+    compression,
+    mapped_members,
+    streamed_members,
+    tar_files,
+)
 from flowanchor.data.tar_plan import Stretch
 from flowanchor.errors import ConfigError, DataError
 
@@ -38,7 +46,7 @@ def expand(root: str) -> list[str]:
     root = root.removeprefix("file:")
     folder = Path(root).expanduser()
     if folder.is_dir():
-        found = [str(path) for path in sorted(folder.glob("*.tar"))]
+        found = [str(path) for path in tar_files(folder)]
         if not found:
             raise DataError(f"There are no tars in {root}: encode images by python src/encode.py format=webdataset.")
         return found

@@ -20,6 +20,7 @@ from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
+from flowanchor.metrics.storage import cache_folder
 
 FEATURES = 64
 GRID = 4  # spatial size before the features
@@ -88,12 +89,12 @@ def cached_classifier(
     """
     settings = asdict(spec)
     key = hashlib.sha256(json.dumps([settings, train.digest()], sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache_dir).expanduser() / f"classifier-{key}.safetensors"
+    path = cache_folder(cache_dir) / f"classifier-{key}.safetensors"
     model = SmallClassifier(spec)
     card_path = path.with_suffix(".json")
     if path.is_file() and card_path.is_file():
         model.load_state_dict(load_file(path))
-        card = json.loads(card_path.read_text())
+        card = json.loads(card_path.read_text(encoding="utf-8"))
     else:
         model = train_classifier(train, spec, f"training the classifier of {name}, once")
         card = {"data": name, "spec": settings, "heldout_accuracy": accuracy(model, heldout), "samples": len(train)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,18 @@ from flowanchor.errors import ConfigError
 
 # What reading a file raises that is cut off or foreign.
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def cache_folder(path: str | Path) -> Path:
+    """The folder of `metric.cache_dir`; of a user without a home, what begins with `~` lies below the temporary folder.
+
+    A container that runs as a number has no entry in /etc/passwd, and `~` no meaning there.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        owner = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir(), f"flowanchor-{owner}", *Path(path).parts[1:])
 
 
 def write_whole(path: Path, content: bytes | Mapping[str, np.ndarray]) -> None:
