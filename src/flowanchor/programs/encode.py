@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.plan import LAYOUTS
-from flowanchor.encoding.record import compare
+from flowanchor.encoding.record import STAMP, compare
 from flowanchor.encoding.sources import Source, open_source
 from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError
@@ -58,9 +58,12 @@ def encode(cfg: DictConfig) -> None:
     manifest = Manifest.read(out)
     if manifest is not None:
         compare(manifest.source, settings, out)
-        if not encoder.missing(manifest):
+        unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
+        if unchanged and not encoder.missing(manifest):
             console.print(f"{out} is complete already: {describe(manifest)}.")
             return
+        if not unchanged:
+            console.print(f"Images in {cfg.data.root} were replaced: their files are made again.", markup=False)
         (out / MANIFEST).unlink(missing_ok=True)  # until its files are there again
     out.mkdir(parents=True, exist_ok=True)
     encoder.record.claim(settings)
@@ -128,6 +131,8 @@ def check_settings(cfg: DictConfig) -> None:
     for key, allowed in (("format", LAYOUTS), ("values", VALUES), ("dtype", tuple(DTYPES))):
         if cfg[key] not in allowed:
             raise ConfigError(f"{key}={cfg[key]} is not known: use one of {', '.join(allowed)}.")
+    if not isinstance(cfg.upright, bool):
+        raise ConfigError(f"upright={cfg.upright} is neither true nor false: leave it out to turn photos upright.")
     if cfg.format == "webdataset" and cfg.dtype == "bfloat16":
         raise ConfigError("dtype=bfloat16 cannot be stored in .npy files: use dtype=float16, or format=safetensors.")
 
@@ -144,6 +149,7 @@ def read_encoding(cfg: DictConfig) -> Encoding:
         shard_size=cfg.shard_size or SHARD_SIZE,
         shuffle=shuffle,
         seed=cfg.seed,
+        upright=cfg.upright,
     )
 
 
