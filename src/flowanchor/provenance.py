@@ -89,7 +89,7 @@ def write_program_record(folder: str | Path, program: str, cfg: DictConfig, **mo
 def read_parts(folder: str | Path) -> list[dict[str, Any]]:
     """What is recorded of the parts of a run, the first one first; an empty list without a readable record."""
     try:
-        found = json.loads((Path(folder) / PROVENANCE).read_text())
+        found = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict):

@@ -38,7 +38,7 @@ class PartialResults:
     def line(self, name: str) -> dict[str, Any] | None:
         """A finished line, None where there is none."""
         try:
-            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except DAMAGED:
             return None
         return found
