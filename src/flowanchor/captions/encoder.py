@@ -191,7 +191,7 @@ class CaptionEncoder:
         found = (found[:, :, None] if found.ndim == 4 else found).to("cpu", DTYPES[self.dtype])
         broken = (~found.isfinite()).flatten(1).any(1)
         if bool(broken.any()):
-            name = self.source.names[int(batch.indices[int(broken.nonzero()[0])])]
+            name = shown(self.source.names[int(batch.indices[int(broken.nonzero()[0])])])
             raise DataError(
                 f"The latents of {name} are not finite in {self.dtype}: use dtype=float32 and check the codec."
             )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.reading import shown
 from flowanchor.encoding.images import ImageBatch, load_batches
 from flowanchor.encoding.plan import PlannedShard, plan_shards
 from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
@@ -168,7 +169,7 @@ class Encoder:
         stored = torch.stack([self._values(view, batch, draw) for draw, view in enumerate(views)], dim=1)
         broken = (~stored.isfinite()).flatten(1).any(1)
         if bool(broken.any()):
-            name = self.source.names[int(batch.indices[int(broken.nonzero()[0])])]
+            name = shown(self.source.names[int(batch.indices[int(broken.nonzero()[0])])])
             raise DataError(
                 f"The latents of {name} are not finite in {self.encoding.dtype}: encode with codec.dtype=float32 and "
                 "dtype=float32, and check the codec's weights."

@@ -20,7 +20,7 @@ from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
-from flowanchor.metrics.storage import cache_folder
+from flowanchor.metrics.storage import cache_folder, read_note
 
 FEATURES = 64
 GRID = 4  # spatial size before the features
@@ -92,9 +92,9 @@ def cached_classifier(
     path = cache_folder(cache_dir) / f"classifier-{key}.safetensors"
     model = SmallClassifier(spec)
     card_path = path.with_suffix(".json")
-    if path.is_file() and card_path.is_file():
+    card = read_note(card_path) if path.is_file() else None
+    if card is not None:
         model.load_state_dict(load_file(path))
-        card = json.loads(card_path.read_text(encoding="utf-8"))
     else:
         model = train_classifier(train, spec, f"training the classifier of {name}, once")
         card = {"data": name, "spec": settings, "heldout_accuracy": accuracy(model, heldout), "samples": len(train)}

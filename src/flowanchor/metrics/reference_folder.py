@@ -20,7 +20,7 @@ from flowanchor.data.pictures import KNOWN, PictureError, find_pictures, open_pi
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import Reference, Shape
-from flowanchor.metrics.storage import cache_folder, write_whole
+from flowanchor.metrics.storage import cache_folder, read_note, write_whole
 
 
 class ImageTree(Reference):
@@ -50,8 +50,9 @@ class ImageTree(Reference):
         marks = list(zip(names, self._marks.values(), strict=True))
         stamp = hashlib.sha256(json.dumps([str(self.root.resolve()), marks]).encode()).hexdigest()
         note = None if self._cache is None else self._cache / f"folder-{stamp[:16]}.json"
-        if note is not None and note.is_file():
-            content = str(json.loads(note.read_text(encoding="utf-8"))["content"])
+        known = None if note is None else read_note(note)
+        if known is not None and isinstance(known.get("content"), str):
+            content = known["content"]
         else:
             found = hashlib.sha256()
             for name, path in zip(names, self.files, strict=True):
