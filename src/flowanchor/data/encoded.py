@@ -104,17 +104,24 @@ class BadSamples:
             other = int(rows[int(row) % len(rows)])
             stored[row], labels[row] = stored[other], labels[other]
 
-    def leave_out(self, name: str, instead: str = "another one of its batch", alone: bool = False) -> None:
+    def leave_out(
+        self,
+        name: str,
+        instead: str = "another one of its batch",
+        advice: str = "repair it",
+        alone: bool = False,
+    ) -> None:
         """Count a sample, by its name and why it is bad; raises `DataError` beyond the limit.
 
         Args:
             instead: what takes its place.
+            advice: what to do about it, but for leaving it out.
             alone: nothing is there to do so.
         """
         known, count = name in self.left_out, len(self.left_out | {name})
         if count > self.limit or alone:
             raise DataError(
-                f"{name}: repair or remove it, or let up to {count} such samples be left out by data.max_bad={count} "
+                f"{name}: {advice}, or let up to {count} such samples be left out by data.max_bad={count} "
                 f"(now {self.limit})."
             )
         self.left_out.add(name)

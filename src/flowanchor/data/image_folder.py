@@ -173,7 +173,7 @@ class ReadableImages(ImageSet):
             try:
                 return self.images[other]
             except PictureError as error:
-                self.bad.leave_out(error.fault, "another one of its class")
+                self.bad.leave_out(error.fault, "another one of its class", "repair the file or remove it")
         raise DataError(f"No image of the class of image {index} can be read: check data.root.")
 
     def digest(self) -> str:
