@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -168,13 +168,18 @@ class ReadableImages(ImageSet):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        others = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
-        for other in np.roll(others, -int(np.searchsorted(others, index))).tolist():
+        for candidate in self._candidates(index):
             try:
-                return self.images[other]
+                return self.images[candidate]
             except PictureError as error:
                 self.bad.leave_out(error.fault, "another one of its class", "repair the file or remove it")
         raise DataError(f"No image of the class of image {index} can be read: check data.root.")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image itself, and those of its class behind it, from the first one on after the last."""
+        yield index
+        alike = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist()
 
     def digest(self) -> str:
         return self.images.digest()

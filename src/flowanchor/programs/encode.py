@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from flowanchor.base.reading import shown
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.plan import LAYOUTS
 from flowanchor.encoding.record import STAMP, compare
@@ -44,7 +45,7 @@ def encode(cfg: DictConfig) -> None:
         raise ConfigError(f"image_size={encoding.image_size} is no multiple of {codec.downsampling}: use 256 or 512.")
     if not codec.usable:
         raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
-    console.print(f"Reading the names of the images in {cfg.data.root} ...")
+    console.print(f"Reading the names of the images in {shown(cfg.data.root)} ...", markup=False)
     source = open_source(cfg.data.root, cfg.data.labelled, cfg.data.num_classes)
     for remark in source.remarks:
         console.print(remark, markup=False)
@@ -60,10 +61,10 @@ def encode(cfg: DictConfig) -> None:
         compare(manifest.source, settings, out)
         unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
         if unchanged and not encoder.missing(manifest):
-            console.print(f"{out} is complete already: {describe(manifest)}.")
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
             return
         if not unchanged:
-            console.print(f"Images in {cfg.data.root} were replaced: their files are made again.", markup=False)
+            console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
         (out / MANIFEST).unlink(missing_ok=True)  # until its files are there again
     out.mkdir(parents=True, exist_ok=True)
     encoder.record.claim(settings)
@@ -71,7 +72,7 @@ def encode(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out, unreadable: {name}", markup=False)
-        console.print(f"{out}: {describe(manifest)}.")
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
 
 
 def run(encoder: Encoder, source: Source, settings: dict[str, Any], console: Console) -> Manifest | None:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from flowanchor.base.reading import shown
 from flowanchor.captions.buckets import bucket_sizes
 from flowanchor.captions.encoder import CaptionEncoder, plan
 from flowanchor.captions.files import CaptionManifest
@@ -53,10 +54,10 @@ def encode_captions(cfg: DictConfig) -> None:
         compare(manifest.source, settings, out)
         unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
         if unchanged and all((out / shard.file).is_file() for shard in manifest.shards):
-            console.print(f"{out} is complete already: {describe(manifest)}.")
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
             return
         if not unchanged:
-            console.print(f"Images in {cfg.data.root} were replaced: their files are made again.", markup=False)
+            console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
         (out / MANIFEST).unlink(missing_ok=True)
     with counter(console) as progress:
         task = progress.add_task("Reading sizes", total=len(source))
@@ -78,7 +79,7 @@ def encode_captions(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out: {name}", markup=False)
-        console.print(f"{out}: {describe(manifest)}.")
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
 
 
 def run(encoder: CaptionEncoder, settings: dict[str, Any], negative: str, console: Console) -> CaptionManifest | None:
