@@ -103,6 +103,19 @@ def test_row_and_line_are_counted_apart(tmp_path):
     ]
 
 
+def test_the_row_that_is_not_utf8_is_named(tmp_path):
+    """Behind five thousand that are; and of an old Mac, whose lines end otherwise."""
+    rows = [f"{number}.png,x" for number in range(5000)]
+    for end in ("\n", "\r\n", "\r"):
+        content = end.join(["file,caption", *rows]).encode()
+        path = table(tmp_path, content)
+        assert len(read_captions(path)) == 5000
+        if end != "\r":
+            table(tmp_path, content + f"{end}5000.png,caf".encode() + b"\xe9")
+            with pytest.raises(DataError, match=r"Row 5001 of .* cannot be read \(not UTF-8\), line 5002"):
+                read_captions(path)
+
+
 def test_hidden_tables_are_none(tmp_path):
     table(tmp_path, b"file,caption\n0.png,a\n")
     table(tmp_path, b"\0\5\x16\7", "._c.csv")
@@ -113,7 +126,7 @@ def test_prompts_one_per_line(tmp_path):
     path = table(tmp_path, BOM + "a fox\r\n\r\n  un été \nparts\u2028of one\n".encode(), "p.txt")
     assert read_prompts(path) == ["a fox", "un été", "parts\u2028of one"] == list(read_lines(path))
     table(tmp_path, b"a fox\ncaf\xe9\n", "p.txt")
-    with pytest.raises(DataError, match=r"Line \d of .*p\.txt cannot be read \(not UTF-8\)"):
+    with pytest.raises(DataError, match=r"Line 2 of .*p\.txt cannot be read \(not UTF-8\)"):
         read_prompts(path)
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count as counting
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flowanchor.base.reading import open_regular, shown
 from flowanchor.base.walk import is_hidden
 from flowanchor.errors import DataError
 
 TABLES = (".csv", ".jsonl")
-NOTE = 1 << 24  # letters of a line, and of a caption, at most
+NOTE = 1 << 24  # bytes of a line, and of a caption, at most
 
 
 def is_table(path: Path) -> bool:
@@ -44,14 +44,15 @@ def read_rows(table: Path, *columns: str) -> Iterator[Row]:
     UTF-8, with or without a byte-order mark. CSV: commas, quotes as in RFC 4180, no more cells than the first line has.
     JSONL: one object per line.
     """
-    with _opened(table) as text:
-        lines = Lines(text)
+    with _opened(table) as file:
+        lines = Lines(file)
         rows = _csv(lines) if table.suffix.lower() == ".csv" else _jsonl(lines)
         for number in counting(1):
             try:
                 cells = next(rows, None)
             except (OSError, ValueError, RecursionError, csv.Error) as error:
-                broken = Row(table, number, lines.number, {})
+                undecoded = isinstance(error, UnicodeDecodeError)  # the line behind those that were counted
+                broken = Row(table, number, lines.number + undecoded, {})
                 raise broken.refused(f"cannot be read ({_reason(error)})", "correct it") from error
             if cells is None:
                 return
@@ -66,8 +67,8 @@ def read_rows(table: Path, *columns: str) -> Iterator[Row]:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text that are not empty, without blanks around them; raises `DataError`."""
-    with _opened(path) as text:
-        lines = Lines(text)
+    with _opened(path) as file:
+        lines = Lines(file)
         try:
             yield from (line.strip() for line in lines if line.strip())
         except (OSError, ValueError) as error:
@@ -77,22 +78,27 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 class Lines:
-    """The lines of a text, counted; raises `ValueError` for one that is too long."""
+    """The lines of a text in UTF-8, counted, each with its end; raises `ValueError` for one that is none, or too long.
 
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.number = text, 0
+    Each is decoded by itself, so that it is known which one cannot be.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.number = file, 0
 
     def __iter__(self) -> Iterator[str]:
-        while line := self.text.readline(NOTE):
-            if len(line) == NOTE:
-                raise ValueError(f"a line of more than {NOTE:,} letters")
-            self.number += 1
-            yield line
+        while content := self.file.readline(NOTE):
+            if len(content) == NOTE:
+                raise ValueError(f"a line of more than {NOTE:,} bytes")
+            text = content.decode("utf-8" if self.number else "utf-8-sig")
+            for line in io.StringIO(text, newline=""):  # a lone carriage return ends one, too
+                self.number += 1
+                yield line
 
 
-def _opened(path: Path) -> io.TextIOWrapper:
+def _opened(path: Path) -> BinaryIO:
     try:
-        return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="")
+        return open_regular(path)
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read ({error.strerror or error}).") from error
 
