@@ -15,7 +15,8 @@ from PIL import Image, features
 from flowanchor.captions.encoder import _Fitted, plan
 from flowanchor.captions.sources import open_captions
 from flowanchor.data.image_folder import ImageFolderDataModule
-from flowanchor.data.pictures import EXTENSIONS, FORMATS, PictureError, find_pictures, open_picture, picture_size
+from flowanchor.data.picture_files import EXTENSIONS, find_pictures
+from flowanchor.data.pictures import FORMATS, PictureError, open_picture, picture_size
 from flowanchor.encoding.images import CroppedImages
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError

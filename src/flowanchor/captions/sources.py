@@ -14,7 +14,8 @@ import numpy as np
 
 from flowanchor.base.reading import read_regular, shown
 from flowanchor.captions.tables import NOTE, is_table, read_rows
-from flowanchor.data.pictures import BYTES, file_mark, tell_unused
+from flowanchor.data.picture_files import file_mark, tell_unused
+from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content
 from flowanchor.encoding.sources import Source, beside_tars, tars_of
 from flowanchor.encoding.tars import read_member, read_tar, tar_names

@@ -17,7 +17,8 @@ from flowanchor.base.files import sha256
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import BadSamples
 from flowanchor.data.images import ImageSet, split_heldout
-from flowanchor.data.pictures import KNOWN, PictureError, class_folders, find_pictures, open_picture, tell_unused
+from flowanchor.data.picture_files import KNOWN, class_folders, find_pictures, tell_unused
+from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.errors import ConfigError, DataError
 
 

@@ -1,16 +1,10 @@
-"""Pictures out of files that anybody may have made: which files are pictures, and how one is opened.
-
-Trainer, encoders and references all open a picture by `open_picture`, and find those of a folder by `find_pictures`.
-"""
+"""Pictures out of files that anybody may have made, as viewers show them: for trainer, encoders and references."""
 
 from __future__ import annotations
 
 import io
-import os
 import re
-import stat
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +13,6 @@ from typing import TypeVar
 from PIL import Image
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.base.walk import is_folder, is_hidden, walk
 from flowanchor.data.eight_bits import eight_bit
 from flowanchor.errors import DataError
 
@@ -28,12 +21,6 @@ Found = TypeVar("Found")
 # By content, whatever a file is called. Pillow would open some forty formats, and some by other programs: PostScript by
 # Ghostscript. These are made of pixels alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
-
-# What Pillow registers for them.
-EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif",
-              ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".jpx", ".jpf",
-              ".jpc", ".j2c")  # fmt: skip
-KNOWN = "PNG, JPEG, WebP, GIF, TIFF, BMP, PPM, AVIF, JPEG 2000"  # of messages
 
 ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
 TURNS = {
@@ -116,69 +103,6 @@ def middle(image: Image.Image, ratio: int = RATIO) -> Image.Image:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def find_pictures(folder: Path, left_out: Counter[str] | None = None) -> dict[Path, str]:
-    """The pictures below a folder (`walk`) in the order of their names, each with a mark of its size and time.
-
-    Regular files with a picture's extension; what else is there is counted in `left_out`, by its kind.
-    """
-    left_out = Counter() if left_out is None else left_out
-    found = {}
-    for entry in walk(folder, left_out):
-        extension = os.path.splitext(entry.name)[1].lower()
-        if extension not in EXTENSIONS:
-            left_out[extension or "without extension"] += 1
-        elif (mark := file_mark(entry.path)) is None:  # a pipe to wait on, a device, a link to nothing
-            left_out["that are no regular files"] += 1
-        else:
-            found[Path(entry.path)] = mark
-    return dict(sorted(found.items()))
-
-
-def file_mark(path: Path | str) -> str | None:
-    """Size and time of a regular file: another mark, another content. None where it is none."""
-    try:
-        place = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return f"{place.st_size} {place.st_mtime_ns}" if stat.S_ISREG(place.st_mode) else None
-
-
-def tell_unused(unused: Counter[str], where: object) -> list[str]:
-    """A line about what is somewhere and not used; none where there is nothing."""
-    listed = ", ".join(f"{count:,} {shown(kind)}" for kind, count in sorted(unused.items())[:10])
-    more = f", and {len(unused) - 10:,} other kinds" if len(unused) > 10 else ""
-    return [f"Not used, files in {shown(where)}: {listed}{more}."] if unused else []
-
-
-def class_folders(root: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """The subfolders of a folder that are classes, in the order of their names: neither hidden nor a link to where they
-    lie in. What else is there is counted.
-
-    Raises `DataError` for a name that is no text, and for two classes that are one folder.
-    """
-    left_out = Counter() if left_out is None else left_out
-    here = Path(os.path.realpath(root))
-    places: dict[str, str] = {}
-    with os.scandir(root) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        real = os.path.realpath(entry.path)
-        if is_hidden(entry.name):
-            left_out["hidden"] += 1
-        elif not is_folder(entry):
-            left_out["outside of the class folders"] += 1
-        elif Path(real) not in (here, *here.parents):
-            if any("\ud800" <= letter <= "\udfff" for letter in entry.name):
-                raise DataError(f"The name of the class folder {shown(entry.path)} is not UTF-8: rename it.")
-            if real in places:
-                raise DataError(
-                    f"The class folders {shown(places[real])} and {shown(entry.name)} of {shown(root)} are one folder: "
-                    "remove one of the two links."
-                )
-            places[real] = entry.name
-    return list(places.values())
 
 
 def _look(source: Path | bytes, name: object, look: Callable[[Image.Image], Found]) -> Found:

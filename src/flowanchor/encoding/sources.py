@@ -12,7 +12,8 @@ import numpy as np
 from flowanchor.base.reading import read_regular, shown
 from flowanchor.base.walk import is_hidden
 from flowanchor.data.labels import CLASSES, read_label, shown_label
-from flowanchor.data.pictures import BYTES, KNOWN, class_folders, file_mark, find_pictures, tell_unused
+from flowanchor.data.picture_files import KNOWN, class_folders, file_mark, find_pictures, tell_unused
+from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import tar_files
 from flowanchor.encoding.tars import read_member, read_tar, tar_names
 from flowanchor.errors import ConfigError, DataError

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.data.pictures import BYTES, EXTENSIONS
+from flowanchor.data.picture_files import EXTENSIONS
+from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content, mapped_members
 from flowanchor.errors import DataError
 

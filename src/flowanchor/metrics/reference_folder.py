@@ -16,7 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import sha256
 from flowanchor.base.reading import shown
-from flowanchor.data.pictures import KNOWN, PictureError, find_pictures, open_picture, tell_unused
+from flowanchor.data.picture_files import KNOWN, find_pictures, tell_unused
+from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import Reference, Shape
