@@ -78,6 +78,7 @@ def test_the_same_run_may_go_on_longer(tmp_path):
     write_run_record(tmp_path, config())
     check_same_run(tmp_path, config())
     check_same_run(tmp_path, config(trainer__max_steps=20, seed=1))
+    check_same_run(tmp_path, config(data__max_bad=3))  # as the message of a bad sample advises
 
 
 @pytest.mark.parametrize(

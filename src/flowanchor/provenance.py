@@ -34,6 +34,8 @@ HYDRA = ".hydra"  # as Hydra itself would write it before anything is known
 
 # What makes a run this run: continuing it with another of these would mix two experiments in one folder.
 IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
+# Part of them, and yet free: a run that was stopped by bad samples goes on with a higher limit.
+FREE = ("data.max_bad",)
 
 # Settings that change nothing that is computed.
 _NEUTRAL = ("name", "debug")
@@ -89,7 +91,7 @@ def write_program_record(folder: str | Path, program: str, cfg: DictConfig, **mo
 def read_parts(folder: str | Path) -> list[dict[str, Any]]:
     """What is recorded of the parts of a run, the first one first; an empty list without a readable record."""
     try:
-        found = json.loads((Path(folder) / PROVENANCE).read_text())
+        found = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(found, dict):
@@ -130,7 +132,7 @@ def check_same_run(
     ours = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(ours, dict)
     changed = [key for key in differences(theirs, ours) if f"{key}.".startswith(tuple(f"{p}." for p in IDENTITY))]
-    changed = [key for key in changed if key not in known]
+    changed = [key for key in changed if key not in (*known, *FREE)]
     if "data.batch_size" in changed and _joint_batch(theirs) == _joint_batch(ours) is not None:
         changed.remove("data.batch_size")  # per process: the same batch, shared by another number of processes
     if changed:

@@ -95,7 +95,7 @@ class RunLock:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(asdict(self.me), file)
         return True
 
@@ -169,7 +169,7 @@ def _read(path: Path, patient: bool = False) -> Holder | None:
     """Who holds a lock; None where there is none, or one that is no record of ours. `patient`: it may be in writing."""
     for wait in (0.5, 0.0) if patient else (0.0,):
         with suppress(OSError, ValueError, TypeError):
-            return Holder(**json.loads(path.read_text()))
+            return Holder(**json.loads(path.read_text(encoding="utf-8")))
         time.sleep(wait)
     return None
 
@@ -183,7 +183,7 @@ def _touched(path: Path) -> float | None:
 def _machine() -> str | None:
     """What tells apart machines, and containers that cannot see each other's processes; None where nothing does."""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return None
 
@@ -191,7 +191,9 @@ def _machine() -> str | None:
 def _started(pid: int) -> str | None:
     """When a process of this machine began; None where that is unknown, or it has ended and is only not yet reaped."""
     with suppress(OSError, IndexError):
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *rest = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return None if state in "ZX" else rest[18]
     return None
 

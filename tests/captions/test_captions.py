@@ -187,6 +187,23 @@ def test_one_two_and_interrupted_processes_make_the_same_files(tmp_path):
     )
 
 
+def test_replaced_pictures_go_to_the_files_of_their_size(tmp_path):
+    """Which pictures a file holds follows from all their sizes: what was made of other ones is made again."""
+    folder = as_table(tmp_path / "data")
+    before = encode(tmp_path / "out", open_captions(str(folder)))
+    picture(1).save(folder / "00.png")  # tall, and was wide
+    source = open_captions(str(folder))
+    (tmp_path / "out" / "manifest.json").unlink()
+    after = encode(tmp_path / "out", source)
+    assert after.shards != before.shards and after.source["files"] != before.source["files"]
+    assert content(tmp_path / "out") == content_of_new(tmp_path, source)
+
+
+def content_of_new(folder: Path, source) -> dict[str, bytes]:
+    encode(folder / "anew", source)
+    return content(folder / "anew")
+
+
 def test_what_is_in_a_file(tmp_path):
     source = open_captions(str(as_table(tmp_path / "data")))
     manifest = encode(tmp_path / "out", source)

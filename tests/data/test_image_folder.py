@@ -85,6 +85,31 @@ def test_unreadable_image_is_named(folder, workers):
     assert "Traceback" not in str(caught.value)
 
 
+def test_bad_images_are_replaced_up_to_a_limit(folder):
+    """By the next one of their class, of their split: the labels stay, nothing that is held out is trained on."""
+    data = module(folder, max_bad=2)
+    train = data.images("train")
+    files = np.array([path.name for path in train.images._images.files])[train.images._indices]
+    cats = np.flatnonzero(train.labels == 0)
+    first, second = cats[2], cats[-1]
+    for index in (first, second):
+        (folder / "cat" / files[index]).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"cat/.*left out \(1 so far, at most 2\), another one of its class takes"):
+        replaced = train[int(first)]
+    assert torch.equal(replaced, train[int(cats[3])]) and torch.equal(train[int(second)], train[int(cats[0])])
+    assert len(train.stack(range(len(train)))) == 27, "no more than these two are counted, once each"
+    strict = module(folder, max_bad=1, num_workers=1, batch_size=27)
+    with pytest.raises(DataError, match=r"cat/.*cannot be read as an image .*up to 2 .* by data\.max_bad=2 \(now 1\)"):
+        next(iter(strict.train_dataloader()))
+
+
+def test_a_class_without_any_readable_image_stops_it(folder):
+    for path in (folder / "cat").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="No image of the class of image 0 can be read"):
+        module(folder, max_bad=20).images("train")[0]
+
+
 def test_truncated_image_is_named(folder):
     path = folder / "cat" / "00.png"
     path.write_bytes(path.read_bytes()[:50])
@@ -124,6 +149,7 @@ def test_missing_folder(tmp_path):
         ({"channels": 4}, "data.channels=1 or 3"),
         ({"labelled": False}, "data.num_classes=0"),
         ({"heldout": 1.0}, "data.heldout=0.1"),
+        ({"max_bad": -1}, "data.max_bad=-1"),
     ],
 )
 def test_settings_that_contradict(tmp_path, settings, message):

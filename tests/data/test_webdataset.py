@@ -308,3 +308,35 @@ def test_arrays_of_other_numbers_than_floating_point_ones(dtype):
     np.save(buffer, np.zeros((1, 2, 4, 4), dtype))
     with pytest.raises(ValueError, match="not floating-point numbers"):
         decode_array(buffer.getvalue())
+
+
+def test_keys_with_dots_are_refused_before_they_are_one_sample(tmp_path):
+    """1.5, 1.6 and 1.7 share the key 1: they would be a single sample without its array."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key in ("1.5", "1.6", "1.7"):
+            for name, content in ((f"{key}.npy", b"x"), (f"{key}.cls", b"0")):
+                header = tarfile.TarInfo(name)
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    (tmp_path / "._0.tar").write_bytes(b"macOS's")
+    with pytest.raises(DataError, match=r"0\.tar holds 1\.5\.npy, .* write the key without dots"):
+        count_samples(expand(str(tmp_path)), None)
+
+
+def test_an_index_is_that_of_its_tars(write_tars):
+    """Tars of one name in two folders have no index in common; one that says less would hide samples."""
+    one, two = write_tars([3], name="one"), write_tars([5], name="two")
+    urls = [str(next(folder.glob("*.tar"))) for folder in (one, two)]
+    assert Path(urls[0]).name == Path(urls[1]).name
+    assert count_samples(urls, None) == [3, 5]
+    with pytest.raises(DataError, match="names two of one name"):
+        count_samples(urls, str(one / "index.json"))
+    content = json.loads((two / "index.json").read_text())
+    content["shardlist"][0]["nsamples"] = 4
+    (two / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"has more than the 4 samples that its index says"):
+        epoch(module(two, batch_size=2))
+    content["shardlist"] *= 2
+    (two / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"two tars of one name"):
+        count_samples(urls[1:], None)

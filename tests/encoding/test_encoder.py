@@ -270,7 +270,112 @@ def test_other_settings_are_refused(images, tmp_path):
         encode(images, tmp_path / "out")
 
 
+# --------------------------------------------------------------------------------------------------- replaced images
+
+
+def test_a_replaced_image_is_encoded_again_and_no_other_file(images, tars, tmp_path):
+    """By the sizes and times of the files; the set is then the one that is made of the new images at once."""
+    for root in (images, tars):
+        out = tmp_path / f"out_{root.name}"
+        before = encode(root, out)
+        times = {shard.file: (out / shard.file).stat().st_mtime_ns for shard in before.shards}
+        if root is images:
+            (root / "bee" / "3.jpg").write_bytes(make_image(77, 1))
+        else:
+            (root / "0.tar").write_bytes((root / "0.tar").read_bytes())  # written anew
+        (out / "manifest.json").unlink()
+        after = encode(root, out)
+        made = [file for file, time in times.items() if (out / file).stat().st_mtime_ns != time]
+        assert made == [before.shards[number].file for number in ((1,) if root is images else (0,))]
+        assert after.shards == encode(root, tmp_path / f"anew_{root.name}").shards
+        assert before.source["files"] != after.source["files"]
+
+
+def test_replaced_images_of_a_half_made_set(images, tmp_path):
+    """Two processes, of which the first made its files of the old images: no file of the set has any."""
+    source, codec, out = open_source(str(images)), Halving(), tmp_path / "out"
+    said = {**ENCODING.__dict__, "codec": codec.fingerprint(), "images": source.digest()}
+    out.mkdir()
+    first = Encoder(source, codec, ENCODING, out, 4, process=0, processes=2)
+    first.record.claim(said)
+    assert len(list(first.encode(first.pending()))) == 2
+    for path in images.rglob("*.jpg"):
+        path.write_bytes(make_image(99, 0))
+    encode(images, out, processes=2)
+    encode(images, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+def test_a_repaired_image_is_taken_by_the_same_command(images, tmp_path):
+    bad, whole = images / "bee" / "3.jpg", (images / "bee" / "3.jpg").read_bytes()
+    bad.write_bytes(whole[:300])
+    (images / "cat" / "7.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"Once they are repaired, the same command makes .*shard001.*shard002.* again"):
+        encode(images, tmp_path / "out", max_unreadable=1)
+    bad.write_bytes(whole)
+    (images / "cat" / "7.jpg").write_bytes(whole)
+    assert encode(images, tmp_path / "out").count == 24
+
+
+def test_sets_that_do_not_say_what_their_images_were_like_stay(images, tmp_path):
+    """As an earlier version made them: without sizes and times, and without turning photos."""
+    encode(images, tmp_path / "out", replace(ENCODING, upright=False))
+    for path in (tmp_path / "out" / ".encoding").glob("*.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("stamp", "upright")}))
+    (images / "bee" / "3.jpg").write_bytes(make_image(77, 1))
+    with pytest.raises(ConfigError, match="upright was False and is True"):
+        encode(images, tmp_path / "out")
+    encoder = Encoder(open_source(str(images)), Halving(), replace(ENCODING, upright=False), tmp_path / "out")
+    assert encoder.pending() == []
+
+
+def test_the_folder_is_claimed_without_hard_links(images, tmp_path, monkeypatch):
+    """File systems of USB sticks, Windows shares and containers have none."""
+    from flowanchor.encoding import record
+
+    monkeypatch.setattr("os.link", lambda *_: pytest.fail("a hard link"))
+    encode(images, tmp_path / "out")
+    claimed = record.EncodingRecord(tmp_path / "claimed")
+    claimed.claim({"seed": 0})
+    claimed.claim({"seed": 0})
+    with pytest.raises(ConfigError, match="seed was 0 and is 1"):
+        claimed.claim({"seed": 1})
+    monkeypatch.setattr(record, "PATIENCE", 0.1)
+    (claimed.folder / "settings.json").write_text('{"se')
+    with pytest.raises(DataError, match=r"settings\.json is damaged: delete it"):
+        claimed.claim({"seed": 0})
+
+
+def test_a_claim_that_is_being_written_is_waited_for(tmp_path):
+    from threading import Timer
+
+    from flowanchor.encoding.record import EncodingRecord
+
+    record = EncodingRecord(tmp_path)
+    record.folder.mkdir()
+    path = record.folder / "settings.json"
+    path.touch()
+    writing = Timer(0.2, path.write_text, ['{"seed": 0}'])
+    writing.start()
+    record.claim({"seed": 0})
+    writing.join()
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_pictures_of_one_colour_are_told_early_and_by_their_reason(images, tmp_path):
+    for path in images.rglob("*.jpg"):
+        Image.new("RGB", (20, 20), (255, 0, 0)).save(path, quality=100)
+    with (
+        pytest.warns(
+            UserWarning, match=r"All latents of latents_rank00_shard000\.safetensors have one value in channel"
+        ),
+        pytest.raises(DataError, match=r"Channel \d of all latents has the one value .* pictures of one flat colour"),
+    ):
+        encode(images, tmp_path / "out", replace(ENCODING, values="moments"))
 
 
 def test_unreadable_images_are_listed_and_counted(images, tmp_path):
@@ -363,7 +468,30 @@ def test_bad_samples_of_tars(tmp_path, members, settings, sentence):
         open_source(str(tmp_path / "x.tar"), **settings)
 
 
+def test_what_lies_beside_tars_is_told(tars):
+    (tars / "train").mkdir()
+    (tars / "notes.txt").touch()
+    (tars / "._0.tar").write_bytes(b"\0\5\x16\7")  # macOS's
+    source = open_source(str(tars))
+    assert len(source) == 24
+    assert source.remarks == (f"Not used, files in {tars} beside the tars: 1 .txt, 1 folders, 1 hidden.",)
+
+
+def test_a_preview_is_no_second_image(tmp_path):
+    """A GIF is an image where its key has no other; the images stay in the tar's order."""
+    picture = make_image(0, 0)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.gif", "a.cls", "b.gif", "b.jpg", "b.cls", "c.jpg", "c.cls"):
+            add_member(tar, name, b"0" if name.endswith("cls") else picture)
+    source = open_source(str(tmp_path))
+    assert source.names == ["x.tar/a", "x.tar/b", "x.tar/c"]
+    assert source.remarks == ("Not used, files in the tars: 1 .gif.",)
+
+
 def test_sources_that_are_none(tmp_path, images):
+    (tmp_path / "images.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"images\.tar\.gz is neither a folder nor a plain \.tar: unpack it"):
+        open_source(str(tmp_path / "images.tar.gz"))
     with pytest.raises(ConfigError, match="data.root=FOLDER"):
         open_source(None)
     with pytest.raises(DataError, match="no folder"):

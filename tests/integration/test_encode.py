@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_killed_and_run_again_by_two_processes(images, tmp_path):
         (["out=x"], "Error: Which images? Add data.root=FOLDER"),
         (["out=x", "format=zip"], "Error: format=zip is not known: use one of safetensors, webdataset."),
         (["out=x", "format=webdataset", "dtype=bfloat16"], "Error: dtype=bfloat16 cannot be stored in .npy files"),
+        (["out=x", "upright=sometimes"], "Error: upright=sometimes is neither true nor false"),
         (["out=x", "codec=vavae"], "Error: image_size=8 is no multiple of 16"),
         (["out=x", "codec=vavae", "image_size=16", "data.root=."], "Error: codec=vavae has no weights"),
     ],
@@ -86,6 +88,35 @@ def test_mistakes(command, capsys, words, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_replaced_images_are_encoded_again_by_the_same_command(command, tmp_path, capsys):
+    """Complete or not: what is there afterwards is made of the new images, and a photo stands upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def write(number: int) -> None:
+        (tmp_path / "a").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "a" / "0.png", exif=exif)
+        Image.fromarray(pixels[::-1]).save(tmp_path / "a" / "1.png")
+
+    def encoded(out: str, *words: str) -> tuple[bytes, str]:
+        command("encode", *SETTINGS, f"data.root={tmp_path}", f"out={out}", "data.labelled=false", *words)
+        return (tmp_path / out / "latents_rank00_shard000.safetensors").read_bytes(), capsys.readouterr().out
+
+    write(0)
+    first, _ = encoded("out")
+    assert encoded("out") == (first, encoded("out")[1]) and "complete already" in encoded("out")[1]
+    assert encoded("stored", "upright=false")[0] != first
+    write(1)
+    second, said = encoded("out")
+    assert "were replaced: their files are made again" in " ".join(said.split()) and second != first
+    assert second == encoded("anew")[0]
+    shutil.rmtree(tmp_path / "out" / ".encoding")  # whoever tidies up loses what tells which files are concerned
+    assert encoded("out")[0] == second
+    write(2)
+    assert encoded("out")[0] == encoded("third")[0] != second
+
+
 WITHOUT = "no encoder"
 
 
@@ -94,6 +125,7 @@ WITHOUT = "no encoder"
     [
         ({"caption": "a"}, [WITHOUT], "Error: Captions need a text encoder: add text_encoder=umt5"),
         ({"caption": "a"}, ["image_size=10"], "Error: image_size=10 is no multiple of 8: use for example 8."),
+        ({"caption": "a"}, ["upright=false"], "Error: upright=true is the only way for pictures with captions"),
         ({"caption": "a"}, ["codec=wan_vae"], "Error: codec=wan_vae has no weights to encode with"),
         ({"caption": "a"}, ["text_encoder=umt5"], "Error: text_encoder=umt5 needs its weights"),
         ({"text": "a"}, [], "Error: Row 1 of images/captions.jsonl has no columns 'file' and 'caption'"),

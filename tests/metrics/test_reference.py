@@ -193,3 +193,25 @@ def test_a_cache_that_cannot_be_written(tmp_path, sources, images):
     reference = open_reference(str(write_npz(tmp_path / "images.npz", images)), SHAPE)
     with pytest.raises(ConfigError, match=r"metric\.cache_dir=FOLDER"):
         _ = evaluator_of(sources, reference, cache_dir=str(tmp_path / "file" / "cache")).reference
+
+
+def test_a_user_without_a_home_has_a_cache(tmp_path, sources, images, monkeypatch):
+    """As in a container that runs as a number: `~` means nothing there."""
+    import pwd
+
+    from flowanchor.metrics.storage import cache_folder
+
+    def nobody(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    found = cache_folder("~/.cache/flowanchor")
+    assert found.parent.parent.parent == tmp_path / "temporary" and found.parts[-2:] == (".cache", "flowanchor")
+    assert cache_folder("/elsewhere").as_posix() == "/elsewhere"
+    folder = write_folder(tmp_path / "images", images)
+    settings = {"cache_dir": "~/.cache/flowanchor"}
+    reference = open_reference(str(folder), SHAPE, **settings)
+    _ = evaluator_of(sources, reference, **settings).reference
+    assert len(list(found.glob("reference-*.npz"))) == len(list(found.glob("folder-*.json"))) == 1

@@ -48,6 +48,16 @@ def sweep(tmp_path):
     return tmp_path / "sweep"
 
 
+def test_runs_in_linked_folders_are_found_once(sweep, tmp_path):
+    """As where outputs/ is a link to a scratch disk; a link that leads back ends."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "scratch").symlink_to(sweep)
+    (sweep / "back").symlink_to(tmp_path / "outputs")
+    for folders in ([tmp_path / "outputs"], [tmp_path / "outputs", sweep]):
+        runs = find_runs(folders)
+        assert [run.seed for run in runs] == [0, 1, 2, 0] and [len(run.results) for run in runs] == [2, 2, 2, 0]
+
+
 def test_seeds_are_put_together_and_the_label_says_what_differs(sweep):
     flow, facm = sorted(group_runs(find_runs([sweep])), key=lambda group: len(group.runs))
     assert (facm.label, flow.label) == ("objective=facm", "objective=flow_matching")

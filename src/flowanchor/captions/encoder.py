@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import write_tensors
@@ -20,8 +20,9 @@ from flowanchor.captions.buckets import Size, fit, nearest
 from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
 from flowanchor.captions.sources import HEADER, CaptionedSource
 from flowanchor.data.pictures import UNREADABLE, open_picture, picture_size, reason_of
+from flowanchor.data.workers import in_order
 from flowanchor.encoding.images import ImageBatch
-from flowanchor.encoding.record import EncodingRecord, FinishedShard
+from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
 from flowanchor.encoding.writers import DTYPES, disk_space
 from flowanchor.errors import DataError
 from flowanchor.interfaces import Codec
@@ -144,7 +145,9 @@ class CaptionEncoder:
             )
 
     def pending(self) -> list[PlannedFile]:
-        """Files of this process that are not there yet."""
+        """Files of this process that are not there yet, or whose images were replaced since."""
+        for file in self.files:
+            self.record.forget_changed(file.number, self._stamp(file))
         own = [file for file in self.files if file.number % self.processes == self.process]
         return [file for file in own if self.record.finished(file.number) is None]
 
@@ -152,8 +155,7 @@ class CaptionEncoder:
         """Make them; yields each when it is finished."""
         pieces = [np.array_split(file.indices, -(-len(file.indices) // self.batch_size)) for file in pending]
         batches = [(file.size, part) for file, parts in zip(pending, pieces, strict=True) for part in parts]
-        loader = iter(DataLoader(_Fitted(self.source, batches), batch_size=None, num_workers=self.num_workers,
-                                 collate_fn=_as_it_is))  # fmt: skip
+        loader = in_order(_Fitted(self.source, batches), self.num_workers)
         for file, parts in zip(pending, pieces, strict=True):
             yield self._file(file, islice(loader, len(parts)))
 
@@ -173,9 +175,14 @@ class CaptionEncoder:
         embeddings = [[text.to(DTYPES[self.dtype]) for text in self.text.encode(texts)] for texts in captions]
         names = [self.source.names[row] for row in rows]
         shard = write_file(self.out / file.file, torch.cat(latents), embeddings, names, captions)
-        finished = FinishedShard(shard, tuple(unreadable), {})
+        finished = FinishedShard(shard, tuple(unreadable), {}, self._stamp(file))
         self.record.finish(file.number, finished)
         return finished
+
+    def _stamp(self, file: PlannedFile) -> str:
+        """Of its images, and of its size: a replaced picture may belong to another one."""
+        height, width = file.size
+        return f"{height} x {width} {self.source.stamp(file.indices)}"
 
     def _latents(self, batch: ImageBatch) -> Tensor:
         """[B, C, F, h, w], on the CPU."""
@@ -184,7 +191,7 @@ class CaptionEncoder:
         found = (found[:, :, None] if found.ndim == 4 else found).to("cpu", DTYPES[self.dtype])
         broken = (~found.isfinite()).flatten(1).any(1)
         if bool(broken.any()):
-            name = self.source.names[int(batch.indices[int(broken.nonzero()[0])])]
+            name = shown(self.source.names[int(batch.indices[int(broken.nonzero()[0])])])
             raise DataError(
                 f"The latents of {name} are not finite in {self.dtype}: use dtype=float32 and check the codec."
             )
@@ -214,11 +221,7 @@ class CaptionEncoder:
             text_encoder={"name": self.text.name, "digest": settings["text_encoder"]},
             negative=negative,
             unreadable=tuple(unreadable),
-            source=settings,
+            source={**settings, STAMP: self.source.stamp()},
         )
         manifest.write(self.out)
         return manifest
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from itertools import count as counting
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowanchor.base.reading import open_regular, read_regular, shown
+from flowanchor.base.reading import read_regular, shown
+from flowanchor.captions.tables import NOTE, is_table, read_rows
+from flowanchor.data.picture_files import file_mark, tell_unused
 from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content
-from flowanchor.encoding.sources import Source
-from flowanchor.encoding.tars import read_member, read_tar, tar_names, tell_unused
+from flowanchor.encoding.sources import Source, beside_tars, tars_of
+from flowanchor.encoding.tars import read_member, read_tar, tar_names
 from flowanchor.errors import ConfigError, DataError
 
-TABLES = (".csv", ".jsonl")
-NOTE = 1 << 24  # bytes of a line of a table, and of a caption's file in a tar, at most
 HEADER = 1 << 15  # bytes of a file that nearly always tell an image's size
 
 
@@ -42,10 +39,9 @@ class CaptionedSource(Source):
     def read(self, index: int, count: int | None = None) -> bytes:
         """The image's file, undecoded, or its first `count` bytes; raises `OSError` where it cannot be read."""
 
-    def _take(self, found: Iterator[tuple[str, Any]], where: object) -> None:
+    def _take(self, found: Iterable[tuple[str, tuple[str, ...]]], where: object) -> None:
         self.names, self.captions, self.uncaptioned = [], [], []
-        for name, captions in found:
-            texts = _texts(captions)
+        for name, texts in found:
             if texts:
                 self.names.append(name)
                 self.captions.append(texts)
@@ -74,7 +70,15 @@ class TableSource(CaptionedSource):
 
     def __init__(self, table: Path, file: str = "file", caption: str = "caption") -> None:
         self.root = table.parent
-        self._take(((str(row[file]), row.get(caption)) for row in _rows(table, file, caption)), table)
+        self._take(self._named(table, file, caption), table)
+        self.marks = [str(file_mark(self.root / name)) for name in self.names]
+
+    def _named(self, table: Path, file: str, caption: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        for row in read_rows(table, file, caption):
+            name = row.cells.get(file)
+            if not isinstance(name, str) or not name.strip():
+                raise row.refused(f"names no image under '{shown(file)}'", "correct it")
+            yield name, _texts(row.cells.get(caption))
 
     def read(self, index: int, count: int | None = None) -> bytes:
         return read_regular(self.root / self.names[index], BYTES, count=count)
@@ -90,14 +94,17 @@ class TarCaptions(CaptionedSource):
             content = read_tar(path, ("txt", "json"))
             for key, place in content.images.items():
                 places[f"{tar}/{key}"] = (number, place)
-                text = None
-                for extension, note in content.notes.get(key, {}).items():  # the last one counts
-                    text = _caption(note, extension, f"{shown(key)}.{extension} of {shown(path)}", caption)
-                found.append((f"{tar}/{key}", text))
+                texts: tuple[str, ...] = ()
+                for extension, note in content.notes.get(key, {}).items():  # the last one that holds any counts
+                    name = f"{shown(key)}.{extension} of {shown(path)}"
+                    texts = _texts(_caption(note, extension, name, caption)) or texts
+                found.append((f"{tar}/{key}", texts))
             unused += content.unused
-        self._take(iter(found), "data.root")
+        self._take(found, "data.root")
         self._places = [places[name] for name in self.names]
-        self.remarks = tuple(tell_unused(unused))
+        marks = [str(file_mark(path)) for path in tars]
+        self.marks = [marks[number] for number, _ in self._places]
+        self.remarks = tuple(tell_unused(unused, "the tars"))
 
     def read(self, index: int, count: int | None = None) -> bytes:
         number, place = self._places[index]
@@ -114,66 +121,23 @@ def open_captions(root: str | None, file: str = "file", caption: str = "caption"
             "Which images? Add data.root=FOLDER (tars of images with txt or json, or a CSV or JSONL table)."
         )
     path = Path(root).expanduser()
-    if path.suffix in TABLES and path.is_file():
+    if is_table(path) and path.is_file():
         return TableSource(path, file, caption)
-    if str(root).endswith(".tar"):
-        from webdataset.shardlists import expand_urls
-
-        return TarCaptions([Path(name) for name in expand_urls(str(path))], caption)
-    if not path.is_dir():
-        raise DataError(f"There is no folder {path}: set data.root=FOLDER.")
-    tables = sorted(entry for entry in path.iterdir() if entry.suffix in TABLES)
-    tars = sorted(path.glob("*.tar"))
+    tables = sorted(entry for entry in path.iterdir() if is_table(entry)) if path.is_dir() else []
+    tars = tars_of(path)
     if len(tables) == 1 and not tars:
         return TableSource(tables[0], file, caption)
     if tars and not tables:
-        return TarCaptions(tars, caption)
+        source = TarCaptions(tars, caption)
+        source.remarks += tuple(beside_tars(path))
+        return source
     raise DataError(f"{path} holds {len(tables)} tables (CSV, JSONL) and {len(tars)} tars: give one table, or tars.")
 
 
 def read_captions(table: Path, caption: str = "caption") -> list[str]:
     """The first caption of every row of a table that has one; raises `DataError` without the column."""
-    texts = (_texts(row.get(caption)) for row in _rows(table, None, caption))
+    texts = (_texts(row.cells.get(caption)) for row in read_rows(table, caption))
     return [found[0] for found in texts if found]
-
-
-def _rows(table: Path, file: str | None, caption: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table; raises `DataError` with the number of one that cannot be read or lacks a column."""
-    rows = _parsed(table)
-    for number in counting(1):
-        try:
-            row = next(rows, None)
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"{type(error).__name__}: {error}"
-            raise DataError(
-                f"Row {number} of {shown(table)} cannot be read ({shown(reason)[:120]}): correct it."
-            ) from error
-        if row is None:
-            return
-        if not isinstance(row, dict) or file not in (*row, None) or caption not in row and number == 1:
-            known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise DataError(
-                f"Row {number} of {shown(table)} has no column '{caption}' (it has {shown(known)[:200]}): add it."
-                if file is None
-                else f"Row {number} of {shown(table)} has no columns '{file}' and '{caption}' (it has "
-                f"{shown(known)[:200]}): name them by captions.file= and captions.caption=."
-            )
-        yield row
-
-
-def _parsed(table: Path) -> Iterator[Any]:
-    with io.TextIOWrapper(open_regular(table), encoding="utf-8-sig", newline="") as text:
-        if table.suffix == ".csv":
-            yield from csv.DictReader(_lines(text))
-        else:
-            yield from (json.loads(line) for line in _lines(text) if line.strip())
-
-
-def _lines(text: io.TextIOWrapper) -> Iterator[str]:
-    while line := text.readline(NOTE):
-        if len(line) == NOTE:
-            raise ValueError(f"a line of more than {NOTE:,} letters")
-        yield line
 
 
 def _texts(found: Any) -> tuple[str, ...]:
@@ -196,10 +160,10 @@ def _caption(content: Content, extension: str, name: str, caption: str) -> Any:
     """What a file of a tar says of an image."""
     if len(content) > NOTE:
         raise DataError(f"{name} has {len(content):,} bytes, more than a caption: leave it out.")
-    text = bytes(content).decode("utf-8", errors="replace")
-    if extension == "txt":
-        return text
     try:
-        return json.loads(text).get(caption)
+        text = bytes(content).decode("utf-8-sig")
+        return text if extension == "txt" else json.loads(text).get(caption)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8: correct it.") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{name} is no JSON object: it must hold the entry '{caption}'.") from error

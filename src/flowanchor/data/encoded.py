@@ -100,22 +100,35 @@ class BadSamples:
         good = stored.flatten(1).isfinite().all(1).numpy()
         rows = np.flatnonzero(good)
         for row in np.flatnonzero(~good):
-            name = describe(int(row))
-            known, count = name in self.left_out, len(self.left_out | {name})
-            if count > self.limit or not len(rows):
-                raise DataError(
-                    f"{name}: repair it, or let up to {count} such samples be left out by data.max_bad={count} "
-                    f"(now {self.limit})."
-                )
+            self.leave_out(describe(int(row)), alone=not len(rows))
             other = int(rows[int(row) % len(rows)])
             stored[row], labels[row] = stored[other], labels[other]
-            self.left_out.add(name)
-            if not known:
-                warnings.warn(
-                    f"{name}: left out ({count} so far, at most {self.limit}), another one of its batch takes its "
-                    "place.",
-                    stacklevel=2,
-                )
+
+    def leave_out(
+        self,
+        name: str,
+        instead: str = "another one of its batch",
+        advice: str = "repair it",
+        alone: bool = False,
+    ) -> None:
+        """Count a sample, by its name and why it is bad; raises `DataError` beyond the limit.
+
+        Args:
+            instead: what takes its place.
+            advice: what to do about it, but for leaving it out.
+            alone: nothing is there to do so.
+        """
+        known, count = name in self.left_out, len(self.left_out | {name})
+        if count > self.limit or alone:
+            raise DataError(
+                f"{name}: {advice}, or let up to {count} such samples be left out by data.max_bad={count} "
+                f"(now {self.limit})."
+            )
+        self.left_out.add(name)
+        if not known:
+            warnings.warn(
+                f"{name}: left out ({count} so far, at most {self.limit}), {instead} takes its place.", stacklevel=3
+            )
 
 
 def read_description(

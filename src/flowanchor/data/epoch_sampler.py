@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from flowanchor.base.rank_zero import rank_zero_warn
-from flowanchor.errors import ConfigError, DataError, FlowAnchorError
+from flowanchor.data.workers import Telling, arriving, as_it_is
+from flowanchor.errors import ConfigError, DataError
 
 
 class EpochBatchSampler(Sampler[list[int]]):
@@ -131,42 +132,14 @@ def whole_steps(batches: int, accumulate: int) -> int:
     return max(batches // accumulate, 1) * accumulate
 
 
-class Failed:
-    """A user's error on its way out of a worker process: raised there, it would arrive as a traceback."""
-
-    def __init__(self, error: FlowAnchorError) -> None:
-        self.error = error
-
-
-class _Reader(Dataset):
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        try:
-            return self.dataset.__getitems__(indices)
-        except FlowAnchorError as error:
-            return Failed(error)
-
-
 class BatchLoader(DataLoader):
     """A `DataLoader` of a dataset whose `__getitems__(indices)` gives a whole batch, in a batch sampler's order."""
 
     def __init__(self, dataset: Any, **kwargs: Any) -> None:
-        super().__init__(_Reader(dataset), collate_fn=_as_is, **kwargs)
+        super().__init__(Telling(dataset), collate_fn=as_it_is, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, Failed):
-                raise batch.error
-            yield batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+        yield from arriving(super().__iter__())
 
 
 class ResumableLoader(BatchLoader):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import sha256
-from flowanchor.base.reading import shown
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.data.base import FlowDataModule
+from flowanchor.data.encoded import BadSamples
 from flowanchor.data.images import ImageSet, split_heldout
-from flowanchor.data.pictures import EXTENSIONS, PictureError, class_folders, open_picture, picture_files
+from flowanchor.data.picture_files import KNOWN, class_folders, find_pictures, tell_unused
+from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.errors import ConfigError, DataError
 
 
@@ -30,6 +33,8 @@ class ImageFolderDataModule(FlowDataModule):
         labelled: whether the subfolders are classes.
         mirror: train on mirrored copies as well: the set counts twice, no random flips.
         heldout: share of the images (of each class) that is held out.
+        max_bad: images that cannot be read that are left out before training stops; another one of the class takes the
+            place of each.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -45,6 +50,7 @@ class ImageFolderDataModule(FlowDataModule):
         labelled: bool = True,
         mirror: bool = False,
         heldout: float = 0.1,
+        max_bad: int = 0,
         **loader: int | bool,
     ) -> None:
         super().__init__(**loader)  # type: ignore[arg-type]
@@ -60,13 +66,18 @@ class ImageFolderDataModule(FlowDataModule):
             raise ConfigError(f"data.size={size} must be at least 1 and data.num_classes={num_classes} at least 0.")
         if not 0 < heldout < 1:
             raise ConfigError(f"data.heldout={heldout} is no share between 0 and 1: for example data.heldout=0.1.")
+        if max_bad < 0:
+            raise ConfigError(f"data.max_bad={max_bad} must be at least 0.")
         self.root = Path(root).expanduser()
         self.name = self.root.resolve().name
         self.channels, self.size, self.num_classes = channels, size, num_classes
-        self.labelled, self.mirror, self.heldout = labelled, mirror, heldout
+        self.labelled, self.mirror, self.heldout, self.max_bad = labelled, mirror, heldout, max_bad
 
     def load(self) -> dict[str, ImageSet]:
-        files, labels = self._labelled_files() if self.labelled else (self._unlabelled_files(), None)
+        unused = Counter[str]()
+        files, labels = self._labelled_files(unused) if self.labelled else (self._unlabelled_files(unused), None)
+        for line in tell_unused(unused, self.root):
+            rank_zero_info(line)
         everything = FolderImages(files, labels, self.root, self.channels, self.size)
         counts = [len(files)] if labels is None else np.bincount(labels).tolist()
         held = [min(count - 1, max(1, round(count * self.heldout))) for count in counts]
@@ -75,21 +86,23 @@ class ImageFolderDataModule(FlowDataModule):
                 f"{self.root} has one image per class, so none can be held out: add images, or set data.root=FOLDER."
             )
         train, heldout = split_heldout(labels, len(files), held)
-        return {"train": everything.subset(train), "heldout": everything.subset(heldout)}
+        return {
+            name: ReadableImages(everything.subset(part), self.max_bad)
+            for name, part in (("train", train), ("heldout", heldout))
+        }
 
-    def _labelled_files(self) -> tuple[list[Path], np.ndarray]:
-        folders = class_folders(self.root) if self.root.is_dir() else []
+    def _labelled_files(self, unused: Counter[str]) -> tuple[list[Path], np.ndarray]:
+        folders = class_folders(self.root, unused) if self.root.is_dir() else []
         if not folders:
             raise DataError(self._why_unlabelled())
         files, labels = [], []
         for label, folder in enumerate(folders):
-            found = sorted(
-                picture_files(self.root / folder, links=True), key=lambda path: (str(path.parent), path.name)
-            )
+            found = sorted(find_pictures(self.root / folder, unused), key=lambda path: (str(path.parent), path.name))
             if not found:
+                told = " ".join(tell_unused(unused, self.root))
                 raise DataError(
-                    f"{self.root} has a class folder without images, {folder}: remove it, or add images ("
-                    f"{', '.join(EXTENSIONS)})."
+                    f"{self.root} has a class folder without images, {folder}: remove it, or add images ({KNOWN}). "
+                    f"{told}".rstrip()
                 )
             files += found
             labels += [label] * len(found)
@@ -104,18 +117,19 @@ class ImageFolderDataModule(FlowDataModule):
     def _why_unlabelled(self) -> str:
         if not self.root.is_dir():
             return f"There is no folder {self.root}: set data.root=FOLDER to a folder with one subfolder per class."
-        loose = "images but no" if any(picture_files(self.root)) else "neither images nor"
+        loose = "images but no" if find_pictures(self.root) else "neither images nor"
         return (
             f"{self.root} has {loose} class subfolders: sort the images into one subfolder per class, or train "
             "without labels by data.labelled=false data.num_classes=0."
         )
 
-    def _unlabelled_files(self) -> list[Path]:
-        files = sorted(picture_files(self.root)) if self.root.is_dir() else []
+    def _unlabelled_files(self, unused: Counter[str]) -> list[Path]:
+        files = list(find_pictures(self.root, unused)) if self.root.is_dir() else []
         if not files:
             what = "are no images in" if self.root.is_dir() else "is no folder"
+            told = " ".join(tell_unused(unused, self.root))
             raise DataError(
-                f"There {what} {self.root}: set data.root=FOLDER to a folder with images ({', '.join(EXTENSIONS)})."
+                f"There {what} {self.root}: set data.root=FOLDER to a folder with images ({KNOWN}). {told}".rstrip()
             )
         return files
 
@@ -131,14 +145,7 @@ class FolderImages(ImageSet):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        path = self.files[index]
-        try:
-            pixels = open_picture(path, "L" if self.channels == 1 else "RGB")
-        except PictureError as error:
-            raise DataError(
-                f"{shown(path)} cannot be read as an image ({error.reason}): repair the file or remove it from "
-                f"data.root={self.root}."
-            ) from error
+        pixels = open_picture(self.files[index], "L" if self.channels == 1 else "RGB")
         return pil_to_tensor(ImageOps.fit(pixels, (self.size, self.size), method=Image.Resampling.BICUBIC))
 
     def digest(self) -> str:
@@ -147,3 +154,33 @@ class FolderImages(ImageSet):
             content.update(path.relative_to(self.root).as_posix().encode(errors="surrogateescape"))
             content.update(bytes.fromhex(sha256(path)))
         return content.hexdigest()
+
+
+class ReadableImages(ImageSet):
+    """A set in which others of their class take the places of up to `max_bad` images that cannot be read.
+
+    What takes a place is the next one that can be read: the same in every pass, whoever reads.
+    """
+
+    def __init__(self, images: ImageSet, max_bad: int) -> None:
+        self.images, self.labels, self.bad = images, images.labels, BadSamples(max_bad)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        for candidate in self._candidates(index):
+            try:
+                return self.images[candidate]
+            except PictureError as error:
+                self.bad.leave_out(error.fault, "another one of its class", "repair the file or remove it")
+        raise DataError(f"No image of the class of image {index} can be read: check data.root.")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The image itself, and those of its class behind it, from the first one on after the last."""
+        yield index
+        alike = np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(alike, -int(np.searchsorted(alike, index)))[1:].tolist()
+
+    def digest(self) -> str:
+        return self.images.digest()

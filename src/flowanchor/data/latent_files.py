@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowanchor.base.reading import shown
+from flowanchor.base.walk import is_hidden
 from flowanchor.errors import DataError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -36,7 +37,7 @@ class LatentFiles:
     """
 
     def __init__(self, root: Path, expected: Sequence[str] = ()) -> None:
-        self.paths = sorted(path for path in root.glob("*.safetensors") if path.is_file())
+        self.paths = sorted(p for p in root.glob("*.safetensors") if p.is_file() and not is_hidden(p.name))
         missing = sorted(set(expected) - {path.name for path in self.paths})
         if missing:
             raise DataError(f"{root / missing[0]} is gone ({len(missing)} of {len(expected)}): copy it again.")

@@ -1,29 +1,33 @@
-"""Pictures out of files that anybody may have made: which files are pictures, and how one is opened."""
+"""Pictures out of files that anybody may have made, as viewers show them: for trainer, encoders and references."""
 
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from flowanchor.base.reading import read_regular, shown
+from flowanchor.data.eight_bits import eight_bit
 from flowanchor.errors import DataError
 
 Found = TypeVar("Found")
 
-EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
-
 # By content, whatever a file is called. Pillow would open some forty formats, and some by other programs: PostScript by
 # Ghostscript. These are made of pixels alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 BYTES = 1 << 30  # of a file
 PIXELS = 1 << 27  # 134 million; decoding them takes up to 2.5 GB and some seconds (WebP, JPEG 2000)
@@ -33,25 +37,53 @@ SCANS = 1 << 31  # pixels times passes of a progressive JPEG: an ordinary one ha
 
 
 class PictureError(DataError):
-    """A file that is no picture, a damaged one, or one beyond the limits; `reason` says which, without the name."""
+    """A file that is no picture, a damaged one, or one beyond the limits.
+
+    Attributes:
+        fault: which file it is, and why it cannot be read.
+        reason: the latter alone.
+    """
 
     def __init__(self, name: object, reason: str) -> None:
-        super().__init__(f"{shown(name)} cannot be read as an image ({reason}): repair or remove it.")
-        self.reason = reason
+        self.fault = f"{shown(name)} cannot be read as an image ({reason})"
+        super().__init__(f"{self.fault}: repair or remove it.")
+        self.name, self.reason = str(name), reason
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:  # out of a loader's worker
+        return type(self), (self.name, self.reason)
 
 
 # What opening one picture of many may raise: where its bytes cannot be had, and where they are none.
 UNREADABLE = (PictureError, OSError)
 
 
-def open_picture(source: Path | bytes, mode: str, name: object = None) -> Image.Image:
-    """The pixels of a picture, in Pillow's mode `RGB` or `L`; raises `PictureError`, and nothing else."""
-    return _look(source, name, lambda image: image.convert(mode))
+def open_picture(source: Path | bytes, mode: str, name: object = None, upright: bool = True) -> Image.Image:
+    """The pixels of a picture, in Pillow's mode `RGB` or `L`; raises `PictureError`, and nothing else.
+
+    Of several pictures in a file (an animation, pages) the first. Other depths and transparency: `eight_bit`.
+
+    Args:
+        upright: turned as its EXIF data says, as viewers do. A PNG's counts where it stands before the pixels. A TIFF
+            is always turned.
+    """
+
+    def look(image: Image.Image) -> Image.Image:
+        turn = _turn(image) if upright else None
+        found = eight_bit(image, mode)
+        return found if turn is None else found.transpose(turn)
+
+    return _look(source, name, look)
 
 
 def picture_size(source: Path | bytes, name: object = None) -> tuple[int, int]:
     """Width and height that `open_picture` would give; the beginning of a file is enough for most formats."""
-    return _look(source, name, lambda image: image.size)
+
+    def look(image: Image.Image) -> tuple[int, int]:
+        turn = _turn(image)
+        sideways = turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+        return image.size[::-1] if sideways else image.size
+
+    return _look(source, name, look)
 
 
 def reason_of(error: BaseException) -> str:
@@ -73,40 +105,6 @@ def middle(image: Image.Image, ratio: int = RATIO) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def picture_files(folder: Path, links: bool = False) -> Iterator[Path]:
-    """Regular files with a picture's extension below a folder, in no order.
-
-    Args:
-        links: whether linked folders are entered, too; each real folder once, so that loops end.
-    """
-    waiting, seen = [folder], set()
-    while waiting:
-        here = waiting.pop()
-        try:
-            place = os.stat(here)
-            if links and (place.st_dev, place.st_ino) in seen:
-                continue
-            seen.add((place.st_dev, place.st_ino))
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    path = here / entry.name
-                    if entry.is_dir(follow_symlinks=links):
-                        waiting.append(path)
-                    elif path.suffix.lower() in EXTENSIONS and os.path.isfile(path):  # no pipe to wait on, no device
-                        yield path
-        except OSError:  # a folder that may not be read, or is gone by now
-            continue
-
-
-def class_folders(root: Path) -> list[str]:
-    """The subfolders of a folder, in the order of their names; raises `DataError` for a name that is no text."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    for name in names:
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError(f"The name of the class folder {shown(root / name)} is not UTF-8: rename it.")
-    return names
-
-
 def _look(source: Path | bytes, name: object, look: Callable[[Image.Image], Found]) -> Found:
     name = name or (source if isinstance(source, Path) else "The file")
     try:
@@ -118,6 +116,18 @@ def _look(source: Path | bytes, name: object, look: Callable[[Image.Image], Foun
                 return look(image)
     except Exception as error:  # Pillow's plugins let through whatever a damaged file makes them raise
         raise PictureError(name, reason_of(error)) from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets a picture upright that was only opened so far."""
+    if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:  # type: ignore[attr-defined]
+        image.load()  # which turns it
+        return None
+    try:
+        exif = Image.Image.getexif(image)  # a PNG's own would decode all pixels, to look behind them
+    except Exception:  # damaged: shown as it is, as by viewers
+        return None
+    return TURNS.get(exif.get(ORIENTATION, 1))
 
 
 def _check(image: Image.Image, content: bytes) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from flowanchor.base.reading import open_regular, shown
+from flowanchor.base.walk import is_hidden
 from flowanchor.errors import DataError
 
 BLOCK = 512
@@ -113,6 +114,11 @@ class _Raw(io.RawIOBase):
 def compression(start: bytes) -> Any:
     """What opens a compressed file that starts so, None for one that is not compressed."""
     return next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tars of a folder, in the order of their names; hidden ones (`._0.tar`, macOS's) are none."""
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
 
 def mapped_members(path: Path | str) -> Iterator[Entry]:

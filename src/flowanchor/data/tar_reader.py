@@ -13,7 +13,15 @@ import numpy as np
 
 from flowanchor.base.reading import open_regular, read_regular, shown
 from flowanchor.data.npy import Header, byte_count, read_header
-from flowanchor.data.tar_members import BLOCK, Content, Entry, compression, mapped_members, streamed_members
+from flowanchor.data.tar_members import (
+    BLOCK,
+    Content,
+    Entry,
+    compression,
+    mapped_members,
+    streamed_members,
+    tar_files,
+)
 from flowanchor.data.tar_plan import Stretch
 from flowanchor.errors import ConfigError, DataError
 
@@ -38,7 +46,7 @@ def expand(root: str) -> list[str]:
     root = root.removeprefix("file:")
     folder = Path(root).expanduser()
     if folder.is_dir():
-        found = [str(path) for path in sorted(folder.glob("*.tar"))]
+        found = [str(path) for path in tar_files(folder)]
         if not found:
             raise DataError(f"There are no tars in {root}: encode images by python src/encode.py format=webdataset.")
         return found
@@ -60,7 +68,8 @@ def is_remote(url: str) -> bool:
 def count_samples(urls: list[str], index: str | None) -> list[int]:
     """Samples per tar: from an index as `encode.py` writes it, else by reading the headers of local files."""
     beside = Path(urls[0]).parent / "index.json"
-    if index is None and not is_remote(urls[0]) and beside.is_file():
+    together = not any(is_remote(url) or Path(url).parent != beside.parent for url in urls)
+    if index is None and together and beside.is_file():
         index = str(beside)
     if index is None:
         remote = [url for url in urls if is_remote(url)]
@@ -68,6 +77,8 @@ def count_samples(urls: list[str], index: str | None) -> list[int]:
             raise ConfigError(f"How many samples are in {remote[0]} is not known: add data.index=FILE or URL.")
         return [sum(1 for _ in read_shard(url)) for url in urls]
     known = _read_index(index)
+    if len({_tar_name(url) for url in urls}) < len(urls):
+        raise DataError(f"{index} tells tars apart by their names, and data.root names two of one name: rename them.")
     missing = [url for url in urls if _tar_name(url) not in known]
     if missing:
         raise DataError(f"{index} does not list {missing[0]}: use the index that was written with these tars.")
@@ -90,13 +101,24 @@ def read_shard(url: str) -> Iterator[TarSample]:
         stem, _, extension = base.partition(".")
         if folder + slash + stem != key:
             if key is not None:
-                yield TarSample(url, key, files)
+                yield _sample(url, key, files)
             key, files = folder + slash + stem, {}
         if extension in files:
             raise DataError(f"{url} holds {shown(name)} twice: keys must be unique within a tar.")
         files[extension] = content
     if key is not None:
-        yield TarSample(url, key, files)
+        yield _sample(url, key, files)
+
+
+def _sample(url: str, key: str, files: dict[str, Content]) -> TarSample:
+    """Raises `DataError` where the key has a dot in it: several samples would be one."""
+    dotted = next((extension for extension in files if extension.endswith(".npy")), None)
+    if dotted is not None and "npy" not in files:
+        raise DataError(
+            f"{url} holds {shown(f'{key}.{dotted}')}, which is no latent: in a tar, a key ends at the first dot of a "
+            "name, so write the key without dots."
+        )
+    return TarSample(url, key, files)
 
 
 def read_stretch(
@@ -116,10 +138,12 @@ def read_stretch(
 def _part(
     url: str, begin: int, end: int, stretch: Stretch, needed: np.ndarray, last: int
 ) -> Iterator[tuple[int, TarSample]]:
-    position = begin
-    for sample in read_shard(url):
-        if position >= end or position > last:
+    position, samples = begin, read_shard(url)
+    for sample in samples:
+        if position > last:
             return
+        if position == end - 1 and next(samples, None) is not None:
+            raise DataError(f"{url} has more than the {end - begin:,} samples that its index says: use its own index.")
         if position >= stretch.start and needed[position - stretch.start]:
             yield position - stretch.start, sample
         position += 1
@@ -196,6 +220,8 @@ def _read_index(index: str) -> dict[str, int]:
         with _opened(index) as stream:
             shards = json.loads(stream.read(INDEX))["shardlist"]
         known = {_tar_name(shard["url"]): shard["nsamples"] for shard in shards}
+        if len(known) < len(shards):
+            raise ValueError("two tars of one name")
         wrong = [value for value in known.values() if type(value) is not int or value < 0]
         if wrong:
             raise ValueError(f"nsamples is {str(wrong[0])[:40]!r}")

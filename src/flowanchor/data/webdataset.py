@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flowanchor.base.reading import shown
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import BadSamples, StoredLatents, no_images, read_description, read_statistics
-from flowanchor.data.epoch_sampler import Failed, warn_of_another_order
+from flowanchor.data.epoch_sampler import warn_of_another_order
 from flowanchor.data.images import ImageSet
 from flowanchor.data.labels import read_label, shown_label
 from flowanchor.data.tar_plan import TarPlan
@@ -30,6 +30,7 @@ from flowanchor.data.tar_reader import (
     read_shard,
     read_stretch,
 )
+from flowanchor.data.workers import Failed, arriving, shared
 from flowanchor.errors import ConfigError, DataError, FlowAnchorError
 from flowanchor.interfaces import Batch
 
@@ -143,7 +144,7 @@ class TarBatches(IterableDataset):
         worker = get_worker_info()
         try:
             for epoch, reader, first, count in self.plan.work(self.position, worker.id if worker else 0):
-                yield from self._read(epoch, reader, first, count)
+                yield from map(shared, self._read(epoch, reader, first, count))
         except FlowAnchorError as error:
             yield Failed(error)
 
@@ -223,10 +224,7 @@ class TarLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._batches.position = self.position()
-        for batch in super().__iter__():
-            if isinstance(batch, Failed):
-                raise batch.error
-            yield batch
+        yield from arriving(super().__iter__())
 
     @property
     def _batches(self) -> TarBatches:

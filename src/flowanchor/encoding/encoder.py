@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.reading import shown
 from flowanchor.encoding.images import ImageBatch, load_batches
 from flowanchor.encoding.plan import PlannedShard, plan_shards
-from flowanchor.encoding.record import EncodingRecord, FinishedShard
+from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
 from flowanchor.encoding.sources import Source
 from flowanchor.encoding.writers import DTYPES, bytes_needed, open_writer, write_index
 from flowanchor.errors import DataError
@@ -38,6 +40,7 @@ class Encoding:
         shard_size: images per file.
         shuffle: a permutation drawn from the seed instead of the source's order.
         seed: of the permutation and of the posterior's draws.
+        upright: photos are turned as their EXIF data says; the released latents of ImageNet were made without.
     """
 
     layout: str = "safetensors"
@@ -48,6 +51,7 @@ class Encoding:
     shard_size: int = 10_000
     shuffle: bool = False
     seed: int = 0
+    upright: bool = True
 
 
 @dataclass
@@ -91,7 +95,9 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------------ the work
 
     def pending(self) -> list[PlannedShard]:
-        """Shards, of all processes, that are not there yet."""
+        """Shards, of all processes, that are not there yet, or whose images were replaced since."""
+        for shard in self.shards:
+            self.record.forget_changed(shard.number, self.source.stamp(shard.indices))
         return [shard for shard in self.shards if self.record.finished(shard.number) is None]
 
     def own(self, shards: list[PlannedShard]) -> list[PlannedShard]:
@@ -121,9 +127,9 @@ class Encoder:
         """Make this process' part of the shards; yields each when it is finished."""
         own = self.own(pending)
         pieces = [np.array_split(s.indices, -(-len(s.indices) // self.batch_size)) for s in own]
-        batches = load_batches(
-            self.source, self.encoding.image_size, [part for parts in pieces for part in parts], self.num_workers
-        )
+        parts = [part for parts in pieces for part in parts]
+        e = self.encoding
+        batches = load_batches(self.source, e.image_size, parts, self.num_workers, e.upright)
         for shard, parts in zip(own, pieces, strict=True):
             yield self._encode_shard(shard, (next(batches) for _ in parts))
 
@@ -143,7 +149,15 @@ class Encoder:
             self.on_images(len(batch.indices) + len(batch.unreadable))
         if not writer.count:
             raise DataError(f"No image for {shard.file} could be read (the first: {unreadable[0]}): check data.root.")
-        finished = FinishedShard(writer.finish(), tuple(unreadable), statistics.state())
+        flat = statistics.flat_channels()
+        if flat:
+            warnings.warn(
+                f"All latents of {shard.file} have one value in channel {flat[0]}: if those of the other files have "
+                "it, too, the set cannot be normalised. Are these pictures of one flat colour?",
+                stacklevel=2,
+            )
+        stamp = self.source.stamp(shard.indices)
+        finished = FinishedShard(writer.finish(), tuple(unreadable), statistics.state(), stamp)
         self.record.finish(shard.number, finished)
         return finished
 
@@ -155,7 +169,7 @@ class Encoder:
         stored = torch.stack([self._values(view, batch, draw) for draw, view in enumerate(views)], dim=1)
         broken = (~stored.isfinite()).flatten(1).any(1)
         if bool(broken.any()):
-            name = self.source.names[int(batch.indices[int(broken.nonzero()[0])])]
+            name = shown(self.source.names[int(batch.indices[int(broken.nonzero()[0])])])
             raise DataError(
                 f"The latents of {name} are not finite in {self.encoding.dtype}: encode with codec.dtype=float32 and "
                 "dtype=float32, and check the codec's weights."
@@ -190,7 +204,7 @@ class Encoder:
         unreadable = [name for shard in finished for name in shard.unreadable]
         if self.max_unreadable is not None and len(unreadable) > self.max_unreadable:
             files = ", ".join(shard.shard.file for shard in finished if shard.unreadable)
-            raise DataError(self._too_many(unreadable, f"Repaired images are taken once {files} is deleted"))
+            raise DataError(self._too_many(unreadable, f"Once they are repaired, the same command makes {files} again"))
         e = self.encoding
         statistics = RunningStatistics(self.shape[0])
         for shard in finished:
@@ -213,7 +227,7 @@ class Encoder:
             seed=e.seed,
             shards=tuple(shards),
             unreadable=tuple(sorted(unreadable)),
-            source=settings,
+            source={**settings, STAMP: self.source.stamp()},
         )
         manifest.write(self.out)
         return manifest

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.reading import shown
 from flowanchor.data.pictures import UNREADABLE, open_picture, reason_of
+from flowanchor.data.workers import in_order
 from flowanchor.encoding.crop import center_crop
 from flowanchor.encoding.sources import Source
 
@@ -28,8 +29,8 @@ class ImageBatch(NamedTuple):
 class CroppedImages(Dataset[ImageBatch]):
     """Batches by the indices of their images; an image that cannot be read is named instead of being there."""
 
-    def __init__(self, source: Source, size: int, batches: Sequence[np.ndarray]) -> None:
-        self.source, self.size, self.batches = source, size, batches
+    def __init__(self, source: Source, size: int, batches: Sequence[np.ndarray], upright: bool = True) -> None:
+        self.source, self.size, self.batches, self.upright = source, size, batches, upright
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -46,14 +47,12 @@ class CroppedImages(Dataset[ImageBatch]):
         return ImageBatch(stacked, np.asarray(indices, dtype=np.int64), unreadable)
 
     def _image(self, index: int) -> Tensor:
-        return pil_to_tensor(center_crop(open_picture(self.source.read(index), "RGB"), self.size))
+        image = open_picture(self.source.read(index), "RGB", upright=self.upright)
+        return pil_to_tensor(center_crop(image, self.size))
 
 
-def load_batches(source: Source, size: int, batches: Sequence[np.ndarray], num_workers: int) -> Iterator[ImageBatch]:
+def load_batches(
+    source: Source, size: int, batches: Sequence[np.ndarray], num_workers: int, upright: bool = True
+) -> Iterator[ImageBatch]:
     """The batches in order."""
-    dataset = CroppedImages(source, size, batches)
-    return iter(DataLoader(dataset, batch_size=None, shuffle=False, num_workers=num_workers, collate_fn=_as_it_is))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return in_order(CroppedImages(source, size, batches, upright), num_workers)

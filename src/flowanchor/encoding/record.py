@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowanchor.base.files import write_whole
-from flowanchor.errors import ConfigError
+from flowanchor.errors import ConfigError, DataError
 from flowanchor.latents.manifest import Shard
 
 FOLDER = ".encoding"  # beside the files
+STAMP = "files"  # among a set's settings: what the images were like (`Source.stamp`)
+EARLIER = {"upright": False}  # of sets that do not say
+PATIENCE = 5.0  # seconds to wait for another process that is writing what this one reads
 
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A file that is in its place, the images that could not be read for it, and the statistics of its latents."""
+    """A file that is in its place, the images that could not be read for it, and the statistics of its latents.
+
+    `stamp` says what the images of the file were like when it was made; empty: not known.
+    """
 
     shard: Shard
     unreadable: tuple[str, ...]
     statistics: dict[str, Any]
+    stamp: str = ""
 
 
 class EncodingRecord:
@@ -35,25 +42,28 @@ class EncodingRecord:
         """Make the folder this encoding's; raises `ConfigError` where it belongs to one with other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
-        own = self.folder / f"settings.{os.getpid()}"
-        own.write_text(json.dumps(settings))
         try:
-            os.link(own, path)  # fails where it exists: only one process of several is the first
+            with path.open("x", encoding="utf-8") as file:  # only one process of several is the first
+                file.write(json.dumps(settings))
         except FileExistsError:
-            compare(json.loads(path.read_text()), settings, self.out)
-        finally:
-            own.unlink()
+            compare(_patiently(path), settings, self.out)
 
     def finished(self, number: int) -> FinishedShard | None:
         """The record of a shard, None where its file is not there as recorded."""
-        path = self._shard(number)
         try:
-            content = json.loads(path.read_text())
+            content = _read(self._shard(number))
         except (FileNotFoundError, ValueError):
             return None
-        found = FinishedShard(Shard(**content["shard"]), tuple(content["unreadable"]), content["statistics"])
+        known = (content["unreadable"], content["statistics"], content.get("stamp", ""))
+        found = FinishedShard(Shard(**content["shard"]), tuple(known[0]), *known[1:])
         file = self.out / found.shard.file
         return found if file.is_file() and file.stat().st_size == found.shard.bytes else None
+
+    def forget_changed(self, number: int, stamp: str) -> None:
+        """Drop the record of a shard whose images are not what they were when it was made."""
+        found = self.finished(number)
+        if found is not None and found.stamp not in ("", stamp):
+            self._shard(number).unlink(missing_ok=True)
 
     def finish(self, number: int, shard: FinishedShard) -> None:
         """Record a shard."""
@@ -66,7 +76,7 @@ class EncodingRecord:
     def reported(self, process: int) -> int:
         """What another process reported last, 0 before it did."""
         try:
-            return int(json.loads((self.folder / f"process-{process}.json").read_text()))
+            return int(_read(self.folder / f"process-{process}.json"))
         except (FileNotFoundError, ValueError):
             return 0
 
@@ -80,9 +90,10 @@ class EncodingRecord:
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raise `ConfigError` that names the settings which are not those of the folder."""
     now = json.loads(json.dumps(now))
+    before = {key: value for key, value in EARLIER.items() if key in now} | dict(before)
     changed = [
         f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
-        for key in sorted({*before, *now})
+        for key in sorted({*before, *now} - {STAMP})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -95,3 +106,19 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> Non
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _patiently(path: Path) -> Any:
+    """The settings that another process may be about to write."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _read(path)
+        except ValueError as error:
+            if time.monotonic() > until:
+                raise DataError(f"{path} is damaged: delete it, and run the same command again.") from error
+            time.sleep(0.05)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.data.pictures import BYTES, EXTENSIONS
+from flowanchor.data.picture_files import EXTENSIONS
+from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content, mapped_members
 from flowanchor.errors import DataError
 
-# What an image is called inside a tar.
-IMAGES = tuple(extension.lstrip(".") for extension in EXTENSIONS)
+# What an image is called inside a tar, and what is one only where its key has no other: a preview.
+IMAGES = tuple(extension.lstrip(".") for extension in EXTENSIONS if extension != ".gif")
+PREVIEW = "gif"
 
 
 class Member(NamedTuple):
@@ -57,11 +59,14 @@ def read_tar(path: Path, notes: Sequence[str]) -> TarContent:
     found = TarContent()
     seen: dict[str, str] = {}
     dotted: dict[str, str] = {}
+    previews: dict[str, tuple[int, int]] = {}
     for member in _members(path, found.unused):
         if member.extension in IMAGES:
             if member.key in found.images:
                 raise DataError(_twice(path, seen[member.key], member.name))
             found.images[member.key], seen[member.key] = member.place, member.name
+        elif member.extension == PREVIEW and member.key not in previews:
+            previews[member.key] = member.place
         elif member.extension in notes:
             beside = found.notes.setdefault(member.key, {})
             if member.extension in beside:
@@ -71,6 +76,8 @@ def read_tar(path: Path, notes: Sequence[str]) -> TarContent:
             found.unused[f".{member.extension}" if member.extension else "without extension"] += 1
             if member.extension.rpartition(".")[2] in IMAGES:
                 dotted.setdefault(member.key, member.name)
+    found.unused.update(f".{PREVIEW}" for key in previews if key in found.images)
+    found.images = dict(sorted((previews | found.images).items(), key=lambda image: image[1]))
     lost = next((name for key, name in dotted.items() if key not in found.images), None)
     if lost is not None:
         raise DataError(
@@ -99,13 +106,6 @@ def read_member(tar: Path, place: tuple[int, int], count: int | None = None) -> 
     """A member's content, or its first `count` bytes; raises `OSError`."""
     offset, size = place
     return read_regular(tar, BYTES, offset, size if count is None else min(size, count))
-
-
-def tell_unused(unused: Counter[str]) -> list[str]:
-    """A line about what is in the tars and not used; none where there is nothing."""
-    listed = ", ".join(f"{count:,} {shown(kind)}" for kind, count in sorted(unused.items())[:10])
-    more = f", and {len(unused) - 10:,} other kinds" if len(unused) > 10 else ""
-    return [f"Not used, files in the tars: {listed}{more}."] if unused else []
 
 
 def _members(path: Path, unused: Counter[str]) -> Iterable[Member]:

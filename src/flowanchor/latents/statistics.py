@@ -137,9 +137,22 @@ class RunningStatistics:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
 
     def statistics(self) -> LatentStatistics:
-        """The statistics so far (population standard deviation)."""
-        std = (self.squares / max(1, self.count)).sqrt()
-        return LatentStatistics(tuple(self.mean.tolist()), tuple(std.tolist()))
+        """The statistics so far (population standard deviation); raises `DataError` where a channel has one value."""
+        flat = self.flat_channels()
+        if flat:
+            raise DataError(
+                f"Channel {flat[0]} of all latents has the one value {self.mean[flat[0]]:.4g} ({len(flat)} of "
+                f"{len(self.mean)} channels), so they cannot be normalised: are these pictures of one flat colour?"
+            )
+        return LatentStatistics(tuple(self.mean.tolist()), tuple(self._std().tolist()))
+
+    def flat_channels(self) -> list[int]:
+        """Channels that have had one value so far, but for what float32 rounds."""
+        flat: list[int] = (self._std() <= 1e-6 * self.mean.abs()).nonzero().flatten().tolist()
+        return flat
+
+    def _std(self) -> Tensor:
+        return (self.squares / max(1, self.count)).sqrt()
 
     def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:  # Chan et al. 1979
         if count == 0:

@@ -22,6 +22,7 @@ from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
+from flowanchor.metrics.storage import cache_folder, read_note
 
 FEATURES = 64
 GRID = 4  # spatial size before the features
@@ -90,23 +91,26 @@ def cached_classifier(
     """
     settings = asdict(spec)
     key = hashlib.sha256(json.dumps([settings, train.digest()], sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache_dir).expanduser() / f"classifier-{key}.safetensors"
-    if not _is_stored(path):
+    path = cache_folder(cache_dir) / f"classifier-{key}.safetensors"
+    card = _card(path)
+    if card is None:
         doing = f"training the classifier of {name} (on the CPU, once)"
         with only_one(path, doing):  # of two evaluations side by side
-            if not _is_stored(path):
+            card = _card(path)
+            if card is None:
                 model = train_classifier(train, spec, doing)
                 right = accuracy(model, heldout)
-                _store(model, {"data": name, "spec": settings, "heldout_accuracy": right, "samples": len(train)}, path)
+                card = {"data": name, "spec": settings, "heldout_accuracy": right, "samples": len(train)}
+                _store(model, card, path)
                 rank_zero_info(f"It is right about {right:.1%} of held-out images: {path}")
     model = SmallClassifier(spec)
     model.load_state_dict(load_file(path))
-    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return TrainedClassifier(model.eval().requires_grad_(False), key, card["heldout_accuracy"], path)
 
 
-def _is_stored(path: Path) -> bool:
-    return path.is_file() and path.with_suffix(".json").is_file()
+def _card(path: Path) -> Any:
+    """What is known of the classifier that lies there; None where there is none."""
+    return read_note(path.with_suffix(".json")) if path.is_file() else None
 
 
 def train_classifier(train: ImageSet, spec: ClassifierSpec, description: str = "classifier") -> SmallClassifier:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.metrics.collected import Collected, Wanted
-from flowanchor.metrics.storage import DAMAGED, read_arrays, write_whole
+from flowanchor.metrics.storage import read_arrays, read_note, write_whole
 
 FOLDER = ".evaluation"  # in the run folder
 VERSION = 1  # of what is stored
@@ -37,11 +37,7 @@ class PartialResults:
 
     def line(self, name: str) -> dict[str, Any] | None:
         """A finished line, None where there is none."""
-        try:
-            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
-        except DAMAGED:
-            return None
-        return found
+        return read_note(self.folder / f"{name}.json")
 
     def finish(self, name: str, line: dict[str, Any]) -> None:
         """Store a line; its parts are no longer needed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from flowanchor.errors import ConfigError, DataError
 from flowanchor.metrics.collected import Collected, Wanted
 from flowanchor.metrics.frechet import Gaussian
 from flowanchor.metrics.reference import Reference
-from flowanchor.metrics.storage import read_arrays, write_whole
+from flowanchor.metrics.storage import cache_folder, read_arrays, write_whole
 
 if TYPE_CHECKING:
     from flowanchor.metrics.evaluator import Evaluator
@@ -96,7 +95,7 @@ def _collected(evaluator: Evaluator, reference: Reference) -> Collected:
     if evaluator.metric.cache_dir is not None:
         parts = [VERSION, reference.digest, evaluator.extractor_digest, wanted.n, wanted.feature_limit]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        path = Path(evaluator.metric.cache_dir).expanduser() / f"reference-{key}.npz"
+        path = cache_folder(evaluator.metric.cache_dir) / f"reference-{key}.npz"
         stored = read_arrays(path)
         if stored is not None:
             return Collected.from_state(wanted, stored)

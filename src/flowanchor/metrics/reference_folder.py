@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import sha256
 from flowanchor.base.reading import shown
-from flowanchor.data.pictures import EXTENSIONS, PictureError, open_picture, picture_files
+from flowanchor.data.picture_files import KNOWN, find_pictures, tell_unused
+from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import Reference, Shape
-from flowanchor.metrics.storage import write_whole
+from flowanchor.metrics.storage import cache_folder, read_note, write_whole
 
 
 class ImageTree(Reference):
@@ -26,10 +29,15 @@ class ImageTree(Reference):
 
     def __init__(self, root: Path, shape: Shape, crop: bool = False, cache_dir: str | None = None) -> None:
         self.root, self.name, self.shape, self.crop = root, root.resolve().name, shape, crop
-        self._cache = None if cache_dir is None else Path(cache_dir).expanduser()
-        self.files = sorted(picture_files(root))
+        self._cache = None if cache_dir is None else cache_folder(cache_dir)
+        unused = Counter[str]()
+        self._marks = find_pictures(root, unused)
+        self.files = list(self._marks)
+        told = " ".join(tell_unused(unused, root))
         if not self.files:
-            raise DataError(f"There are no images in reference={root}: give a folder with {', '.join(EXTENSIONS)}.")
+            raise DataError(f"There are no images in reference={root}: give a folder with {KNOWN}. {told}".rstrip())
+        if told:
+            rank_zero_info(told)
         self._read(self.files[0])  # an image of another size is told before anything is generated
 
     @property
@@ -40,12 +48,12 @@ class ImageTree(Reference):
     def digest(self) -> str:
         """Of names, contents and crop. Remembered by names, sizes and times: a large folder is not read twice."""
         names = [path.relative_to(self.root).as_posix() for path in self.files]
-        stats = [path.stat() for path in self.files]
-        marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+        marks = list(zip(names, self._marks.values(), strict=True))
         stamp = hashlib.sha256(json.dumps([str(self.root.resolve()), marks]).encode()).hexdigest()
         note = None if self._cache is None else self._cache / f"folder-{stamp[:16]}.json"
-        if note is not None and note.is_file():
-            content = str(json.loads(note.read_text())["content"])
+        known = None if note is None else read_note(note)
+        if known is not None and isinstance(known.get("content"), str):
+            content = known["content"]
         else:
             found = hashlib.sha256()
             for name, path in zip(names, self.files, strict=True):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +18,18 @@ from flowanchor.errors import ConfigError
 
 # What reading a file raises that is cut off or foreign.
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def cache_folder(path: str | Path) -> Path:
+    """The folder of `metric.cache_dir`; of a user without a home, what begins with `~` lies below the temporary folder.
+
+    A container that runs as a number has no entry in /etc/passwd, and `~` no meaning there.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        owner = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir(), f"flowanchor-{owner}", *Path(path).parts[1:])
 
 
 def write_whole(path: Path, content: bytes | Mapping[str, np.ndarray]) -> None:
@@ -38,3 +54,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
             return {name: content[name] for name in content.files}
     except DAMAGED:
         return None
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """A JSON object of ours; None where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except DAMAGED:
+        return None
+    return found if isinstance(found, dict) else None

@@ -38,7 +38,7 @@ class Parts:
         self.commands: list[str] = []
         self.seconds: dict[str, float] = {}
         self._started: list[subprocess.Popen[str]] = []
-        self._earlier: dict[str, float] = json.loads(record.read_text()) if record.is_file() else {}
+        self._earlier: dict[str, float] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
     def run(self, title: str, name: str, arguments: Sequence[str], finished: bool = False, margin: str = "   ") -> None:
         """Run one program, showing what it prints behind `margin`, unless it finished earlier; raises if it fails."""
@@ -150,7 +150,7 @@ def _evaluated(run: Path, folder: Path, nfe: list[int], cfg: DictConfig) -> bool
     if not file.is_file():
         return False
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         settings, done = found["settings"], [row["nfe"] for row in found["results"]]
         repeats = 1 if cfg.quick else int(cfg.repeats)
         wanted = (file_digest(run / "checkpoints" / "last.ckpt")[:12], int(cfg.num_samples), int(cfg.seed), repeats)
@@ -164,7 +164,7 @@ def _forget_other_teacher(student: Path, teacher: Path) -> None:
     """A student of another teacher cannot be continued: remove its run. Remember whose student this one is."""
     digest = file_digest(teacher / "checkpoints" / "last.ckpt")
     note = student / "teacher_digest.txt"
-    if student.is_dir() and not (note.is_file() and note.read_text() == digest):
+    if student.is_dir() and not (note.is_file() and note.read_text(encoding="utf-8") == digest):
         print(f"\n   {student} is the student of another teacher: starting it anew", flush=True)
         shutil.rmtree(student)
     write_whole(note, digest)

@@ -12,9 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from flowanchor.base.reading import shown
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.plan import LAYOUTS
-from flowanchor.encoding.record import compare
+from flowanchor.encoding.record import STAMP, compare
 from flowanchor.encoding.sources import Source, open_source
 from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError
@@ -44,7 +45,7 @@ def encode(cfg: DictConfig) -> None:
         raise ConfigError(f"image_size={encoding.image_size} is no multiple of {codec.downsampling}: use 256 or 512.")
     if not codec.usable:
         raise ConfigError(f"codec={codec.name} has no weights to encode with: add codec.weights=FILE.")
-    console.print(f"Reading the names of the images in {cfg.data.root} ...")
+    console.print(f"Reading the names of the images in {shown(cfg.data.root)} ...", markup=False)
     source = open_source(cfg.data.root, cfg.data.labelled, cfg.data.num_classes)
     for remark in source.remarks:
         console.print(remark, markup=False)
@@ -58,9 +59,12 @@ def encode(cfg: DictConfig) -> None:
     manifest = Manifest.read(out)
     if manifest is not None:
         compare(manifest.source, settings, out)
-        if not encoder.missing(manifest):
-            console.print(f"{out} is complete already: {describe(manifest)}.")
+        unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
+        if unchanged and not encoder.missing(manifest):
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
             return
+        if not unchanged:
+            console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
         (out / MANIFEST).unlink(missing_ok=True)  # until its files are there again
     out.mkdir(parents=True, exist_ok=True)
     encoder.record.claim(settings)
@@ -68,7 +72,7 @@ def encode(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out, unreadable: {name}", markup=False)
-        console.print(f"{out}: {describe(manifest)}.")
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
 
 
 def run(encoder: Encoder, source: Source, settings: dict[str, Any], console: Console) -> Manifest | None:
@@ -128,6 +132,8 @@ def check_settings(cfg: DictConfig) -> None:
     for key, allowed in (("format", LAYOUTS), ("values", VALUES), ("dtype", tuple(DTYPES))):
         if cfg[key] not in allowed:
             raise ConfigError(f"{key}={cfg[key]} is not known: use one of {', '.join(allowed)}.")
+    if not isinstance(cfg.upright, bool):
+        raise ConfigError(f"upright={cfg.upright} is neither true nor false: leave it out to turn photos upright.")
     if cfg.format == "webdataset" and cfg.dtype == "bfloat16":
         raise ConfigError("dtype=bfloat16 cannot be stored in .npy files: use dtype=float16, or format=safetensors.")
 
@@ -144,6 +150,7 @@ def read_encoding(cfg: DictConfig) -> Encoding:
         shard_size=cfg.shard_size or SHARD_SIZE,
         shuffle=shuffle,
         seed=cfg.seed,
+        upright=cfg.upright,
     )
 
 

@@ -12,11 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
+from flowanchor.base.reading import shown
 from flowanchor.captions.buckets import bucket_sizes
 from flowanchor.captions.encoder import CaptionEncoder, plan
 from flowanchor.captions.files import CaptionManifest
 from flowanchor.captions.sources import open_captions
-from flowanchor.encoding.record import compare
+from flowanchor.encoding.record import STAMP, compare
 from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec
@@ -51,9 +52,12 @@ def encode_captions(cfg: DictConfig) -> None:
     manifest = CaptionManifest.read(out)
     if manifest is not None:
         compare(manifest.source, settings, out)
-        if all((out / shard.file).is_file() for shard in manifest.shards):
-            console.print(f"{out} is complete already: {describe(manifest)}.")
+        unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
+        if unchanged and all((out / shard.file).is_file() for shard in manifest.shards):
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
             return
+        if not unchanged:
+            console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
         (out / MANIFEST).unlink(missing_ok=True)
     with counter(console) as progress:
         task = progress.add_task("Reading sizes", total=len(source))
@@ -75,7 +79,7 @@ def encode_captions(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out: {name}", markup=False)
-        console.print(f"{out}: {describe(manifest)}.")
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
 
 
 def run(encoder: CaptionEncoder, settings: dict[str, Any], negative: str, console: Console) -> CaptionManifest | None:
@@ -104,6 +108,8 @@ def check_settings(cfg: DictConfig) -> None:
     check_whole_numbers(cfg, max_unreadable=0)
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype={cfg.dtype} is not known: use one of {', '.join(DTYPES)}.")
+    if cfg.upright is not True:
+        raise ConfigError("upright=true is the only way for pictures with captions: leave it out.")
     if "_target_" not in (cfg.get("text_encoder") or {}):
         raise ConfigError("Captions need a text encoder: add text_encoder=umt5 text_encoder.weights=FOLDER.")
 

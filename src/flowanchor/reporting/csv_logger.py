@@ -23,7 +23,7 @@ class _AppendingWriter(ExperimentWriter):
         self._continuing = False
         file = Path(self.metrics_file_path)
         if file.is_file():
-            with file.open(newline="") as lines:
+            with file.open(newline="", encoding="utf-8") as lines:
                 self.metrics_keys = list(csv.DictReader(lines).fieldnames or [])
             self._continuing = bool(self.metrics_keys)
 
@@ -42,14 +42,14 @@ class _AppendingWriter(ExperimentWriter):
         Where it resumes with the validation of a step, what was logged of the training in that step stays.
         """
         file = Path(self.metrics_file_path)
-        with file.open(newline="") as lines:
+        with file.open(newline="", encoding="utf-8") as lines:
             numbered = [row for row in csv.DictReader(lines) if row.get("step", "").isdigit()]
         kept = [
             row
             for row in numbered
             if int(row["step"]) < step or (validation and int(row["step"]) == step and not _is_validation(row))
         ]
-        with replacing(file) as draft, draft.open("w", newline="") as lines:
+        with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as lines:
             writer = csv.DictWriter(lines, fieldnames=self.metrics_keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)

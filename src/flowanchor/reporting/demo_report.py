@@ -211,4 +211,4 @@ def _rasterise(figure: Figure) -> Image.Image:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"There is no {path}: the evaluation has not finished; run the demo again to go on.")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -107,7 +107,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     if not file.is_file():
         raise DataError(f"There is no {file}: train with logger=csv to get loss curves.")
     series: dict[str, tuple[list[int], list[float]]] = {}
-    with file.open(newline="") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             for name, cell in row.items():
                 if name not in ("step", "epoch") and cell:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from flowanchor.base.walk import walk
 from flowanchor.errors import DataError
 from flowanchor.provenance import read_parts
 from flowanchor.reporting.measurements import Kind
@@ -93,9 +95,10 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     for root in roots:
         if not root.is_dir():
             raise DataError(f"There is no folder {root}: give runs=FOLDER, for example runs=outputs/multirun/NAME.")
-    configs = sorted({path for root in roots for path in root.rglob("config.yaml") if path.parent.name != ".hydra"})
-    reports = sorted({path for root in roots for path in root.rglob("metrics.json")})
-    evaluated = [found for path in reports if (found := _read_report(path)) is not None]
+    found = _files(roots, "config.yaml", "metrics.json")
+    configs = [path for path in found["config.yaml"] if path.parent.name != ".hydra"]
+    reports = found["metrics.json"]
+    evaluated = [report for path in reports if (report := _read_report(path)) is not None]
     evaluated.sort(key=lambda item: item[0].stat().st_mtime)
     runs = [run for path in configs if (run := _read_run(path, evaluated)) is not None]
     if not runs:
@@ -131,7 +134,7 @@ def _label(members: Sequence[Run], overrides: str) -> str:
 def read_series(path: Path) -> Series:
     """`metrics.csv` as curves; cells that are empty or cut off are left out."""
     series: Series = {}
-    with path.open(newline="", errors="replace") as lines:
+    with path.open(newline="", encoding="utf-8", errors="replace") as lines:
         for row in csv.DictReader(lines):
             step = _number(row.get("step"))
             for name, cell in row.items():
@@ -144,11 +147,20 @@ def read_series(path: Path) -> Series:
     return series
 
 
+def _files(roots: Sequence[Path], *names: str) -> dict[str, list[Path]]:
+    """Files of these names below the folders, through links, each once."""
+    found: dict[str, dict[str, Path]] = {name: {} for name in names}
+    for entry in (entry for root in roots for entry in walk(root, hidden=True)):
+        if entry.name in found:
+            found[entry.name].setdefault(os.path.realpath(entry.path), Path(entry.path))
+    return {name: sorted(paths.values()) for name, paths in found.items()}
+
+
 def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run | None:
     """The run of a folder; None where the folder is that of another program."""
     folder, problems = config.parent, []
     try:
-        settings = yaml.safe_load(config.read_text())
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(f"{config.name}: {type(error).__name__}")
         settings = None
@@ -187,8 +199,8 @@ def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
     path = folder / ".hydra" / "overrides.yaml"
     recorded = [part["overrides"] for part in read_parts(folder) if "overrides" in part]
     try:
-        words = recorded[-1] if recorded else yaml.safe_load(path.read_text()) if path.is_file() else []
-    except yaml.YAMLError as error:
+        words = recorded[-1] if recorded else yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(f"{path.name}: {type(error).__name__}")
         words = []
     found = [str(word) for word in words or []]
@@ -197,7 +209,7 @@ def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
 
 def _read_report(path: Path) -> tuple[Path, dict[str, Any]] | None:
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # an evaluation that is being written
         return None
     complete = isinstance(report, dict) and isinstance(report.get("settings"), dict) and "results" in report

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from flowanchor.captions.sources import TABLES, read_captions
+from flowanchor.captions.sources import read_captions
+from flowanchor.captions.tables import is_table, read_lines
 from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
@@ -43,15 +44,13 @@ def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a file, one per line, or of a CSV or JSONL table: the first caption of every row.
 
-    Raises `ConfigError` without a file or without prompts, `DataError` for a table without the column `caption`.
+    Raises `ConfigError` without a file or without prompts, `DataError` for a table without the column `caption` and for
+    a line that cannot be read.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"There is no file {path}: prompts= names a file with one prompt per line, or a table.")
-    if path.suffix in TABLES:
-        found = read_captions(path)
-    else:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = read_captions(path) if is_table(path) else list(read_lines(path))
     if not found:
         raise ConfigError(f"{path} holds no prompts: write one per line.")
     return found
