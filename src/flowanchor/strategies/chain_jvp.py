@@ -231,13 +231,15 @@ def average_plain_gradients(module: nn.Module) -> None:
     if not plain or dist.get_world_size() == 1:
         return
     # A process on which a parameter was not used has no gradient for it, and must take part all the same.
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-    used = torch.tensor([float(p.grad is not None) for p in plain], device=plain[0].device)
-    joint = torch.cat([used, *(part.detach().flatten() for part in parts)])
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in plain]
+    used = [part.new_full((1,), float(p.grad is not None)) for p, part in zip(plain, parts, strict=True)]
+    joint = torch.cat([*used, *(part.flatten() for part in parts)])
     dist.all_reduce(joint)
-    used, *sums = joint.split([len(plain), *(part.numel() for part in parts)])
-    for p, count, total in zip(plain, used.tolist(), sums, strict=True):
-        if count:
+    counts, *sums = joint.split([len(plain), *(part.numel() for part in parts)])
+    # Only whoever lacks a gradient must know whether the others had one: the host waits for the device then.
+    wanted = [True] * len(plain) if all(p.grad is not None for p in plain) else counts.bool().tolist()
+    for p, some, total in zip(plain, wanted, sums, strict=True):
+        if some:
             p.grad = (total / dist.get_world_size()).view_as(p).to(p.dtype)
 
 
