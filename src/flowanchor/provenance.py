@@ -35,6 +35,9 @@ HYDRA = ".hydra"  # as Hydra itself would write it before anything is known
 # What makes a run this run: continuing it with another of these would mix two experiments in one folder.
 IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
 
+# Settings inside these that may change all the same, as the trainer's precision may: how a teacher is kept.
+_FREE = ("teacher.dtype", "teacher.precision")
+
 # Settings that change nothing that is computed.
 _NEUTRAL = ("name", "debug")
 
@@ -130,7 +133,7 @@ def check_same_run(
     ours = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(ours, dict)
     changed = [key for key in differences(theirs, ours) if f"{key}.".startswith(tuple(f"{p}." for p in IDENTITY))]
-    changed = [key for key in changed if key not in known]
+    changed = [key for key in changed if key not in known and key not in _FREE]
     if "data.batch_size" in changed and _joint_batch(theirs) == _joint_batch(ours) is not None:
         changed.remove("data.batch_size")  # per process: the same batch, shared by another number of processes
     if changed:
