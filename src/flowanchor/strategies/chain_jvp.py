@@ -27,7 +27,7 @@ from flowanchor.deferred import is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.module import TEACHER
 from flowanchor.strategies.sharding import shard_backbone, unsharded_backbones
-from flowanchor.weights import copy_weights, shape_of
+from flowanchor.weights import copy_weights, dtype_of, shape_of
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}  # precision -> in which parameters are gathered
 _ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -273,7 +273,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any])
         index, _, name = key.partition("/")
         p, shape = parameters[int(index)], shape_of(tensors, key)
         # What has the shape of its parameter is sharded like it; what is left are counters.
-        targets[key] = torch.empty_like(p.detach()) if shape == p.shape else torch.empty(shape)
+        dtype = dtype_of(tensors, key)
+        like = shape == p.shape
+        targets[key] = torch.empty_like(p.detach(), dtype=dtype) if like else torch.empty(shape, dtype=dtype)
         state.setdefault(int(index), {})[name] = targets[key]
     copy_weights(tensors, targets)
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
