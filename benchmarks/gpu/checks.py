@@ -13,7 +13,7 @@ from typing import Any
 from gpu.record import Row
 from harness import ROOT
 
-LIMIT = 90  # seconds
+LIMIT = {"cuda": 90, "cpu": 300}  # seconds
 
 
 def run(device: str) -> dict[str, Any]:
@@ -26,10 +26,16 @@ def run(device: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", *options]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT[device],
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
-        return {"missing": f"not done after {LIMIT} s"}
+        return {"missing": f"not done after {LIMIT[device]} s"}
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
     verdict = re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ")
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -37,4 +43,4 @@ def run(device: str) -> dict[str, Any]:
 
 
 def rows(device: str) -> list[Row]:
-    return [Row("tests", partial(run, device), LIMIT + 10, 20)]
+    return [Row("tests", partial(run, device), LIMIT[device] + 10, 20)]
