@@ -133,7 +133,8 @@ def take_home(path: Path) -> None:
 
 
 def show() -> None:
-    refresh(ROOT / "README.md", "gpu table", table.table(recorded()))
+    for page in ("README.md", "docs/performance.md"):
+        refresh(ROOT / page, "gpu table", table.table(recorded()))
     refresh(ROOT / "docs" / "compatibility.md", "gpu runs", table.runs(recorded()))
 
 
