@@ -3,8 +3,8 @@
     python benchmarks/teacher.py            # minutes; refreshes docs/memory.md
     python benchmarks/teacher.py --quick    # a tiny network, one round; refreshes nothing
 
-One velocity of a frozen LightningDiT (12 blocks, width 384, 256 tokens) under autocast to bfloat16, in turns, on one
-thread: CPU seconds, and bytes that it allocates at most beside its weights.
+One velocity of two samples by a frozen LightningDiT (12 blocks, width 384, 256 tokens) under autocast to bfloat16, in
+turns, on one thread: CPU seconds, and bytes that it allocates at most beside its weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES = {
 QUICK = {"hidden_size": 32, "depth": 1, "num_heads": 2, "input_size": 4}
 
 
-def velocity(low: bool, together: bool, batch: int = 8, **size: Any) -> Workload:
+def velocity(low: bool, together: bool, batch: int = 2, **size: Any) -> Workload:
     """A guided velocity of `batch` samples."""
     network = lightningdit(**size).eval().requires_grad_(False)
     if low:
@@ -64,7 +64,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a guided teacher.")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tiny network, one round; refreshes nothing")
     chosen = parser.parse_args()
     size = QUICK if chosen.quick else {}

@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def unpack(wheels: Path) -> str | None:
+def unpack(wheels: Path, needed: str = "hydra") -> str | None:
     """Put the wheels on the path of this process and of those that it starts; returns what went wrong, if anything.
 
-    Nothing is asked of a network. What is importable already stays in charge: the folder comes last.
+    Nothing is asked of a network, and nothing done where the package `needed` is importable. What is importable already
+    stays in charge: the folder comes last.
     """
     found = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
-    if not found or find_spec("hydra"):
+    if not found or find_spec(needed):
         return None
     folder = tempfile.mkdtemp(prefix="flowanchor_wheels_")
     options = ["--no-index", "--no-deps", "--no-compile", "--quiet", "--target", folder]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,34 @@ def test_products_are_counted():
     modulation = 2 * batch * width * 6 * width
     blocks = depth * (linear + attention + modulation)
     assert training.forward_flops("latents", batch) == pytest.approx(blocks, rel=0.01)
+
+
+def test_packages_come_from_wheels_that_lie_there(tmp_path):
+    """Without a network, for this process and those that it starts; what is installed is left alone."""
+    info = "flowanchor_test_wheel-1.0.dist-info"
+    lines = "Metadata-Version: 2.1\nName: flowanchor-test-wheel\nVersion: 1.0\n"
+    tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    (tmp_path / ".whl").mkdir()
+    with zipfile.ZipFile(tmp_path / ".whl" / "flowanchor_test_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("flowanchor_test_wheel.py", "answer = 42\n")
+        wheel.writestr(f"{info}/METADATA", lines)
+        wheel.writestr(f"{info}/WHEEL", tag)
+        wheel.writestr(f"{info}/RECORD", "")
+    code = (
+        f"import subprocess, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "from pathlib import Path\n"
+        "from gpu.wheels import unpack\n"
+        f"folder = Path({str(tmp_path / '.whl')!r})\n"
+        "assert unpack(folder, 'json') is None and 'flowanchor_wheels_' not in str(sys.path)\n"
+        "assert unpack(folder, 'flowanchor_test_wheel') is None\n"
+        "import flowanchor_test_wheel\n"
+        "subprocess.run([sys.executable, '-c', 'import flowanchor_test_wheel; print(flowanchor_test_wheel.answer)'])\n"
+        "(folder / 'broken-1.0-py3-none-any.whl').write_text('')\n"
+        "assert 'broken' in unpack(folder, 'no_such_package')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "42"
 
 
 def test_only_light_imports():
