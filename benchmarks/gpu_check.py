@@ -27,11 +27,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
-import torch  # noqa: E402 - after the path
+from gpu.wheels import unpack  # noqa: E402 - after the path
+
+WHEELS = unpack(ROOT / ".whl")  # before anything is imported that may be among them; what went wrong, if anything
+
+import torch  # noqa: E402 - after the wheels
 
 from gpu import attention, card, checks, table, training  # noqa: E402
 from gpu.record import LATE, UNFINISHED, Record, Row  # noqa: E402
-from gpu.wheels import unpack  # noqa: E402
 from harness import RESULTS, machine, refresh, write_json  # noqa: E402
 
 AFTER = 60.0  # seconds that a row may take beyond the end of the time for new ones
@@ -165,7 +168,6 @@ def main() -> None:
     name = torch.cuda.get_device_name() if gpu else "cpu (a trial, no GPU)"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    wheels = unpack(ROOT / ".whl")
     path = (chosen.results or RESULTS) / f"{'gpu_' if gpu else ''}{slug(name)}.json"
     if not chosen.only:
         path.unlink(missing_ok=True)
@@ -173,8 +175,8 @@ def main() -> None:
     for row in chosen_rows(chosen):  # measured anew; what else an earlier call measured stays
         record.rows.pop(row.name, None)
     record.content["machine"] = {**machine(), "device": name, "gpu": gpu, "tiny": chosen.tiny}
-    if wheels is not None:
-        record.content["machine"]["wheels"] = wheels
+    if WHEELS is not None:
+        record.content["machine"]["wheels"] = WHEELS
     record.write()
     supervise(chosen, path)
     print(table.table(Record(path).content))
