@@ -78,6 +78,8 @@ def test_the_same_run_may_go_on_longer(tmp_path):
     write_run_record(tmp_path, config())
     check_same_run(tmp_path, config())
     check_same_run(tmp_path, config(trainer__max_steps=20, seed=1))
+    # How a teacher is kept follows the precision, and a run from before there was a choice has none.
+    check_same_run(tmp_path, config(teacher__dtype="auto", teacher__precision="bf16-mixed"))
 
 
 @pytest.mark.parametrize(
