@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -152,6 +153,9 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit that is checked out, with `+` where files differ from it; empty outside a checkout."""
+
+    if shutil.which("git") is None:
+        return ""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)

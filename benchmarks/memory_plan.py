@@ -26,7 +26,7 @@ from typing import Any
 from flowanchor.interfaces import Backbone
 from flowanchor.jvp.attention import resolve
 from harness import RESULTS, ROOT, machine, markdown, refresh, together, write_json
-from planning import ENGINES, NETWORKS, Fused, Plan, Setting, plan, plans
+from planning import ENGINES, NETWORKS, Fused, Plan, Setting, lasting, networks, plan, plans
 from workloads import RELEASED
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
@@ -59,6 +59,12 @@ CASES = [
     Case("LightningDiT-XL/1, 1,024 tokens, 8 samples per GPU", "lightningdit", {"input_size": 32, **XL}, Setting(8)),
     Case("Wan 1.3B, 4,096 tokens, 4 samples per GPU", "wan", {"preset": "1.3B", "height": 128, "width": 128}, FOUR),
     Case(f"{WAN}, an expert, 4,096 tokens, 1 sample per GPU", "wan", A14B, ONE),
+    Case(
+        f"{WAN}, an expert, optimizer=adamw_bf16, 4,096 tokens, 1 sample per GPU",
+        "wan",
+        A14B,
+        replace(ONE, low_moments=True),
+    ),
     Case(f"{WAN}, both experts in one run, 4,096 tokens, 1 sample per GPU", "wan_experts", A14B, ONE),
     Case(f"{WAN}, an expert, 32,760 tokens, 1 sample per GPU", "wan", {"preset": "A14B", "frames": 21}, ONE),
 ]
@@ -87,6 +93,17 @@ def plan_all(cases: Sequence[Case], engines: Sequence[str], worlds: Sequence[int
             found[case.name][engine] = planned.result()
             print(f"planned {case.name}: {engine}", file=sys.stderr, flush=True)
     return found
+
+
+def renew_lasting(planned: dict[str, Any]) -> None:
+    """Count anew, in recorded plans, what lasts from step to step: it needs no run of a step."""
+    for case in CASES:
+        if case.name not in planned:
+            continue
+        _, shapes = networks(case.build, case.setting)
+        for engines in planned[case.name].values():
+            for world, one in engines.items():
+                one["parts"].update(lasting(shapes, case.setting, int(world)))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -229,10 +246,12 @@ def main() -> None:
     parser.add_argument("--no-teacher", action="store_true", help="train without a frozen teacher, of a config")
     parser.add_argument("--float32", action="store_true", help="float32 throughout, of a config")
     parser.add_argument("--text", type=int, nargs=2, metavar=("TOKENS", "WIDTH"), help="a text condition, of a config")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="plan these, keep the others")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS), help="numbers of GPUs")
     parser.add_argument("--jobs", type=int, default=2, help="plans made at the same time")
     parser.add_argument("--table", action="store_true", help="refresh docs/memory.md from the record; plan nothing")
+    parser.add_argument("--lasting", action="store_true", help="weights and optimizers anew, in the recorded plans")
     parser.add_argument("--plan", action="store_true", help="the plans alone; keep the recorded measurements")
     parser.add_argument("--check", action="store_true", help="the measurements alone; keep the recorded plans")
     chosen = parser.parse_args()
@@ -244,9 +263,14 @@ def main() -> None:
         return
     record = RESULTS / "memory_plan.json"
     found = json.loads(record.read_text()) if record.is_file() else {}
-    if not chosen.table:
+    if chosen.lasting:
+        renew_lasting(found["plans"])
+        write_json(record, found)
+    elif not chosen.table:
         if not chosen.check:
-            found["plans"] = plan_all(CASES, chosen.engines, chosen.worlds, chosen.jobs)
+            cases = [case for case in CASES if not chosen.only or case.name in chosen.only]
+            planned = plan_all(cases, chosen.engines, chosen.worlds, chosen.jobs)
+            found["plans"] = {**found.get("plans", {}), **planned} if chosen.only else planned
         if not chosen.plan:
             found["check"] = check(chosen.engines, (2, 4))
             found["machine"] = machine()

@@ -23,9 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from counting import Collectives, LiveBytes
+from flowanchor.checkpoints.load import store_low
 from flowanchor.interfaces import Backbone, Batch, TangentEngine
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
+from flowanchor.optimizers.adamw_bf16 import LARGEST
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -59,7 +61,7 @@ ENGINES: dict[str, Callable[[AttentionTangent], TangentEngine]] = {
     "TwoPass(checkpoint)": lambda attention: TwoPass(checkpoint=True, attention=attention),
     "Full": lambda attention: Full(),  # no kernel computes attention's gradient and tangent at once
 }
-ADAM_STATES = 2  # float32 values per trained parameter
+ADAM_STATES = 2  # values per trained parameter
 SHARDING, ATTENTION, ACTIVATIONS = "sharding", "attention", "activations"
 
 
@@ -72,6 +74,7 @@ class Setting:
     teacher: bool = True
     low_precision: bool = True  # parameters gathered in bfloat16, autocast; else float32 throughout
     text: tuple[int, int] | None = None  # length and width of a text condition; None: labels
+    low_moments: bool = False  # the optimizer's in bfloat16 (optimizer=adamw_bf16)
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,7 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
     The step runs once, at the first of these numbers. At another one what lasts has other shares of the parameters, and
     at each moment of the step the gradients that are reduced already have another share; the rest stays.
     """
-    with torch.device("meta"):
-        built = [make() for _ in range(1 + setting.teacher)]
-    shapes = [[(p.shape, p.requires_grad, p.element_size()) for p in network.parameters()] for network in built]
+    built, shapes = networks(make, setting)
     with group_of(worlds[0]) as mesh, ShapesOnly(allow_non_fake_inputs=True):
         built = [built[0], *map(asked_teacher, built[1:])]
         for network in built:
@@ -191,38 +192,54 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
         loss_of = facm_loss(built[0], built[1] if setting.teacher else None, engine, setting)
         with Collectives() as sent, ByPurpose() as counter:
             loss = loss_of()
-            kept = counter.now[ACTIVATIONS]
+            lasts = counter.now[ACTIVATIONS]
             loss.backward()
             del loss
         reduced = counter.gradients()
         updated = [one for one, p in zip(shapes[0], built[0].parameters(), strict=True) if p.grad is not None]
     found = {}
     for world in worlds:
-        owned, trained = _share(shapes[0], world), _share([one for one in shapes[0] if one[1]], world)
         stepped = _share(updated, world)
-        lasting = {
-            "parameters": owned,
-            "optimizer": ADAM_STATES * trained,
-            "averages": setting.averages * owned,
-            "teacher": _share(shapes[1], world) if setting.teacher else 0,
-        }
         scale = worlds[0] / world
         # Of all moments the one with the largest sum.
         moment = max(range(len(reduced)), key=lambda i: sum(counter.moments[i]) - (1 - scale) * reduced[i])
         activations, attention, sharding = counter.moments[moment]
         backward = {
             "gradients": round(scale * reduced[moment]),
-            "kept for backward": min(kept, activations),
-            "one stage at work": max(0, activations - kept),
+            "kept for backward": min(lasts, activations),
+            "one stage at work": max(0, activations - lasts),
             "attention workspace": attention,
             "gathered stages": sharding - reduced[moment],
         }
         # After the backward pass AdamW's multi-tensor form needs one more copy of what is stepped.
-        update = {"gradients": stepped, "optimizer's temporary": stepped}
+        beside = min(4 * stepped, 16 * LARGEST) if setting.low_moments else stepped
+        update = {"gradients": stepped, "optimizer's temporary": beside}
         most = max(backward, update, key=lambda parts: sum(parts.values()))
         received = {kind: round((world - 1) / world * size) for kind, size in sent.bytes.items()}
-        found[world] = Plan(lasting | most, sum(backward.values()), received)
+        found[world] = Plan(lasting(shapes, setting, world) | most, sum(backward.values()), received)
     return found
+
+
+Shapes = list[tuple[torch.Size, bool, int]]  # of a network's parameters: shape, trained or not, bytes of a value
+
+
+def networks(make: Callable[[], Backbone], setting: Setting) -> tuple[list[Backbone], list[Shapes]]:
+    """Student and teacher without values, as a training keeps them; and the shapes of their parameters."""
+    with torch.device("meta"):
+        built = [make() for _ in range(1 + setting.teacher)]
+    kept(built[1:], setting)
+    return built, [[(p.shape, p.requires_grad, p.element_size()) for p in one.parameters()] for one in built]
+
+
+def lasting(shapes: Sequence[Shapes], setting: Setting, processes: int) -> dict[str, int]:
+    """Bytes that one process holds from step to step: arithmetic on shapes."""
+    owned, trained = (_share(part, processes) for part in (shapes[0], [one for one in shapes[0] if one[1]]))
+    return {
+        "parameters": owned,
+        "optimizer": ADAM_STATES * trained // (2 if setting.low_moments else 1),
+        "averages": setting.averages * owned,
+        "teacher": _share(shapes[1], processes) if setting.teacher else 0,
+    }
 
 
 def plan(make: Callable[[], Backbone], engine: Any, setting: Setting, processes: int) -> Plan:
@@ -254,6 +271,13 @@ def facm_loss(student: Backbone, teacher: Backbone | None, engine: Any, setting:
 def asked_teacher(network: Backbone) -> Backbone:
     """What a step asks of a frozen network: of two experts one (objective/time=routed, teacher.one_side=true)."""
     return network.low if isinstance(network, RoutedExperts) else network
+
+
+def kept(teachers: Iterable[Backbone], setting: Setting) -> None:
+    """Give frozen networks the types that a training keeps them in (teacher.dtype=auto)."""
+    for teacher in teachers:
+        if setting.low_precision:
+            store_low(teacher, torch.bfloat16)
 
 
 def shard(network: Backbone, mesh: DeviceMesh, setting: Setting) -> None:

@@ -21,7 +21,7 @@ from facm import facm_parts
 from flowanchor.interfaces import Batch, Dual
 from flowanchor.jvp import Chain
 from flowanchor.strategies.sharding import shard_backbone
-from planning import NETWORKS, Setting, asked_teacher, facm_loss, shard
+from planning import NETWORKS, Setting, asked_teacher, facm_loss, kept, shard
 from workloads import ENGINES, Workload
 
 
@@ -83,6 +83,7 @@ def peak(network: str, size: dict[str, Any], engine: str, setting: dict[str, Any
     chosen = Setting(**setting)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     student, teacher = NETWORKS[network](**size), asked_teacher(NETWORKS[network](**size))
+    kept([teacher], chosen)
     for built in (student, teacher):
         for tensor in (*built.parameters(), *built.buffers()):
             torch.nn.init.normal_(tensor.data, std=0.02)

@@ -79,6 +79,8 @@ def test_the_same_run_may_go_on_longer(tmp_path):
     check_same_run(tmp_path, config())
     check_same_run(tmp_path, config(trainer__max_steps=20, seed=1))
     check_same_run(tmp_path, config(data__max_bad=3))  # as the message of a bad sample advises
+    # How a teacher is kept follows the precision, and a run from before there was a choice has none.
+    check_same_run(tmp_path, config(teacher__dtype="auto", teacher__precision="bf16-mixed"))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowanchor.checkpoints import load_model
+from flowanchor.checkpoints.load import store_low
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone, Condition, Interval, VelocityField
 from flowanchor.sampling.guidance import Guidance
@@ -21,6 +23,9 @@ class CheckpointVelocity(VelocityField):
         ema: which average of its weights teaches; null: the one its own evaluation uses.
         ask: how the teacher is told the time: `plain` (`t`: a flow model, or stage 1 of FACM), `anchor` (the anchor
             branch of its own interval: a teacher that was itself distilled), or `auto`, which picks by its objective.
+        dtype: in which its linear layers and convolutions are kept: `float32`, `bfloat16`, or `auto`: bfloat16 where
+            training casts them to it at every call anyway, and so learns from the same velocity, bit for bit.
+        precision: the trainer's, which `auto` follows; null: unknown, float32.
     """
 
     weights_from = ("checkpoint",)
@@ -33,6 +38,8 @@ class CheckpointVelocity(VelocityField):
         guidance_high: float = 1.0,
         ema: str | None = None,
         ask: str = "auto",
+        dtype: str = "float32",
+        precision: str | int | None = None,
     ) -> None:
         if not checkpoint:
             raise ConfigError(
@@ -48,6 +55,9 @@ class CheckpointVelocity(VelocityField):
             model.interval if ask == "anchor" else None,
         )
         self.path = model.path
+        self.low = keeps_low(dtype, precision)
+        if self.low:
+            store_low(self.network, torch.bfloat16)
 
     @classmethod
     def of_network(cls, network: Backbone, guidance: Guidance, interval: Interval | None = None) -> CheckpointVelocity:
@@ -61,6 +71,7 @@ class CheckpointVelocity(VelocityField):
         torch.nn.Module.__init__(self)
         self.network = network.eval().requires_grad_(False)
         self.guidance = guidance
+        self.low = False
         self.asked_interval = interval
         self.path = ""
 
@@ -74,7 +85,12 @@ class CheckpointVelocity(VelocityField):
             told = self.asked_interval.anchor(t)
         else:
             told = Condition(t)
-        return self.guidance.velocity(self.network, x, told.for_network(self.network), cond, t).to(flow.dtype)
+        with self._casting(x.device.type):
+            return self.guidance.velocity(self.network, x, told.for_network(self.network), cond, t).to(flow.dtype)
+
+    def _casting(self, device: str) -> AbstractContextManager[Any]:
+        """Weights in bfloat16 take inputs in bfloat16, also in a run that casts nothing."""
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False) if self.low else nullcontext()
 
     def check(self, student: Backbone) -> None:
         """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
@@ -87,3 +103,12 @@ class CheckpointVelocity(VelocityField):
                     f"this student has {name.format(ours)}: choose the data and the "
                     "backbone.in_channels/input_size/num_classes that the teacher was trained with."
                 )
+
+
+def keeps_low(dtype: str, precision: str | int | None) -> bool:
+    """Whether a teacher is kept in bfloat16 (`teacher.dtype`) where the trainer has this precision."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"teacher.dtype={dtype} is unknown: choose auto, float32 or bfloat16.")
+    if dtype == "auto":
+        return str(precision) in ("bf16-mixed", "bf16")
+    return dtype == "bfloat16" and precision != "bf16-true"  # where all of a run is in bfloat16, the teacher is as well

@@ -23,6 +23,7 @@ class ExpertsVelocity(VelocityField):
         guidance_low, guidance_high: times t between which guidance is on.
         one_side: every batch lies on one side (`objective/time=routed` or `region`), so that a sharded pair need not
             be asked twice; `ConfigError` where a batch does not.
+        dtype, precision: as for `CheckpointVelocity`.
     """
 
     weights_from = ("high", "low")
@@ -37,13 +38,17 @@ class ExpertsVelocity(VelocityField):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         one_side: bool = False,
+        dtype: str = "float32",
+        precision: str | int | None = None,
     ) -> None:
         super().__init__()
         if not high or not low:
             raise ConfigError("Two experts teach: add teacher.high=PATH and teacher.low=PATH (docs/wan.md).")
         self.boundary, self.one_side = boundary, one_side
         scales = ((high, guidance_scale_high), (low, guidance_scale_low))
-        self.high, self.low = (CheckpointVelocity(path, scale, guidance_low, guidance_high) for path, scale in scales)
+        common: Any = {"guidance_low": guidance_low, "guidance_high": guidance_high}
+        common |= {"dtype": dtype, "precision": precision}
+        self.high, self.low = (CheckpointVelocity(path, scale, **common) for path, scale in scales)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:

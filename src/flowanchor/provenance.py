@@ -34,8 +34,9 @@ HYDRA = ".hydra"  # as Hydra itself would write it before anything is known
 
 # What makes a run this run: continuing it with another of these would mix two experiments in one folder.
 IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
-# Part of them, and yet free: a run that was stopped by bad samples goes on with a higher limit.
-FREE = ("data.max_bad",)
+# Part of them, and yet free: a run that was stopped by bad samples goes on with a higher limit, and how a teacher is
+# kept follows the trainer's precision.
+FREE = ("data.max_bad", "teacher.dtype", "teacher.precision")
 
 # Settings that change nothing that is computed.
 _NEUTRAL = ("name", "debug")

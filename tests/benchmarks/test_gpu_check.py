@@ -1,34 +1,99 @@
-"""The check for GPUs, as far as a machine without one can try it."""
+"""The check for GPUs, as far as a machine without one can try it: every row runs, and none of them claims a GPU."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import gpu_check
+from gpu import table, training
+from gpu.record import LATE, UNFINISHED, Record, Row
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "benchmarks" / "gpu_check.py")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=240)
+def run(*arguments: str, seconds: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=seconds)
 
 
-def test_a_trial_on_the_cpu_claims_no_gpu(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    done = run("--device", "cpu", "--tiny", "--results", str(tmp_path))
+@pytest.mark.slow
+def test_every_row_runs_on_a_cpu(tmp_path):
+    before = (ROOT / "README.md").read_text()
+    done = run("--device", "cpu", "--tiny", "--results", str(tmp_path), seconds=550)
     assert done.returncode == 0, done.stderr
-    (record,) = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
-    assert "no GPU" in record["machine"]["device"]
-    assert not list(tmp_path.glob("gpu_*")), "only records of a GPU carry that name"
-    assert "LightningDiT-XL/1" not in done.stdout
-    assert (ROOT / "README.md").read_text() == readme
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert not path.name.startswith("gpu_") and not record["machine"]["gpu"], "only records of a GPU say so"
+    assert list(record["rows"]) == [row.name for row in gpu_check.rows("cpu", True)]
+    failed = {name: row for name, row in record["rows"].items() if "missing" in row}
+    assert not failed
+    assert record["rows"]["tests"]["passed"], record["rows"]["tests"]
+    assert all(record["rows"][name]["step_ms"] > 0 for name in table.training_names())
+    graph = record["rows"]["XL/1, 32, compiled, graph"]
+    assert len(graph["instead"]) == 2, "a CPU has neither, and the record says what it did"
+    assert (ROOT / "README.md").read_text() == before
+
+
+def test_a_few_rows_run_on_a_cpu(tmp_path):
+    """The quick part of the above: one row of three families, by the training program."""
+    names = ["card", "digits, 64, eager, graph", "attention, heads of 64"]
+    done = run("--device", "cpu", "--tiny", "--results", str(tmp_path), "--only", *names)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == names
+    assert rows["digits, 64, eager, graph"]["images_per_second"] > 0
+    assert rows["attention, heads of 64"]["32"]["tangent"]["error"] < 0.02
+    assert "XL/1, 32, eager | not measured" in done.stdout
+
+
+def test_a_row_that_fails_costs_only_itself(tmp_path, capsys):
+    def wrong() -> dict[str, float]:
+        raise ValueError("no such kernel")
+
+    record, ends = Record(tmp_path / "record.json"), time.time() + 60
+    assert not record.run(Row("a", wrong), ends)
+    assert record.run(Row("b", lambda: {"ms": 1.0}), ends)
+    assert record.run(Row("c", wrong, least=100), ends), "not begun"
+    rows = Record(record.path).rows
+    assert rows["a"]["missing"] == "ValueError: no such kernel" and "in wrong" in rows["a"]["where"]
+    assert rows["b"]["ms"] == 1.0 and rows["c"] == {"missing": LATE}
+    assert record.run(Row("a", wrong), ends), "is not tried again"
+
+
+def test_a_row_that_ends_or_holds_its_process_costs_only_itself(tmp_path, monkeypatch):
+    """Another worker goes on behind it."""
+    path = tmp_path / "record.json"
+    every = [Row("ends", dict), Row("holds", dict, limit=1.0), Row("works", dict)]
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, sys, time\n"
+        f"path = {str(path)!r}\n"
+        "rows = json.load(open(path))['rows']\n"
+        "for name in ('ends', 'holds', 'works'):\n"
+        "    if name in rows: continue\n"
+        f"    rows[name] = {{'missing': {UNFINISHED!r}}}\n"
+        "    json.dump({'rows': rows}, open(path + '.new', 'w')); os.replace(path + '.new', path)\n"
+        "    if name == 'ends': os._exit(9)\n"
+        "    if name == 'holds': time.sleep(60)\n"
+        "    rows[name] = {'ms': 1}\n"
+        "    json.dump({'rows': rows}, open(path + '.new', 'w')); os.replace(path + '.new', path)\n"
+    )
+    own = subprocess.Popen
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", lambda command: own([sys.executable, str(worker)]))
+    monkeypatch.setattr(gpu_check, "chosen_rows", lambda chosen: every)
+    Record(path).write()
+    chosen = gpu_check.argparse.Namespace(seconds=30.0, device="cpu", tiny=True, only=[])
+    gpu_check.supervise(chosen, path)
+    assert Record(path).rows == {"ends": {"missing": UNFINISHED}, "holds": {"missing": UNFINISHED}, "works": {"ms": 1}}
 
 
 def test_a_trial_needs_a_folder_of_its_own():
@@ -43,8 +108,81 @@ def test_without_a_gpu_one_sentence():
 
 
 def test_without_a_record_nothing_is_claimed():
-    text = gpu_check.table(None)
-    assert text.count("not measured") == 2 * len(gpu_check.ENGINES) + 4 * len(gpu_check.LENGTHS)
+    steps = len(table.training_names())
+    assert table.table(None).count("not measured") == steps + len(table.HEAD_SIZES) * len(table.SHOWN) * 4
+    assert " yes " not in table.runs(None) and "not yet" in table.runs(None)
+
+
+def test_the_table_is_the_records():
+    step = {"step_ms": 250.0, "host_ms": 4.0, "device_ms": 240.0, "images_per_second": 128.0, "tflops": 350.0}
+    name, beside = next(iter(table.BESIDE.items()))
+    rows = {"card": {"matrix_tflops": 700.0, "copy_tb_s": 4.0}, name: step, beside: {**step, "step_ms": 100.0}}
+    about = {"device": "A card", "torch": "2.11.0", "date": "2026-01-01", "commit": "abc"}
+    text = table.table({"machine": about, "rows": rows})
+    assert f"| {name} | 250.0 | 4.0 | 240.0 | 128.0 | 350 (50 %) |  | 2.50 |" in text
+    assert "on A card, torch 2.11.0" in text
+    assert set(table.BESIDE) | set(table.BESIDE.values()) <= set(table.training_names())
+    assert {name for names in table.RUNS.values() for name in names} <= set(table.training_names())
+
+
+def test_a_skipped_step_is_no_run():
+    names = table.RUNS["one process, eager"]
+    record = {"machine": {"device": "A card"}, "rows": {names[0]: {"step_ms": 1.0, "skipped_steps": 0.0}}}
+    assert "| one process, eager | yes |" in table.runs(record)
+    record["rows"][names[0]]["skipped_steps"] = 2.0
+    assert "| one process, eager | not yet |" in table.runs(record)
+
+
+def test_a_record_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
+    foreign = tmp_path / "found.json"
+    foreign.write_text(json.dumps({"machine": {"device": "cpu", "gpu": False}, "rows": {"card": {}}}))
+    with pytest.raises(SystemExit, match="is no record of a GPU"):
+        gpu_check.take_home(foreign)
+    foreign.write_text(
+        json.dumps({"machine": {"device": "NVIDIA X1", "gpu": True, "date": "2026-01-01"}, "rows": {"card": {}}})
+    )
+    gpu_check.take_home(foreign)
+    assert gpu_check.recorded()["machine"]["device"] == "NVIDIA X1"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["gpu_nvidia_x1.json"]
+
+
+def test_products_are_counted():
+    """LightningDiT-XL/1, two images: linear layers and attention, two operations per multiplication."""
+    depth, width, tokens, hidden, batch = 28, 1152, 256, 3072, 2
+    linear = 2 * batch * tokens * width * (4 * width + 3 * hidden)  # qkv, out; SwiGLU's three
+    attention = 2 * 2 * batch * tokens**2 * width
+    modulation = 2 * batch * width * 6 * width
+    blocks = depth * (linear + attention + modulation)
+    assert training.forward_flops("latents", batch) == pytest.approx(blocks, rel=0.01)
+
+
+def test_packages_come_from_wheels_that_lie_there(tmp_path):
+    """Without a network, for this process and those that it starts; what is installed is left alone."""
+    info = "flowanchor_test_wheel-1.0.dist-info"
+    lines = "Metadata-Version: 2.1\nName: flowanchor-test-wheel\nVersion: 1.0\n"
+    tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    (tmp_path / ".whl").mkdir()
+    with zipfile.ZipFile(tmp_path / ".whl" / "flowanchor_test_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("flowanchor_test_wheel.py", "answer = 42\n")
+        wheel.writestr(f"{info}/METADATA", lines)
+        wheel.writestr(f"{info}/WHEEL", tag)
+        wheel.writestr(f"{info}/RECORD", "")
+    code = (
+        f"import subprocess, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "from pathlib import Path\n"
+        "from gpu.wheels import unpack\n"
+        f"folder = Path({str(tmp_path / '.whl')!r})\n"
+        "assert unpack(folder, 'json') is None and 'flowanchor_wheels_' not in str(sys.path)\n"
+        "assert unpack(folder, 'flowanchor_test_wheel') is None\n"
+        "import flowanchor_test_wheel\n"
+        "subprocess.run([sys.executable, '-c', 'import flowanchor_test_wheel; print(flowanchor_test_wheel.answer)'])\n"
+        "(folder / 'broken-1.0-py3-none-any.whl').write_text('')\n"
+        "assert 'broken' in unpack(folder, 'no_such_package')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "42"
 
 
 def test_only_light_imports():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 
+import memory_plan
 from flowanchor.jvp.attention import resolve
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from memory_plan import SMALL, Checked, check, check_table, configured, plan_one, section
-from planning import ENGINES, Plan, Setting, plan
+from planning import ENGINES, Plan, Setting, lasting, networks, plan
 
 LEAN = "Chain(recompute)"
 
@@ -32,6 +35,31 @@ def test_what_lasts_is_shared_out_and_what_a_sample_needs_is_not():
         assert planned.parts["optimizer"] == 2 * planned.parts["parameters"] == planned.parts["averages"]
     assert two.parts["kept for backward"] == eight.parts["kept for backward"]
     assert eight.peak < two.peak
+
+
+def test_a_teacher_in_bfloat16_and_low_moments_take_half():
+    case = SMALL[0]
+    shares = {}
+    for low, moments in ((False, False), (True, False), (True, True)):
+        setting = Setting(2, low_precision=low, low_moments=moments)
+        shares[low, moments] = lasting(networks(case.build, setting)[1], setting, 2)
+    exact, mixed, lean = shares.values()
+    assert 0.5 * exact["teacher"] <= mixed["teacher"] < 0.75 * exact["teacher"], "embedders and modulations stay"
+    assert lean["optimizer"] == mixed["optimizer"] // 2 == exact["optimizer"] // 2
+    assert {part: lean[part] for part in ("parameters", "averages", "teacher")} == {
+        part: mixed[part] for part in ("parameters", "averages", "teacher")
+    }
+
+
+def test_what_lasts_can_be_counted_anew_without_a_step(monkeypatch):
+    case = SMALL[1]
+    planned = {case.name: {LEAN: {str(world): asdict(one) for world, one in plan_one(case, LEAN, (2, 8)).items()}}}
+    wanted = copy.deepcopy(planned)
+    for one in planned[case.name][LEAN].values():
+        one["parts"].update(teacher=1, optimizer=2)
+    monkeypatch.setattr(memory_plan, "CASES", [case])
+    memory_plan.renew_lasting(planned)
+    assert planned == wanted
 
 
 def test_one_run_tells_of_any_number_of_processes():

@@ -17,6 +17,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from gpu.table import runs  # noqa: E402 - after the path
+from gpu_check import recorded  # noqa: E402
+
 PAGE = ROOT / "docs" / "compatibility.md"
 PROGRAM = Path(__file__).with_name("cells.py")
 SPREADS = ("plain", "DDP", "FSDP2", "FSDP2 + bf16")
@@ -121,6 +126,7 @@ def render(cells: list[Outcome]) -> str:
         refusals="\n".join(f"- ({letter}) {sentence}" for sentence, letter in letters.items()),
         version=torch.__version__.split("+")[0], exact=figure(EXACT, False),
         fd=figure(ALLOWED["finite_difference"]["tangent"], False), low=figure(ALLOWED["bf16"]["tangent"], True),
+        runs=runs(recorded()),
     )  # fmt: skip
 
 
@@ -161,6 +167,18 @@ Such a choice is refused with that sentence before training starts.
   forward-mode rule, so tangent passes run the blocks eagerly in every engine; `recompute=selective` and
   `recompute=false` also run eagerly what they differentiate of the shortcut. Compiled code draws other random numbers
   than eager code, so a block with dropout runs eagerly wherever it repeats what a tangent pass drew.
+
+## On a GPU
+
+The cells above are those of a CPU. What `make gpu-check` has trained on a GPU, with LightningDiT-XL/1 where no other
+network is named:
+
+<!-- gpu runs: make gpu-check -->
+{runs}
+<!-- end of gpu runs -->
+
+**yes**: the run was measured, and no step was skipped for a loss that was not finite; that the same gradients come out
+is what the tests in `tests/gpu` hold, against `jvp=full` on the same card.
 """
 
 

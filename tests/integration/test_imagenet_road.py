@@ -29,7 +29,7 @@ RUN = [
     "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.accelerator=cpu", "trainer.devices=1",
     "strategy=auto", "global_batch_size=null", "reference_batch_size=null", "optimizer.lr=2e-3", "threads=1",
     "ema.snapshot_every=null", "log_every_n_steps=1", "logger=csv", "callbacks.last.every_n_train_steps=5",
-    "callbacks.sample_grid.every_n_steps=20", "callbacks.sample_grid.per_class=2",
+    "callbacks.sample_grid.every_n_steps=20", "callbacks.sample_grid.per_class=2", "compile=false",
 ]  # fmt: skip
 
 

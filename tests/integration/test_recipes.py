@@ -66,7 +66,7 @@ SMALL = [
     "trainer.devices=1", "trainer.accelerator=cpu", "trainer.precision=32-true", "global_batch_size=null",
     "reference_batch_size=null", "trainer.max_epochs=-1", "trainer.max_steps=2", "callbacks=none", "strategy=auto",
     "backbone.preset=nano", "backbone.hidden_size=16", "backbone.depth=1", "backbone.num_heads=2", "data.batch_size=4",
-    "data.num_workers=0", "ema.snapshot_every=null", "logger=none", "trainer.limit_val_batches=0",
+    "data.num_workers=0", "ema.snapshot_every=null", "logger=none", "trainer.limit_val_batches=0", "compile=false",
 ]  # fmt: skip
 
 
@@ -75,6 +75,11 @@ def composed(recipe: str):
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
         return compose("train", overrides=[f"experiment={recipe}"])
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "imagenet" in name])
+def test_its_blocks_are_compiled(recipe):
+    assert composed(recipe).compile is True
 
 
 def test_every_recipe_is_checked():

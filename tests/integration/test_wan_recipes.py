@@ -20,6 +20,7 @@ SMALL = [
     "backbone.preset=nano", "backbone.num_layers=2", "backbone.attention_head_dim=12", "backbone.ffn_dim=32",
     "backbone.freq_dim=16", "backbone.text_len=24", "data.text_dim=384", "data.channels=4", "data.height=4",
     "data.width=4", "trainer.devices=1", "trainer.precision=32-true", "trainer.accelerator=cpu", "strategy=auto",
+    "compile=false",
 ]  # fmt: skip
 CONSTANTS = {
     "wan21_t2i_1p3b_facm": {"backbone.preset": "1.3B", "teacher.guidance_scale": 5.0, "objective.time.shift": 0.2},
@@ -63,7 +64,11 @@ def test_constants(recipe):
     cfg = composed(recipe)
     for key, value in CONSTANTS[recipe].items():
         assert OmegaConf.select(cfg, key) == value, key
-    assert cfg.trainer.precision == "bf16-mixed" and cfg.strategy._target_.endswith("ChainJVPStrategy")
+    assert (
+        cfg.compile is True
+        and cfg.trainer.precision == "bf16-mixed"
+        and cfg.strategy._target_.endswith("ChainJVPStrategy")
+    )
     assert cfg.jvp._target_.endswith("Chain") and cfg.objective.interval._target_.endswith("ExpandedInterval")
     assert cfg.objective.anchor_warmup_steps > 0 and cfg.backbone.tangent_smoothing == 0.01
 

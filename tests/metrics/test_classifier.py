@@ -33,7 +33,7 @@ def test_any_size_of_image(channels, size):
 
 def test_second_time_comes_from_the_cache(tmp_path, splits, monkeypatch):
     first = cached_classifier(*splits, SPEC, tmp_path, "digits")
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".lock"}
     assert json.loads(first.path.with_suffix(".json").read_text())["data"] == "digits"
     monkeypatch.setattr("flowanchor.metrics.classifier.train_classifier", None)  # calling it would fail
     second = cached_classifier(*splits, SPEC, tmp_path, "digits")

@@ -31,10 +31,33 @@ def test_table_fits_a_terminal_and_says_everything():
     text = out.getvalue()
     assert "…" not in text
     row = next(line for line in text.splitlines() if line.startswith("flow-euler"))
-    assert row.split() == "flow-euler 50 100 2.346 3.21 1.056 0.0123 0.88 0.77 9.12 12.3".split()
+    assert row.split() == "flow-euler 50 100 2.346 3.21 1.06 0.0123 0.88 0.77 9.12 12.3".split()
     flat = " ".join(text.split())
     for word in ("run/last.ckpt", "0123456789ab", "balanced", "seed 5", "power_0.2", "n = 1000", "500 held-out"):
         assert word in flat
+
+
+def test_spreads_fit_as_well():
+    several = {
+        "sampler": "consistency",
+        "nfe": 2,
+        "network_calls": 2,
+        "fd": 41.194,
+        "fd_at_floor_n": 41.02,
+        "repeats": 5,
+    }
+    report = make_report()
+    report["settings"] |= {"repeats": 5}
+    report["results"] = [
+        {**report["results"][0], **several, "spread": {"fd": 0.681, "fd_at_floor_n": 0.812, "kid": 1.0}}
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(results_table(report))
+    rows = [line for line in out.getvalue().splitlines() if line.startswith("consist")]
+    assert [row.split() for row in rows] == [
+        "consistency 2 41.19 ± 0.68 41.02 ± 0.81 1.06 0.0123 0.88 0.77 9.12 12.3".split()
+    ]
+    assert "means over 5 independent sets" in out.getvalue()
 
 
 @pytest.mark.parametrize("changes", [{}, {"nfe": None, "network_calls": None}, {"fd": None, "fd_at_floor_n": None}])

@@ -41,6 +41,7 @@ def main(cfg):
     print("FOLDER", folder)
     print("RUN_DIR", hydra.core.hydra_config.HydraConfig.get().run.dir)
     print("FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR"))
+    print("ALLOCATOR", os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
     if cfg.fail == "config":
         raise ConfigError("batch_size=0 is\\n too small: choose at least 1.")
     if cfg.fail == "bug":
@@ -92,6 +93,9 @@ trainer:
 }
 
 
+SET_BY_PROGRAMS = ("HYDRA_FULL_ERROR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
 class Toy:
     """Runs the toy program in `folder`."""
 
@@ -108,7 +112,7 @@ class Toy:
         return self.run([sys.executable, "program.py", *arguments], **environment)
 
     def run(self, words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-        inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+        inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_PROGRAMS}
         paths = [str(ROOT / "src"), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
         return subprocess.run(
             words,

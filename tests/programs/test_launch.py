@@ -155,3 +155,11 @@ def test_what_is_ignored_stays_ignored(toy):
     words = [sys.executable, "-c", code, sys.executable, "program.py", "fail=SIGHUP", "pause=0.1"]
     done = toy.run(words)
     assert done.returncode == 0 and "NET" in done.stdout
+
+
+def test_memory_on_a_gpu_grows_in_place_unless_the_user_says_how(toy):
+    said = "expandable_segments:True"
+    assert f"ALLOCATOR None {said}" in toy().stdout
+    own = "max_split_size_mb:64"
+    assert f"ALLOCATOR None {own}" in toy(PYTORCH_CUDA_ALLOC_CONF=own).stdout
+    assert f"ALLOCATOR {own} None" in toy(PYTORCH_ALLOC_CONF=own).stdout

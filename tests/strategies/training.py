@@ -35,6 +35,7 @@ from flowanchor.ema import EMA
 from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
+from flowanchor.optimizers import AdamWBF16
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -187,6 +188,7 @@ def fit(
     precision: str = "32-true",
     lr: float = 0.1,
     compiled: bool = False,
+    low_moments: bool = False,
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
@@ -206,7 +208,7 @@ def fit(
     options = {"backend": "aot_eager", "fullgraph": True} if compiled else None
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(),
-        lambda parameters: torch.optim.AdamW(parameters, lr=lr, eps=0.1), seed=3,
+        lambda parameters: (AdamWBF16 if low_moments else torch.optim.AdamW)(parameters, lr=lr, eps=0.1), seed=3,
         config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
         compile_options=options,
     )  # fmt: skip

@@ -185,7 +185,7 @@ def load_model(
         backbone = cast(Backbone, build(network, "backbone", file))
     load_weights(backbone, weights, file)
     if dtype is not None:
-        _store_low(backbone, dtype)
+        store_low(backbone, dtype)
         materialise(backbone, torch.device(device))
         check_finite(dict(backbone.named_parameters()), file)
     return LoadedModel(
@@ -221,8 +221,11 @@ def outlined(
     return shapes, *whole_weights(shapes, weights, meta, file, elsewhere)
 
 
-def _store_low(backbone: Backbone, dtype: torch.dtype) -> None:
-    """Give linear layers and convolutions outside `float32_modules` parameters of a lower precision."""
+def store_low(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Give linear layers and convolutions outside `float32_modules` parameters of a lower precision, in place.
+
+    These are what autocast would cast at every call: under it the network answers the same, bit for bit.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype={dtype} is no lower precision: use bfloat16 or float16, or none for float32.")
     kept = {inner for module in backbone.float32_modules() for inner in module.modules()}

@@ -99,7 +99,7 @@ class Chain:
             with torch.no_grad(), Surroundings.here(inputs.x.device, others=True):
                 self._walk(backbone, inputs, None)
 
-        def walk() -> tuple[Tensor | None, ...]:
+        def walk(inputs: Directions, plain: Condition | None) -> tuple[Tensor | None, ...]:
             state = _Branches(*through(embed.units, lambda: self._embed(embed, inputs, plain)))
             for link in links:
                 state = self._step(link, state)
@@ -107,7 +107,7 @@ class Chain:
             return prediction, still_or(state.moving.tokens_tangent, prediction), state.tokens
 
         with watched(backbone, plain is not None):
-            prediction, tangent, other = run_network(backbone, walk)
+            prediction, tangent, other = run_network(backbone, walk, inputs, plain)
         return Dual(prediction, tangent), other
 
     # -------------------------------------------------------------------------------------------------------- stages

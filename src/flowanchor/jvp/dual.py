@@ -208,6 +208,10 @@ class _InputGuard:
                 )
 
 
-def run_network(backbone: Backbone, call: Callable[..., Any]) -> Any:
-    """`call()` inside the root unit of a sharded network, plainly elsewhere."""
-    return through([backbone] if is_unit(backbone) else [], call)
+def run_network(backbone: Backbone, call: Callable[..., Any], *inputs: Any) -> Any:
+    """`call(*inputs)` inside the root unit of a sharded network, plainly elsewhere.
+
+    `inputs` are what the network is asked: on GPUs FSDP2 moves those of the root to its device, and takes it for
+    granted that there are some (before torch 2.14).
+    """
+    return through([backbone] if is_unit(backbone) else [], call, *inputs)

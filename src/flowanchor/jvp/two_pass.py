@@ -63,7 +63,7 @@ class TwoPass:
         inputs.check()
         embed, links = stages(backbone)
 
-        def walk() -> Tensor:
+        def walk(inputs: Directions) -> Tensor:
             moving: Moving = through(embed.units, lambda: embed_dual(embed, inputs, self.attention))
             for link in links:
                 tokens, tangent = through(
@@ -73,7 +73,7 @@ class TwoPass:
             return still_or(moving.tokens_tangent, moving.tokens)
 
         with torch.no_grad(), watched(backbone):
-            found: Tensor = run_network(backbone, walk)
+            found: Tensor = run_network(backbone, walk, inputs)
         return found
 
 
@@ -93,7 +93,7 @@ def plain_forward(network: nn.Module, x: Tensor, t: Tensor, cond: Any, r: Tensor
     check_checkpointed(network)
     assert isinstance(network, Backbone)
 
-    def predict() -> Tensor:
+    def predict(x: Tensor, t: Tensor, cond: Any, r: Tensor | None) -> Tensor:
         tokens, context = network.embed(x, t, cond, r)
         for block in network.blocks:
             before = Surroundings.here(x.device, eager=runs_eagerly())
@@ -104,7 +104,7 @@ def plain_forward(network: nn.Module, x: Tensor, t: Tensor, cond: Any, r: Tensor
             before.forget_if_unused()
         return network.head(tokens, context)
 
-    prediction: Tensor = run_network(network, predict)
+    prediction: Tensor = run_network(network, predict, x, t, cond, r)
     return prediction
 
 

@@ -44,6 +44,7 @@ Task = Callable[[DictConfig], T]
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIG_PATH = "pkg://flowanchor.conf"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the user's own settings, by either name
 CHILDREN = 20.0  # seconds that the other processes of a run, which have all saved, have for their end
 
 # Warnings of libraries that no user can do anything about: about their own code, or about what is meant to be so.
@@ -82,6 +83,7 @@ def program(
         @functools.wraps(main)
         def run() -> None:
             prepare()
+            _let_memory_grow()
             sys.argv[1:] = quoted(sys.argv[1:])
             _check_command_line(sys.argv[1:])
             for message in LIBRARY_WARNINGS:
@@ -140,6 +142,16 @@ def program(
         return run
 
     return decorate
+
+
+def _let_memory_grow() -> None:
+    """Have CUDA's allocator extend its blocks in place, unless the user has settings for it.
+
+    Steps need tensors of many sizes in turn; in blocks of fixed sizes a share of the card lies idle between them. Read
+    by PyTorch when it first allocates on a GPU, so it is set before anything does, for child processes as well.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[1]] = "expandable_segments:True"
 
 
 def _stop(stop: Interrupted) -> None:

@@ -37,6 +37,8 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
     for link in _chain(error):
         if isinstance(link, FlowAnchorError):
             return _one_line(str(link))
+        if isinstance(link, RuntimeError) and "home directory" in str(link):
+            return "A path begins with ~, and this user has no home directory: write the whole path."
         apart = trouble(link)
         if apart is not None:
             return apart

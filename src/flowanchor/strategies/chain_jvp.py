@@ -27,7 +27,7 @@ from flowanchor.deferred import is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.module import TEACHER
 from flowanchor.strategies.sharding import shard_backbone, unsharded_backbones
-from flowanchor.weights import copy_weights, shape_of
+from flowanchor.weights import copy_weights, dtype_of, shape_of
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}  # precision -> in which parameters are gathered
 _ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -231,13 +231,15 @@ def average_plain_gradients(module: nn.Module) -> None:
     if not plain or dist.get_world_size() == 1:
         return
     # A process on which a parameter was not used has no gradient for it, and must take part all the same.
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-    used = torch.tensor([float(p.grad is not None) for p in plain], device=plain[0].device)
-    joint = torch.cat([used, *(part.detach().flatten() for part in parts)])
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in plain]
+    used = [part.new_full((1,), float(p.grad is not None)) for p, part in zip(plain, parts, strict=True)]
+    joint = torch.cat([*used, *(part.flatten() for part in parts)])
     dist.all_reduce(joint)
-    used, *sums = joint.split([len(plain), *(part.numel() for part in parts)])
-    for p, count, total in zip(plain, used.tolist(), sums, strict=True):
-        if count:
+    counts, *sums = joint.split([len(plain), *(part.numel() for part in parts)])
+    # Only whoever lacks a gradient must know whether the others had one: the host waits for the device then.
+    wanted = [True] * len(plain) if all(p.grad is not None for p in plain) else counts.bool().tolist()
+    for p, some, total in zip(plain, wanted, sums, strict=True):
+        if some:
             p.grad = (total / dist.get_world_size()).view_as(p).to(p.dtype)
 
 
@@ -271,7 +273,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any])
         index, _, name = key.partition("/")
         p, shape = parameters[int(index)], shape_of(tensors, key)
         # What has the shape of its parameter is sharded like it; what is left are counters.
-        targets[key] = torch.empty_like(p.detach()) if shape == p.shape else torch.empty(shape)
+        dtype = dtype_of(tensors, key)
+        like = shape == p.shape
+        targets[key] = torch.empty_like(p.detach(), dtype=dtype) if like else torch.empty(shape, dtype=dtype)
         state.setdefault(int(index), {})[name] = targets[key]
     copy_weights(tensors, targets)
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})

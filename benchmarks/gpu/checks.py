@@ -1,0 +1,46 @@
+"""The tests that need a GPU, as a row of their own: they stop nothing, and the table says how they ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from gpu.record import Row
+from harness import ROOT
+
+LIMIT = {"cuda": 90, "cpu": 300}  # seconds
+
+
+def run(device: str) -> dict[str, Any]:
+    """`pytest tests/gpu`, by itself: no other test's fixtures, no other package than PyTorch's."""
+    if find_spec("pytest") is None:
+        return {"missing": "pytest is not installed"}
+    options = ["-q", "-rfE", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"]
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "FLOWANCHOR_TESTS_ON": device}
+    command = [sys.executable, "-m", "pytest", *options]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT[device],
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return {"missing": f"not done after {LIMIT[device]} s"}
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    verdict = re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ")
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"passed": done.returncode == 0, "verdict": verdict, "failed": failed[:40], "said": done.stdout[-4000:]}
+
+
+def rows(device: str) -> list[Row]:
+    return [Row("tests", partial(run, device), LIMIT[device] + 10, 20)]
