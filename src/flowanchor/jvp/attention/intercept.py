@@ -56,7 +56,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    query, key, value = (_cast(tensor) for tensor in (query, key, value))
+    query, key, value = (autocast_of(tensor) for tensor in (query, key, value))
     (q, dq), (k, dk), (v, dv) = (forward_ad.unpack_dual(tensor) for tensor in (query, key, value))
     if dq is None and dk is None and dv is None:
         return functional.scaled_dot_product_attention(
@@ -73,8 +73,8 @@ def _attend(
     return forward_ad.make_dual(out, tangent)
 
 
-def _cast(tensor: Tensor) -> Tensor:
-    """What autocast would make of an input of attention."""
+def autocast_of(tensor: Tensor) -> Tensor:
+    """What autocast would make of an input of attention, or of a linear layer."""
     kind = tensor.device.type
     low = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(kind)) if low else tensor
