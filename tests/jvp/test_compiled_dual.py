@@ -70,7 +70,8 @@ def answer(engine, network, given):
     else:
         dual, loss = engine(network, **given), 0.0
     (dual.prediction.sin().sum() + loss).backward()
-    gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    gradients = [getattr(gradient, "_local_tensor", gradient).flatten() for gradient in gradients]
     return dual.prediction.detach(), dual.tangent, torch.cat(gradients)
 
 
@@ -168,6 +169,35 @@ def test_the_number_of_graphs_is_bounded(monkeypatch):
         warnings.simplefilter("error")
         answer(Chain(), network, some)  # said once
     assert relative(found[1], wanted[1]) == 0 and forms() == (1, 0)
+
+
+@pytest.fixture
+def mesh():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["chain", "selective", "two_pass"])
+def test_a_sharded_network(name, mesh):
+    """The whole parameters of a unit are other tensors in each step: they are inputs of the graph."""
+    from flowanchor.strategies.sharding import shard_backbone
+
+    network, given = made("released", torch.float32)
+    whole, _ = made("released", torch.float32)
+    shard_backbone(network, mesh)
+    compile_blocks(network, backend="eager")
+    for _ in range(3):
+        found, wanted = (answer(ENGINES[name], part, given) for part in (network, whole))
+        for a, b in zip(found, wanted, strict=True):
+            assert relative(a, b) <= 1e-5
+        with torch.no_grad():  # a step of an optimizer
+            for parameter in (*network.parameters(), *whole.parameters()):
+                parameter.mul_(0.9)
+    assert forms() == (1, 0)
 
 
 # ------------------------------------------------------------------------------------------------ what runs eagerly

@@ -241,12 +241,13 @@ class _Block(nn.Module):
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_SHARDING = "composable_api"  # in the names under which FSDP2 keeps its state of a unit
 
 
 def _settings(module: nn.Module) -> Any:
     own = (
         (name, comparable(value))
         for name, value in vars(module).items()
-        if name not in _INTERNAL and not isinstance(value, CompiledForward)
+        if name not in _INTERNAL and _SHARDING not in name and not isinstance(value, CompiledForward)
     )
     return type(module), tuple(own)

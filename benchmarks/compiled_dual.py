@@ -1,0 +1,45 @@
+"""What the dual pass of a block costs, compiled and eager: CPU seconds on one thread, taken in turns.
+
+    python benchmarks/compiled_dual.py                    # some minutes; writes results/compiled_dual_cpu.json
+    python benchmarks/compiled_dual.py --quick --results DIR
+
+Two blocks of a LightningDiT, 256 tokens, batch 2, and the embedding before them. Nothing here is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, Row, machine, markdown, seconds, write_json
+
+KINDS = ("pytorch", "eager", "compiled")
+CASES: dict[str, dict[str, Any]] = {"width 384, float32": {}, "width 384, bfloat16": {"bfloat16": True}}
+QUICK = {"hidden_size": 64, "num_heads": 4, "input_size": 4}
+BAR = 0.7  # compiled / eager in float32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the dual pass, compiled and eager.")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="a tiny network, one round: the figures mean nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    chosen = parser.parse_args()
+    rows, measured = [], {}
+    for name, settings in CASES.items():
+        cases = {kind: {"kind": kind, **settings, **(QUICK if chosen.quick else {})} for kind in KINDS}
+        found = seconds("workloads:dual_step", cases, 1 if chosen.quick else chosen.rounds)
+        took = {kind: statistics.median(rounds) for kind, rounds in found.items()}
+        bar = None if "bfloat16" in settings else BAR
+        rows.append(Row(f"dual pass, {name}, compiled / eager", "CPU time", (took["compiled"] / took["eager"],), bar))
+        rules = took["eager"] / took["pytorch"]
+        rows.append(Row(f"dual pass, {name}, eager / with PyTorch's rules", "CPU time", (rules,)))
+        measured[name] = found
+    print(markdown(("claim", "figure", "measured", "bar", "met"), [row.cells() for row in rows]))
+    write_json(chosen.results / "compiled_dual_cpu.json", {"machine": machine(), "rows": rows, "measured": measured})
+
+
+if __name__ == "__main__":
+    main()
