@@ -1,6 +1,6 @@
 """What the dual pass of a block costs, compiled and eager: CPU seconds on one thread, taken in turns.
 
-    python benchmarks/compiled_dual.py                    # some minutes; writes results/compiled_dual_cpu.json
+    python benchmarks/compiled_dual.py                    # some minutes; refreshes docs/performance.md
     python benchmarks/compiled_dual.py --quick --results DIR
 
 Two blocks of a LightningDiT, 256 tokens, batch 2, and the embedding before them. Nothing here is measured on a GPU.
@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, Row, machine, markdown, seconds, write_json
+from harness import RESULTS, ROOT, Row, machine, markdown, refresh, seconds, write_json
 
 KINDS = ("pytorch", "eager", "compiled")
 CASES: dict[str, dict[str, Any]] = {"width 384, float32": {}, "width 384, bfloat16": {"bfloat16": True}}
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the dual pass, compiled and eager.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a tiny network, one round: the figures mean nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--results", type=Path, help="write the record into this folder, and refresh no page")
     chosen = parser.parse_args()
     rows, measured = [], {}
     for name, settings in CASES.items():
@@ -37,8 +37,15 @@ def main() -> None:
         rules = took["eager"] / took["pytorch"]
         rows.append(Row(f"dual pass, {name}, eager / with PyTorch's rules", "CPU time", (rules,)))
         measured[name] = found
-    print(markdown(("claim", "figure", "measured", "bar", "met"), [row.cells() for row in rows]))
-    write_json(chosen.results / "compiled_dual_cpu.json", {"machine": machine(), "rows": rows, "measured": measured})
+    about = machine()
+    table = markdown(("claim", "figure", "measured", "bar", "met"), [row.cells() for row in rows])
+    note = f"Ratios, smaller is better. {about['cpu']}, one thread, torch {about['torch']}, {about['date']}."
+    print(table)
+    write_json(
+        (chosen.results or RESULTS) / "compiled_dual_cpu.json", {"machine": about, "rows": rows, "measured": measured}
+    )
+    if chosen.results is None and not chosen.quick:
+        refresh(ROOT / "docs" / "performance.md", "dual pass table", f"{table}\n\n{note}")
 
 
 if __name__ == "__main__":
