@@ -18,5 +18,5 @@ def test_it_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "compiled_dual_cpu.json").read_text())
-    assert len(record["rows"]) == 4 and all(value > 0 for row in record["rows"] for value in row["values"])
+    assert len(record["rows"]) == 6 and all(value > 0 for row in record["rows"] for value in row["values"])
     assert {kind for found in record["measured"].values() for kind in found} == {"pytorch", "eager", "compiled"}

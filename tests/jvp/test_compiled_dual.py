@@ -286,6 +286,27 @@ def test_what_cannot_be_compiled():
     assert relative(found[1], wanted[1]) == 0 and forms() == (0, 1)
 
 
+def test_a_block_that_keeps_something():
+    """A graph would not keep it, and tracing would leave a tensor without values there."""
+    network, given = made("released")
+    wanted = answer(Chain(), network, given)
+    block = network.blocks[0].mlp
+    forward = block.forward
+
+    def counted(x):
+        block.seen = x.detach()
+        return forward(x)
+
+    block.forward = counted
+    compile_blocks(network, backend="eager")
+    with pytest.warns(UserWarning, match="blocks.0 .*it changes attributes of its modules"):
+        found = TwoPass()(network, **given)
+    assert relative(found.tangent, wanted[1]) <= 1e-12 and block.seen.sum().isfinite()
+    first = block.seen
+    TwoPass()(network, **given)
+    assert block.seen is not first and forms() == (2, 0), "the other block is compiled"
+
+
 def test_hooks_are_called():
     network, given = made("released")
     compile_blocks(network, backend="eager")

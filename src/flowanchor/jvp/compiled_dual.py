@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class _Kind:
 
 
 _KINDS: dict[Any, _Kind] = {}
+_CHANGING: WeakSet[nn.Module] = WeakSet()  # blocks that keep something, which a graph would not
 
 
 def compiled_dual(
@@ -66,11 +68,12 @@ def compiled_dual(
     """What `eager(stage, moving, attention, recording)` returns, by a compiled graph; None where it has to run itself.
 
     It has to where a stage is not compiled, draws random numbers (compiled code draws others), has hooks, or depends
-    on what is no tensor and cannot be compared; and, after a warning, where tracing or compiling fails.
+    on what is no tensor and cannot be compared; and, after a warning, where it keeps something in attributes, or where
+    tracing or compiling fails.
     """
-    if not is_compiled(stage.call) or torch.is_grad_enabled():
+    if not is_compiled(stage.call) or torch.is_grad_enabled() or stage.call in _CHANGING:
         return None
-    block = _Block(stage.call)
+    block = _Block(cast(nn.Module, stage.call))
     leaves, structure = tree_flatten(tuple(moving))
     if block.has_hooks() or not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
         return None
@@ -78,7 +81,8 @@ def compiled_dual(
     parameters = [p.detach() for p in block.tensors().values()]
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
     device = moving.tokens.device.type
-    kind = _KINDS.setdefault((block.settings(), number(attention), comparable(block.options)), _Kind())
+    settings = block.settings()
+    kind = _KINDS.setdefault((settings, number(attention), comparable(block.options)), _Kind())
     form = (
         str(structure), others, recording is None, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
         tuple((x.shape, x.stride(), x.dtype, x.device) for x in (*parameters, *tensors)),
@@ -98,6 +102,10 @@ def compiled_dual(
 
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         kind.forms[form] = _or_none(lambda: _traced(dual, parameters, tensors, block.options, autocast), stage, kind)
+        if block.settings() != settings:
+            _CHANGING.add(block.called)
+            kind.warn(stage, "it changes attributes of its modules")
+            return None
     graph = kind.forms[form]
     if graph is None:
         return None
@@ -117,9 +125,9 @@ def _or_none(call: Callable[[], Any], stage: Stage, kind: _Kind) -> Any:
     """What a call returns; None, and a warning, where it fails: compilers fail in many ways."""
     try:
         return call()
-    except (FlowAnchorError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except FlowAnchorError:
         return None  # a fault of the stage, which the eager pass will name
     except Exception as error:  # noqa: BLE001
         kind.warn(stage, shorten(f"{type(error).__name__}, {error}", 300))
@@ -205,9 +213,11 @@ def _check_inputs(graph: GraphModule) -> None:
 class _Block(nn.Module):
     """A compiled block, or the several modules that it asks, as one module that can be called with other parameters."""
 
+    called: nn.Module
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__["block"] = block
+        self.__dict__["called"] = block
         self.parts = nn.ModuleList(choices(block))
 
     @property
@@ -218,7 +228,7 @@ class _Block(nn.Module):
         return found.options
 
     def forward(self, tokens: Tensor, context: Any) -> Tensor:
-        out: Tensor = self.__dict__["block"](tokens, context)
+        out: Tensor = self.called(tokens, context)
         return out
 
     def has_hooks(self) -> bool:
@@ -236,8 +246,7 @@ class _Block(nn.Module):
 
     def settings(self) -> Any:
         """All that the block's Python code may read beside tensors: kinds, modes and attributes of its modules."""
-        block = self.__dict__["block"]
-        return type(block), tuple((name, _settings(module)) for name, module in self.parts.named_modules())
+        return type(self.called), tuple((name, _settings(module)) for name, module in self.parts.named_modules())
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}

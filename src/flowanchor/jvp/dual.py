@@ -105,7 +105,8 @@ def _product(func: Callable[..., Tensor], operands: Sequence[Any], tangents: Seq
 def _sum(func: Callable[..., Tensor], operands: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
     out = func(*map(_value, operands))
     with torch.no_grad():
-        moved = torch.empty_like(out).copy_(tangents[0] if tangents[1] is None else tangents[1])
+        (tangent,) = (tangent for tangent in tangents if tangent is not None)
+        moved = torch.empty_like(out).copy_(tangent)
     return forward_ad.make_dual(out, moved)
 
 
