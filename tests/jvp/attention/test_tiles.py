@@ -60,7 +60,7 @@ def built(d: int, dtype: torch.dtype, architecture: int, tmp_path, precision: st
     from triton import knobs
     from triton.runtime import driver
 
-    tile = choose(d, dtype, CARDS[architecture])
+    tile = choose(d, dtype, CARDS[architecture], precision)
     grid, arguments, options, _ = triton_kernel.launch(*in_a_network(d, dtype), 0.1, tile, precision)
     with patch.object(driver, "_active", Driver(architecture)):
         kernel = triton_kernel._kernel.warmup(*arguments, grid=grid, **options)
@@ -120,7 +120,8 @@ def test_strides_that_nobody_steps_do_not_count():
 def test_every_head_size_has_a_tile(dtype):
     for d in range(1, 257):
         for card in CARDS.values():
-            assert choose(d, dtype, card) in candidates(d, dtype, card)
+            for precision in ("ieee", "tf32x3", "tf32"):
+                assert choose(d, dtype, card, precision) == candidates(d, dtype, card, precision)[0]
     measured = {64: (128, 64, 8, 3), 72: (128, 64, 8, 3), 128: (128, 64, 8, 2)}
     assert {d: tuple(choose(d, torch.bfloat16, CARDS[90])) for d in measured} == measured
 
@@ -136,7 +137,7 @@ def tune(tmp_path, seconds, card=CARDS[90], keys=1000, d=72):
         timed.append(tile)
         return seconds(tile)
 
-    return tuned(card, d, torch.bfloat16, keys, run, str(tmp_path), lambda call: call()), timed
+    return tuned(card, d, torch.bfloat16, "ieee", keys, run, str(tmp_path), lambda call: call()), timed
 
 
 def forget():

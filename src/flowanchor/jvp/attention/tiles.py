@@ -53,7 +53,11 @@ HALF = {
     160: (Tile(64, 16, 4, 2), Tile(16, 32, 8, 2)),
     256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
-FLOAT32 = {
+IEEE = {
+    128: (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+TF32 = {
     128: (Tile(64, 16, 4, 2), Tile(32, 16, 8, 1)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
@@ -64,16 +68,16 @@ OTHERS = (
 )  # fmt: skip
 
 
-def choose(d: int, dtype: torch.dtype, card: Card) -> Tile:
-    """The table's tile for heads of d channels."""
-    table = FLOAT32 if dtype == torch.float32 else HALF
+def choose(d: int, dtype: torch.dtype, card: Card, precision: str = "ieee") -> Tile:
+    """The table's tile for heads of d channels; `precision` is that of float32."""
+    table = HALF if dtype != torch.float32 else IEEE if precision == "ieee" else TF32
     hopper, elsewhere = next(tiles for largest, tiles in table.items() if d <= largest)
     return hopper if card.hopper else elsewhere
 
 
-def candidates(d: int, dtype: torch.dtype, card: Card) -> list[Tile]:
+def candidates(d: int, dtype: torch.dtype, card: Card, precision: str = "ieee") -> list[Tile]:
     """The tiles worth timing, the table's first; those that do not fit are refused when they are launched."""
-    return list(dict.fromkeys([choose(d, dtype, card), *OTHERS]))
+    return list(dict.fromkeys([choose(d, dtype, card, precision), *OTHERS]))
 
 
 @cache

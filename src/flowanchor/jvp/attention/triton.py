@@ -72,8 +72,8 @@ class Triton(AttentionTangent):
         if self.autotune and q.is_cuda and not torch.cuda.is_current_stream_capturing():
             from flowanchor.jvp.attention.tuning import tuned
 
-            return run(tuned(card, q.shape[-1], q.dtype, k.shape[2], run, self.cache_dir))
-        return run(choose(q.shape[-1], q.dtype, card))
+            return run(tuned(card, q.shape[-1], q.dtype, precision, k.shape[2], run, self.cache_dir))
+        return run(choose(q.shape[-1], q.dtype, card, precision))
 
     def _precision(self) -> str:
         return PRECISIONS[torch.get_float32_matmul_precision()] if self.precision == "auto" else self.precision

@@ -17,8 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources  # noqa: F401 - for `tuning`
+from triton.testing import do_bench  # noqa: F401
 
 from flowanchor.jvp.attention.tiles import Tile
+
+VERSION = f"triton {triton.__version__}"
 
 
 @triton.jit

@@ -24,6 +24,7 @@ def tuned(
     card: Card,
     d: int,
     dtype: torch.dtype,
+    precision: str,
     keys: int,
     run: Callable[[Tile], Any],
     cache_dir: str,
@@ -38,8 +39,9 @@ def tuned(
         seconds: what a call takes (Triton's `do_bench`: the median of some tenths of a second).
     """
     path = Path(cache_dir).expanduser() / f"attention-{re.sub('[^a-z0-9]+', '-', card.name.lower()).strip('-')}.json"
-    name = f"{_version()}, head {d}, {str(dtype).removeprefix('torch.')}, {length_class(keys)} keys"
-    offered = candidates(d, dtype, card)
+    kind = str(dtype).removeprefix("torch.") + (f" {precision}" if dtype == torch.float32 else "")
+    name = f"{_triton().VERSION}, head {d}, {kind}, {length_class(keys)} keys"
+    offered = candidates(d, dtype, card, precision)
     if (path, name) not in _KNOWN:
         remembered = _remembered(path).get(name)
         found = next((tile for tile in offered if list(tile) == remembered), None)
@@ -61,27 +63,20 @@ def _fastest(offered: list[Tile], run: Callable[[Tile], Any], seconds: Callable[
     times = {}
     for tile in offered:
         # What the compiler or the card refuses (too much shared memory, too many registers) is no candidate.
-        with suppress(RuntimeError, _refusal()):
+        with suppress(RuntimeError, _triton().OutOfResources):
             times[tile] = seconds(partial(run, tile))
     return min(times, key=lambda tile: times[tile], default=offered[0])
 
 
 def _median(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call, return_mode="median"))
+    return float(_triton().do_bench(call, return_mode="median"))
 
 
-def _refusal() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
+def _triton() -> Any:
+    """The one module that imports the package triton, which not every machine has."""
+    from flowanchor.jvp.attention import triton_kernel
 
-    return OutOfResources
-
-
-def _version() -> str:
-    import triton
-
-    return f"triton {triton.__version__}"
+    return triton_kernel
 
 
 def _remembered(path: Path) -> dict[str, Any]:
