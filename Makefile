@@ -63,6 +63,7 @@ eval-fid: $(STAMP) ## measure quality, going on where it stopped: make eval-fid 
 
 bench: $(STAMP) ## measure engines and data loading against their bars, on the CPU; refreshes the tables
 	$(BIN)/python benchmarks/engines.py $(ARGS)
+	$(BIN)/python benchmarks/compiled_dual.py
 	$(BIN)/python benchmarks/data_loading.py
 	@test ! -e outputs/demo/results.json || $(BIN)/python benchmarks/demo.py
 

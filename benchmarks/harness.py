@@ -87,12 +87,20 @@ def peak(claim: str, ours: Reading, theirs: Reading, bar: float | None) -> Row:
 
 def readings(workload: str, cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, Reading]:
     """Measure `module:function` of this folder, called with each case's settings."""
-    times = _ask({"measure": "time", "workload": workload, "cases": cases, "rounds": rounds}, KEEPING)
+    times = seconds(workload, cases, rounds)
     found = memory(workload, cases)
     return {
-        name: Reading(statistics.median(seconds), seconds, found[name]["process"], found[name]["counted"])
-        for name, seconds in times.items()
+        name: Reading(statistics.median(taken), taken, found[name]["process"], found[name]["counted"])
+        for name, taken in times.items()
     }
+
+
+def seconds(workload: str, cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each round of each case, which take turns."""
+    found: dict[str, list[float]] = _ask(
+        {"measure": "time", "workload": workload, "cases": cases, "rounds": rounds}, KEEPING
+    )
+    return found
 
 
 def memory(workload: str, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:

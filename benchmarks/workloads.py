@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from flowanchor.interfaces import TangentEngine
-from flowanchor.jvp import Chain, Full, TwoPass
+from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, dual
 from flowanchor.jvp.attention import resolve
+from flowanchor.jvp.stages import stages
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 ENGINES: dict[str, Callable[[], TangentEngine]] = {
@@ -74,6 +76,34 @@ def engine_step(
         return Workload(step, network)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    return Workload(step)
+
+
+def dual_step(kind: str, batch: int = 2, bfloat16: bool = False, **size: Any) -> Workload:
+    """Values and tangents through two blocks, nothing kept.
+
+    `kind`: "compiled"; "eager"; or "pytorch", which is eager with PyTorch's own rules for products and sums.
+    """
+    network = lightningdit(**{"depth": 2, **size})
+    x, v = torch.randn(2, batch, *network.sample_shape)
+    t, labels = torch.rand(batch), torch.randint(0, 10, (batch,))
+    embed, links = stages(network)
+    attention = resolve("auto")
+    if kind == "compiled":
+        compile_blocks(network)
+    rules = {} if kind == "pytorch" else dual._RULES
+
+    def step() -> None:
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+            patch.object(dual, "_RULES", rules),
+        ):
+            moving = dual.embed_dual(embed, dual.Directions(x, t, labels, v, torch.ones_like(t)), attention)
+            for link in links[:-1]:
+                tokens, tangent = dual.stage_dual(link, moving, attention)
+                moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
+
     return Workload(step)
 
 

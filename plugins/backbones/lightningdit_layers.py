@@ -112,7 +112,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        # A view would hand its layout, channels before tokens, to every sum along the network.
+        return rearrange(self.proj(x), "b d h w -> b (h w) d").contiguous()
 
 
 class TimeEmbedding(nn.Module):

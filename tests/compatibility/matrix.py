@@ -59,7 +59,7 @@ def visit_all(folder: Path) -> list[Outcome]:
         for rank, result in enumerate(results)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=280)[0] for process in processes]
+        said = [process.communicate(timeout=560)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

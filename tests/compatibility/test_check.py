@@ -89,7 +89,11 @@ def test_precisions():
 
 def test_choices_of_compile():
     assert compile_options(False) is None and compile_options(True) == {}
-    assert compile_options({"mode": "max-autotune"}) == {"mode": "max-autotune"}
+    fast = {"mode": "max-autotune-no-cudagraphs"}
+    assert compile_options(fast) == fast
+    for graphed in ({"mode": "max-autotune"}, {"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}):
+        with pytest.raises(ConfigError, match="overwrites.*use compile={mode:max-autotune-no-cudagraphs}"):
+            compile_options(graphed)
     with pytest.raises(ConfigError, match="compile=fast is no choice: use compile=true"):
         compile_options("fast")
     with pytest.raises(ConfigError, match="torch.compile refuses .*'mode': 'fastest'.* or use compile=true.$"):

@@ -374,11 +374,33 @@ def test_settings_that_cannot_be():
         FiniteDifference(eps=0)
 
 
+def test_finite_differences_refuse_the_products_of_a_gpu():
+    """Fake tensors of a GPU: nothing is computed before the refusal."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    network = network_of("released", torch.float32)
+    given = inputs(network, dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with FakeTensorMode(), pytest.raises(ConfigError, match="matmul_precision=high on a GPU.*jvp=chain"):
+            moving = ("x", "t", "tangent_x", "tangent_t")
+            given |= {name: torch.empty(given[name].shape, device="cuda") for name in moving}
+            FiniteDifference()(network, **given)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_finite_differences_refuse_low_precision():
     network = network_of("released", torch.float32)
     given = inputs(network, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="choose jvp=chain"):
         FiniteDifference()(network, **given)
+    for precision in ("high", "medium"):
+        with pytest.raises(ConfigError, match=f"matmul_precision={precision} on a GPU: add matmul_precision=highest"):
+            FiniteDifference().check_products(precision)
+        FiniteDifference(dtype="float64").check_products(precision)
+    FiniteDifference().check_products("highest")
     low = copy.deepcopy(network).bfloat16()
     with pytest.raises(ConfigError, match="trainer.precision=32-true"):
         FiniteDifference()(low, **given)

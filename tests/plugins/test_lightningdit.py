@@ -168,3 +168,14 @@ def test_time_is_embedded_in_float32_under_autocast():
 def test_sizes_that_do_not_fit(settings, sentence):
     with pytest.raises(ConfigError, match=sentence):
         LightningDiT(**{**TINY, **settings})
+
+
+@pytest.mark.parametrize("kind", ["lightningdit", "sit", "dit"])
+def test_tokens_lie_one_after_the_other(kind):
+    """Channels before tokens would be the layout of all that is added to them, and every product would copy."""
+    from flowanchor.plugins.backbones.dit import DiT
+    from flowanchor.plugins.backbones.sit import SiT
+
+    network = {"lightningdit": LightningDiT, "sit": SiT, "dit": DiT}[kind](4, 2, 3, 16, 1, 2, num_classes=5)
+    tokens, context = network.embed(torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 1]))
+    assert tokens.is_contiguous() and network.blocks[0](tokens, context).is_contiguous()

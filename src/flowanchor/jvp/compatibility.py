@@ -37,6 +37,9 @@ def is_low(precision: str | int) -> bool:
     return str(precision) not in ("32", "32-true", "64", "64-true")
 
 
+GRAPHED = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs of their own
+
+
 def compile_options(compile: Any) -> dict[str, Any] | None:
     """The config's `compile` as options of `compile_blocks`: false -> None, true -> {}, a mapping -> itself."""
     if isinstance(compile, bool):
@@ -50,10 +53,15 @@ def compile_options(compile: Any) -> dict[str, Any] | None:
             raise ConfigError(
                 f"torch.compile refuses compile={options} ({said}): correct that option, or use compile=true."
             ) from error
+        if options.get("mode") in GRAPHED or dict(options.get("options") or {}).get("triton.cudagraphs"):
+            raise ConfigError(
+                f"compile={options} keeps the results of a block where its next call overwrites them, and that is "
+                "the next block's: use compile={mode:max-autotune-no-cudagraphs}, or compile=true."
+            )
         return options
     raise ConfigError(
         f"compile={compile} is no choice: use compile=true, compile=false, or options of torch.compile, for instance "
-        "compile={mode:max-autotune}."
+        "compile={mode:max-autotune-no-cudagraphs}."
     )
 
 

@@ -1,8 +1,9 @@
 """`torch.compile` for the blocks of a backbone, in a way that tangent engines can step around.
 
-Compiled code has no forward-mode rule, so tangent passes run a block eagerly, and all other passes (teacher, anchor,
-recomputation in the backward) run it compiled. Only `forward` is compiled: hooks of sharding units stay outside, also
-those of units inside a block (modules that stay in float32), which then are whole as long as the block runs.
+Compiled code has no forward-mode rule, so tangent passes go around it, by graphs of their own (`compiled_dual`). All
+other passes (teacher, anchor, recomputation in the backward) run a block compiled. Only `forward` is compiled: hooks of
+sharding units stay outside, also those of units inside a block (modules that stay in float32), which then are whole as
+long as the block runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class CompiledForward:
     """A block's forward, compiled on first use; eager inside `eager_forwards`."""
 
     def __init__(self, block: nn.Module, **options: Any) -> None:
-        self.block, self.eager = block, block.forward
+        self.block, self.eager, self.options = block, block.forward, options
         self.compiled = torch.compile(self.eager, **options)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -45,18 +46,19 @@ def compile_blocks(backbone: Backbone, **options: Any) -> None:
     A block that asks one of several modules names them in `choices`; then these are compiled.
     """
     for block in backbone.blocks:
-        for module in _choices(block):
+        for module in choices(block):
             if not is_compiled(module):
                 module.__dict__["forward"] = CompiledForward(module, **options)
 
 
 def is_compiled(block: Any) -> bool:
     """Whether this is a block where `compile_blocks` has been."""
-    chosen = _choices(block)[0]
+    chosen = choices(block)[0]
     return isinstance(getattr(chosen, "__dict__", {}).get("forward"), CompiledForward)
 
 
-def _choices(block: Any) -> Sequence[Any]:
+def choices(block: Any) -> Sequence[Any]:
+    """The modules that a block asks one of: itself, where it names none."""
     found: Sequence[Any] = getattr(block, "choices", (block,))
     return found
 

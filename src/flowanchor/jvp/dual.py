@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.attention import AttentionTangent, intercept
+from flowanchor.jvp.attention.intercept import autocast_of
 from flowanchor.jvp.compiled import eager_forwards
+from flowanchor.jvp.compiled_dual import compiled_dual
 from flowanchor.jvp.inside import mapped, tensors_inside
 from flowanchor.jvp.replay import Recording, record, unrecorded
 from flowanchor.jvp.stages import Stage, is_unit, through
@@ -60,14 +62,15 @@ class Directions(NamedTuple):
 @contextmanager
 def tangents(attention: AttentionTangent, recording: Recording | None = None) -> Iterator[None]:
     """A level of forward-mode AD in which attention has a tangent and compiled blocks run eagerly."""
-    with forward_ad.dual_level(), eager_forwards(), record(recording), _LinearRule(), intercept(attention):
+    with forward_ad.dual_level(), eager_forwards(), record(recording), _StandingRules(), intercept(attention):
         yield
 
 
-class _LinearRule(TorchFunctionMode):
-    """The tangent of a linear layer whose weight stands: one product with the weight.
+class _StandingRules(TorchFunctionMode):
+    """The tangents of functions of which one operand stands, by what is left of PyTorch's own rules.
 
-    PyTorch's own rule also multiplies the input by a weight tangent of zeros, a third product as large as the two.
+    Those go on with a tangent of zeros. For a linear layer that is a third product as large as the two others, of the
+    input with zeros; for products and sums it is a tensor that holds nothing and is added and multiplied in Python.
     """
 
     def __torch_function__(
@@ -75,6 +78,10 @@ class _LinearRule(TorchFunctionMode):
     ) -> Any:
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
+        if func in _RULES and len(args) == 2 and not kwargs:
+            tangents = [_tangent(operand) for operand in args]
+            if sum(tangent is not None for tangent in tangents) == 1:
+                return _RULES[func](func, args, tangents)
         return func(*args, **(kwargs or {}))
 
 
@@ -82,9 +89,36 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     value, tangent = forward_ad.unpack_dual(input)
     if tangent is None or any(forward_ad.unpack_dual(p).tangent is not None for p in (weight, bias) if p is not None):
         return functional.linear(input, weight, bias)
+    weight = autocast_of(weight)  # once for both products
     with torch.no_grad(), unrecorded():
         moved = functional.linear(tangent, weight)
     return forward_ad.make_dual(functional.linear(value, weight, bias), moved)
+
+
+def _product(func: Callable[..., Tensor], operands: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
+    first, second = map(_value, operands)
+    with torch.no_grad():
+        moved = func(*((tangents[0], second) if tangents[1] is None else (first, tangents[1])))
+    return forward_ad.make_dual(func(first, second), moved)
+
+
+def _sum(func: Callable[..., Tensor], operands: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
+    out = func(*map(_value, operands))
+    with torch.no_grad():
+        (tangent,) = (tangent for tangent in tangents if tangent is not None)
+        moved = torch.empty_like(out).copy_(tangent)
+    return forward_ad.make_dual(out, moved)
+
+
+_RULES = {torch.mul: _product, Tensor.mul: _product, torch.add: _sum, Tensor.add: _sum}
+
+
+def _tangent(operand: Any) -> Tensor | None:
+    return forward_ad.unpack_dual(operand).tangent if isinstance(operand, Tensor) else None
+
+
+def _value(operand: Any) -> Any:
+    return forward_ad.unpack_dual(operand).primal if isinstance(operand, Tensor) else operand
 
 
 def embed_dual(stage: Stage, inputs: Directions, attention: AttentionTangent) -> Moving:
@@ -105,6 +139,14 @@ def stage_dual(
     stage: Stage, moving: Moving, attention: AttentionTangent, recording: Recording | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One later stage: tokens [B, N, D] (or the prediction [B, *]) and their tangent; values may be recorded."""
+    # The first walk is watched, call by call of PyTorch.
+    found = None if watch() is not None else compiled_dual(_eager_dual, stage, moving, attention, recording)
+    return _eager_dual(stage, moving, attention, recording) if found is None else found
+
+
+def _eager_dual(
+    stage: Stage, moving: Moving, attention: AttentionTangent, recording: Recording | None
+) -> tuple[Tensor, Tensor | None]:
     carried, fixed = moving.context
     inputs = [moving.tokens, *tree_leaves(carried)]
     guard = _InputGuard(stage, inputs)

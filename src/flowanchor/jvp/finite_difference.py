@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ class FiniteDifference:
 
     Not exact. The error is `eps^2 / 6` times the third derivative along `d`, plus the roundoff of `F` over `eps`: with
     the default steps 1e-5 relative in float32 and 1e-9 in float64 on small transformers (the tests assert ten times
-    that). In bfloat16 the roundoff would be as large as the tangent, so it is refused.
+    that). In bfloat16 the roundoff would be as large as the tangent, so it is refused; so is TF32 on a GPU.
 
     Args:
         eps: step, in units of the tangent; None: 5e-3 in float32, 1e-5 in float64.
@@ -63,6 +65,8 @@ class FiniteDifference:
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
         self.check_run(backbone, sharded=is_sharded(backbone), low_precision=autocast or x.dtype in LOW)
+        if x.is_cuda:
+            self.check_products(torch.get_float32_matmul_precision())
         before = Surroundings.here(x.device, others=True)
         tangent = self._difference(backbone, inputs, before)
         with before:
@@ -89,6 +93,14 @@ class FiniteDifference:
                 "jvp.dtype=float32, or choose jvp=chain."
             )
 
+    def check_products(self, precision: str) -> None:
+        """Raise `ConfigError` where a GPU's float32 products have too few digits for differences (TF32, bfloat16)."""
+        if self.dtype == torch.float32 and precision != "highest":
+            raise ConfigError(
+                f"jvp=finite_difference drowns in the roundoff of matmul_precision={precision} on a GPU: add "
+                "matmul_precision=highest, or choose jvp=chain."
+            )
+
     def _needs_copy(self, backbone: Backbone) -> bool:
         return any(p.dtype != self.dtype for p in backbone.parameters() if p.is_floating_point())
 
@@ -107,12 +119,26 @@ class FiniteDifference:
                 return functional_call(_Ask(backbone), _prefixed(weights), (x, t, inputs.cond, r))
             return ask(backbone, x, t, inputs.cond, r)
 
-        with torch.no_grad():
+        with torch.no_grad(), _exact_convolutions(inputs.x):
             ahead = at(self.eps)
             before.forget_if_unused()
             with before:
                 behind = at(-self.eps)
             return ((ahead - behind) / (2 * self.eps)).to(inputs.x.dtype)
+
+
+@contextmanager
+def _exact_convolutions(x: Tensor) -> Iterator[None]:
+    """cuDNN convolves in TF32 unless it is told otherwise, whatever the precision of products is."""
+    if not x.is_cuda:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _moved(value: Tensor, tangent: Tensor | None, step: float, dtype: torch.dtype) -> Tensor:

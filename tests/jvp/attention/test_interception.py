@@ -9,6 +9,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowanchor.jvp.attention import Auto, Math, Streaming, intercept
 
@@ -132,3 +134,74 @@ def test_autocast_makes_of_the_inputs_what_it_makes_of_a_plain_call(engine, low,
     for a, b in zip(attend(intercept(engine), values, moved, low=low), exact, strict=True):
         assert a.dtype == plain.dtype
         assert relative(a, b) < 0.03
+
+
+class Types(TorchDispatchMode):
+    """Which types the products and softmaxes inside it are given, in passes forwards and backwards."""
+
+    kinds = ("bmm", "mm", "baddbmm", "_softmax", "_safe_softmax", "_softmax_backward_data")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, set[torch.dtype]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in self.kinds:
+            given = {value.dtype for value in args if isinstance(value, torch.Tensor)}
+            self.seen.append((name, given | {value for value in args if isinstance(value, torch.dtype)}))
+        return func(*args, **(kwargs or {}))
+
+
+class Softmaxes(TorchFunctionMode):
+    """The type of each softmax that is written out, and whether autocast may change it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.softmax, torch._safe_softmax):
+            self.seen.append((args[0].dtype, torch.is_autocast_enabled("cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "keys, named",
+    [
+        (4, {}),
+        (4, {"attn_mask": torch.ones(5, 5).tril() > 0}),
+        (4, {"attn_mask": rand(5, 5, dtype=torch.float32)}),
+        (2, {"enable_gqa": True}),
+    ],
+    ids=["plain", "mask", "bias", "grouped"],
+)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_the_formula_computes_in_one_type_whatever_autocast_says(low, keys, named):
+    """What autocast changes within an operator, the backward on a GPU may refuse: gradients of another type."""
+    shapes = [(1, 4, 5, 8), (1, keys, 5, 8), (1, keys, 5, 8)]
+    (q, k, v), moved = pair(*shapes, dtype=torch.float32)
+    exact = torch.autograd.grad(
+        functional.scaled_dot_product_attention(*(x.requires_grad_() for x in (q, k, v)), **named).square().sum(),
+        (q, k, v),
+    )
+    with Types() as types:
+        with Softmaxes() as softmaxes, forward_ad.dual_level(), torch.autocast("cpu", low), intercept(Math()):
+            duals = [forward_ad.make_dual(x, d) for x, d in zip((q, k, v), moved, strict=True)]
+            out = forward_ad.unpack_dual(functional.scaled_dot_product_attention(*duals, **named)).primal
+        assert out.dtype == low
+        found = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert softmaxes.seen == [(torch.float32, False)], "PyTorch's plain backend is left to autocast"
+    assert {name for name, _ in types.seen} >= {"bmm", "_softmax_backward_data"}
+    assert all(given == {torch.float32} for _, given in types.seen), types.seen
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32 and relative(a, b) < 0.03
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_a_query_that_may_see_no_key_gets_nothing(engine):
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[0] = False
+    values, moved = pair(*[(1, 2, 5, 4)] * 3)
+    for a in attend(intercept(engine), values, moved, attn_mask=mask):
+        assert a.isfinite().all() and not a[:, :, 0].any() and a[:, :, 1:].any()

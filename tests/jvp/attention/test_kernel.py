@@ -14,12 +14,15 @@ import json, sys
 import torch
 from flowanchor.jvp.attention import Math, Triton
 torch.manual_seed(0)
-stride = 2**30 + 64  # of the samples: the third begins beyond 2^31; the file between them has holes and needs no disk
-file = torch.from_file(sys.argv[1], shared=True, size=3 * stride, dtype=torch.float16)
-q = file.as_strided((3, 1, 16, 16), (stride, 256, 16, 1)).copy_(torch.randn(3, 1, 16, 16))
-k, v, dk, dv = torch.randn(4, 3, 1, 16, 16).half()
-exact = Math()(*(x.double() for x in (q, k, v)), None, dk.double(), dv.double())
-print(json.dumps([float((a.double() - b).norm() / b.norm()) for a, b in zip(Triton()(q, k, v, None, dk, dv), exact)]))
+# The file has holes and needs no disk. Samples far apart: the third begins beyond 2^31, then the second.
+file = torch.from_file(sys.argv[1], shared=True, size=3 * 2**30 + 256, dtype=torch.float16)
+errors = []
+for batch, stride in ((3, 2**30 + 64), (2, 2**31 + 64)):
+    q = file.as_strided((batch, 1, 16, 16), (stride, 256, 16, 1)).copy_(torch.randn(batch, 1, 16, 16))
+    k, v, dk, dv = torch.randn(4, batch, 1, 16, 16).half()
+    exact = Math()(*(x.double() for x in (q, k, v)), None, dk.double(), dv.double())
+    errors += [float((a.double() - b).norm() / b.norm()) for a, b in zip(Triton()(q, k, v, None, dk, dv), exact)]
+print(json.dumps(errors))
 """
 
 

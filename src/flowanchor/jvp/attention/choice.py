@@ -8,16 +8,21 @@ from flowanchor.errors import ConfigError
 from flowanchor.jvp.attention.base import AttentionTangent
 from flowanchor.jvp.attention.math import Math
 from flowanchor.jvp.attention.streaming import Streaming
+from flowanchor.jvp.attention.tiles import CACHE
 from flowanchor.jvp.attention.triton import Triton
 
 FEW_SCORES = 1 << 17  # of all samples and heads
 
 
 class Auto(AttentionTangent):
-    """`Triton` where it can run; elsewhere `Math` for few scores, which then is the faster one, and `Streaming`."""
+    """`Triton` where it can run; elsewhere `Math` for few scores, which then is the faster one, and `Streaming`.
 
-    def __init__(self) -> None:
-        self.math, self.streaming, self.triton = Math(), Streaming(), Triton()
+    Args:
+        precision, autotune, cache_dir: of `Triton`.
+    """
+
+    def __init__(self, precision: str = "auto", autotune: bool = False, cache_dir: str = CACHE) -> None:
+        self.math, self.streaming, self.triton = Math(), Streaming(), Triton(precision, autotune, cache_dir)
 
     def __call__(
         self,

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from flowanchor.jvp.attention.base import AttentionTangent
-from flowanchor.jvp.attention.math import Math
+from flowanchor.jvp.attention.math import Math, formula
 
 
 def intercept(attention: AttentionTangent) -> AbstractContextManager[Any]:
     """A region in which attention of dual numbers is computed by `attention`; other calls are left alone.
 
     Under `no_grad` value and tangent come from `attention`. With gradient the value is an ordinary (fused) call, which
-    carries the gradient, and the tangent is computed beside it. `Math` stands for PyTorch's own rule for the plain
-    formula. So do calls with a mask, dropout, causality, grouped heads or inputs that are broadcast, whatever
-    `attention` is.
+    carries the gradient, and the tangent is computed beside it. `Math` stands for PyTorch's own rules, operator by
+    operator, for the plain formula (`formula`). So do calls with a mask, dropout, causality, grouped heads or inputs
+    that are broadcast, whatever `attention` is.
     """
     return _Intercept(attention)
 
@@ -57,7 +56,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    query, key, value = (_cast(tensor) for tensor in (query, key, value))
+    query, key, value = (autocast_of(tensor) for tensor in (query, key, value))
     (q, dq), (k, dk), (v, dv) = (forward_ad.unpack_dual(tensor) for tensor in (query, key, value))
     if dq is None and dk is None and dv is None:
         return functional.scaled_dot_product_attention(
@@ -66,10 +65,7 @@ def _attend(
     options = attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa
     same_heads = query.ndim == key.ndim == value.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
     if options or not same_heads or isinstance(attention, Math):
-        with sdpa_kernel(SDPBackend.MATH):
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        return formula(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     with torch.no_grad():
         out, tangent = attention(q, k, v, dq, dk, dv, scale)
     if torch.is_grad_enabled():
@@ -77,8 +73,8 @@ def _attend(
     return forward_ad.make_dual(out, tangent)
 
 
-def _cast(tensor: Tensor) -> Tensor:
-    """What autocast would make of an input of attention."""
+def autocast_of(tensor: Tensor) -> Tensor:
+    """What autocast would make of an input of attention, or of a linear layer."""
     kind = tensor.device.type
     low = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(kind)) if low else tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flowanchor.jvp.attention.base import AttentionTangent, check_shapes, wide
 
@@ -35,3 +36,35 @@ class Math(AttentionTangent):
                 weighted = moved_scores.mul_(p)
                 moved = moved + weighted.sub_(p * weighted.sum(-1, keepdim=True)) @ v
             return (p @ v).to(dtype), moved.to(dtype)
+
+
+def formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention`, [B, *, N_q, d] -> [B, *, N_q, e], written out; differentiable in both ways.
+
+    Unlike its own plain backend, every operator here gets and returns one type: half precision is computed in float32,
+    and the result has the dtype of `v`. With torch 2.11 the backward of that backend fails under autocast on CUDA.
+    """
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = wide(q), wide(k), wide(v)
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        if is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is None:
+            p = torch.softmax(scores, -1)
+        else:
+            # Of a query that may see no key the output is 0, as in PyTorch.
+            masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
+            p = torch._safe_softmax(masked, -1)
+        return (functional.dropout(p, dropout) @ v).to(dtype)

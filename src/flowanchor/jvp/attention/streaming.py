@@ -10,6 +10,8 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 from flowanchor.jvp.attention.base import AttentionTangent, check_shapes, wide
 
+# Queries and keys of a tile. On CUDA larger ones: each costs some seventeen launches, and its scores are few there.
+TILE, CUDA_TILE = (256, 256), (1024, 4096)
 # Scores of a tile on the CPU: few enough to stay in its cache from one operation to the next.
 CPU_TILE = 4 * 256 * 256
 
@@ -25,14 +27,14 @@ class Streaming(AttentionTangent):
         sum e^(S - m),   sum e^(S - m) v,   sum e^(S - m) dS,   sum e^(S - m) (dS v + dv)
 
     Args:
-        tile_queries, tile_keys: sides of a tile.
+        tile_queries, tile_keys: sides of a tile; None: 256 x 256, and 1,024 x 4,096 on CUDA.
     """
 
-    def __init__(self, tile_queries: int = 256, tile_keys: int = 256) -> None:
-        if tile_queries < 1 or tile_keys < 1:
+    def __init__(self, tile_queries: int | None = None, tile_keys: int | None = None) -> None:
+        if any(side is not None and side < 1 for side in (tile_queries, tile_keys)):
             raise ConfigError(
                 f"Tiles of {tile_queries} queries and {tile_keys} keys are empty: set jvp.attention.tile_queries and "
-                "jvp.attention.tile_keys to at least 1 (256 is a good size)."
+                "jvp.attention.tile_keys to at least 1 (256 is a good size), or leave them out."
             )
         self.tile_queries, self.tile_keys = tile_queries, tile_keys
 
@@ -52,31 +54,34 @@ class Streaming(AttentionTangent):
         check_shapes(q, k, v, dq, dk, dv)
         out, moved = v.new_empty(*q.shape[:-1], v.shape[-1]), v.new_empty(*q.shape[:-1], v.shape[-1])
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        queries, keys = self.sides(q)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            for rows in self._tiles(q, k.shape[2]):
+            for rows in _tiles(q, k.shape[2], queries, keys):
                 tile = _Rows(q[rows], None if dq is None else dq[rows], v.shape[-1], scale)
-                for start in range(0, k.shape[2], self.tile_keys):
-                    keys = (*rows[:2], slice(start, start + self.tile_keys))
-                    tile.add(*(None if x is None else wide(x[keys]).flatten(0, 1) for x in (k, v, dk, dv)))
+                for start in range(0, k.shape[2], keys):
+                    at = (*rows[:2], slice(start, start + keys))
+                    tile.add(*(None if x is None else wide(x[at]).flatten(0, 1) for x in (k, v, dk, dv)))
                 shape = out[rows].shape
                 out[rows], moved[rows] = (part.view(shape) for part in tile.finish())
         return out, moved
 
-    def _tiles(self, q: Tensor, keys: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Samples, heads and queries of each tile."""
-        batch, heads, queries = q.shape[:3]
-        room = batch * heads
-        if q.device.type == "cpu":
-            room = max(1, CPU_TILE // max(1, min(self.tile_queries, queries) * min(self.tile_keys, keys)))
-        samples, together = max(1, room // max(1, heads)), max(1, min(heads, room))
-        for sample in range(0, batch, samples):
-            for head in range(0, heads, together):
-                for query in range(0, queries, self.tile_queries):
-                    yield (
-                        slice(sample, sample + samples),
-                        slice(head, head + together),
-                        slice(query, query + self.tile_queries),
-                    )
+    def sides(self, q: Tensor) -> tuple[int, int]:
+        """Queries and keys of a tile, on the device of q."""
+        queries, keys = CUDA_TILE if q.is_cuda else TILE
+        return self.tile_queries or queries, self.tile_keys or keys
+
+
+def _tiles(q: Tensor, size_keys: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Samples, heads and queries of each tile."""
+    batch, heads, size_queries = q.shape[:3]
+    room = batch * heads
+    if q.device.type == "cpu":
+        room = max(1, CPU_TILE // max(1, min(queries, size_queries) * min(keys, size_keys)))
+    samples, together = max(1, room // max(1, heads)), max(1, min(heads, room))
+    for sample in range(0, batch, samples):
+        for head in range(0, heads, together):
+            for query in range(0, size_queries, queries):
+                yield slice(sample, sample + samples), slice(head, head + together), slice(query, query + queries)
 
 
 class _Rows:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.jvp.attention.base import AttentionTangent, check_shapes
+from flowanchor.jvp.attention.tiles import CACHE, Card, Tile, choose
 
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Of torch.set_float32_matmul_precision, what the kernel's products do under precision=auto.
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 class Triton(AttentionTangent):
@@ -20,7 +23,28 @@ class Triton(AttentionTangent):
 
     For head sizes up to 256, N_q != N_kv, bfloat16, float16 and float32, accumulated in float32. A head size that is no
     power of two is computed in two parts (72 = 64 + 8, the second padded to 16), not padded to the next power.
+
+    Args:
+        precision: of the products of float32 inputs. "ieee": float32 throughout, without tensor cores. "tf32x3": three
+            products of tensor cores for one, nearly as exact. "tf32": one, 10 bits of mantissa. "auto": as
+            `torch.set_float32_matmul_precision` says, which a run sets from `matmul_precision`: ieee for highest,
+            tf32x3 for high, tf32 for medium.
+        autotune: time a few tiles the first time that a head size, type and length is met on a card, and use the
+            fastest; false: the tile of a table (`tiles`).
+        cache_dir: where the tiles that were found are remembered, one file per kind of card.
     """
+
+    def __init__(self, precision: str = "auto", autotune: bool = False, cache_dir: str = CACHE) -> None:
+        if precision != "auto" and precision not in PRECISIONS.values():
+            raise ConfigError(
+                f"jvp.attention.precision={precision} is unknown: choose auto, {', '.join(PRECISIONS.values())}."
+            )
+        if not isinstance(autotune, bool):
+            raise ConfigError(f"jvp.attention.autotune={autotune} is unknown: choose true or false.")
+        self.precision, self.autotune, self.cache_dir = precision, autotune, cache_dir
+
+    def __repr__(self) -> str:
+        return f"Triton(precision={self.precision!r}, autotune={self.autotune})"
 
     def __call__(
         self,
@@ -38,7 +62,21 @@ class Triton(AttentionTangent):
             raise ConfigError(f"jvp/attention=triton {reason}: choose jvp/attention=streaming, or auto.")
         from flowanchor.jvp.attention.triton_kernel import attention_with_tangent
 
-        return attention_with_tangent(q, k, v, dq, dk, dv, q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        precision = self._precision()
+
+        def run(tile: Tile) -> tuple[Tensor, Tensor]:
+            return attention_with_tangent(q, k, v, dq, dk, dv, scale, tile, precision)
+
+        card = Card.of(q.device)
+        if self.autotune and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+            from flowanchor.jvp.attention.tuning import tuned
+
+            return run(tuned(card, q.shape[-1], q.dtype, precision, k.shape[2], run, self.cache_dir))
+        return run(choose(q.shape[-1], q.dtype, card, precision))
+
+    def _precision(self) -> str:
+        return PRECISIONS[torch.get_float32_matmul_precision()] if self.precision == "auto" else self.precision
 
     def can_run(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether these tensors are on a GPU and of a kind that the kernel takes."""

@@ -9,12 +9,20 @@ D0 = the largest power of two <= d and D1 = the rest padded to a power of two >=
 # ruff: noqa: E741 - O is what the field calls attention's output
 from __future__ import annotations
 
+import math
 import os
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources  # noqa: F401 - for `tuning`
+from triton.testing import do_bench  # noqa: F401
+
+from flowanchor.jvp.attention.tiles import Tile
+
+VERSION = f"triton {triton.__version__}"
 
 
 @triton.jit
@@ -38,8 +46,12 @@ def _kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr, PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    # Strides come in units of UNIT values, so that the compiler knows where rows begin at whole 16 bytes: of a stride
+    # of 72 it would only see that 16 does not divide it, and load two bytes at a time.
+    q_b, q_h, q_n, k_b, k_h, k_n = q_b * UNIT, q_h * UNIT, q_n * UNIT, k_b * UNIT, k_h * UNIT, k_n * UNIT
+    v_b, v_h, v_n, o_b, o_h, o_n = v_b * UNIT, v_h * UNIT, v_n * UNIT, o_b * UNIT, o_h * UNIT, o_n * UNIT
     # One dimension of programs: the second one of a grid ends at 65,535, which batch * heads may pass.
     tiles_q = tl.cdiv(size_q, BLOCK_Q)
     which = tl.program_id(0) // tiles_q
@@ -136,38 +148,61 @@ def parts(d: int) -> tuple[int, int]:
     return first, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
 
 
-def tiles(d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps, stages: what fits into the registers and 99 KiB of shared memory.
-
-    Chosen by what the compiler reports for sm_80 and sm_90 (the tests compile it), not by timings.
-    """
-    if dtype == torch.float32:
-        return (32, 16, 8, 1) if d <= 128 else (16, 16, 8, 1)
-    if d <= 64:
-        return 64, 64, 4, 2
-    return (64, 32, 8, 2) if d <= 128 else (32, 32, 8, 2)
-
-
 def attention_with_tangent(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    scale: float,
+    tile: Tile,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """q, dq [B, H, N_q, d], k, v, dk, dv [B, H, N_kv, d] -> O, dO [B, H, N_q, d]; see `AttentionTangent`."""
+    """q, dq [B, H, N_q, d], k, v, dk, dv [B, H, N_kv, d] -> O, dO [B, H, N_q, d]; see `AttentionTangent`.
+
+    `precision` is that of products of float32: "ieee" or "tf32x3" or "tf32".
+    """
+    grid, arguments, options, outputs = launch(q, k, v, dq, dk, dv, scale, tile, precision)
+    _kernel[grid](*arguments, **options)
+    return outputs
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    scale: float,
+    tile: Tile,
+    precision: str,
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any], tuple[Tensor, Tensor]]:
+    """Grid, arguments and options of the kernel for these tensors, and the outputs that it will fill."""
     (q, dq), (k, dk), (v, dv) = (_laid_out(value, tangent) for value, tangent in ((q, dq), (k, dk), (v, dv)))
     out, moved = torch.empty_like(q), torch.empty_like(q)
     batch, heads, size_q, d = q.shape
     first, second = parts(d)
-    block_q, block_k, warps, stages = tiles(d, q.dtype)
-    grid = (triton.cdiv(size_q, block_q) * batch * heads,)
-    _kernel[grid](
+    strides = [_stride(x, dimension) for x in (q, k, v, out) for dimension in range(3)]
+    # The kernel multiplies in the bits of what it is given: a stride beyond 31 bits is given whole.
+    unit = math.gcd(16 // q.element_size(), *strides) if max(strides) < 2**31 else 1
+    arguments = (
         q, k, v, q if dq is None else dq, k if dk is None else dk, v if dv is None else dv, out, moved,
-        scale * 1.4426950408889634, scale, heads, size_q, k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        D=d, D0=first, D1=second, BLOCK_Q=block_q, BLOCK_K=block_k,
-        HAS_DQ=dq is not None, HAS_DK=dk is not None, HAS_DV=dv is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", KIND=_kind(q.dtype),
-        num_warps=warps, num_stages=stages,
+        scale * 1.4426950408889634, scale, heads, size_q, k.shape[2], *(stride // unit for stride in strides),
     )  # fmt: skip
-    return out, moved
+    options = {
+        "D": d, "D0": first, "D1": second, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys,
+        "HAS_DQ": dq is not None, "HAS_DK": dk is not None, "HAS_DV": dv is not None,
+        "PRECISION": precision, "KIND": _kind(q.dtype), "UNIT": unit,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return (triton.cdiv(size_q, tile.queries) * batch * heads,), arguments, options, (out, moved)
+
+
+def _stride(tensor: Tensor, dimension: int) -> int:
+    """In values; 0 where there is nothing to step to, and any number may stand."""
+    return tensor.stride(dimension) if tensor.shape[dimension] > 1 else 0
 
 
 def _laid_out(value: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
