@@ -45,7 +45,8 @@ def results_table(report: Mapping[str, Any]) -> Table:
     for name, key in (("IS", "inception_score"), ("CLIP", "clip_score")):
         if any(line.get(key) is not None for line in report["results"]):
             columns += [(name, key, ".3g")]
-    columns += [("sec", "seconds", ".1f")]
+    if settings.get("repeats", 1) == 1:  # the width is needed for the spreads
+        columns += [("sec", "seconds", ".1f")]
     table.add_column("sampler", justify="left", overflow="fold")
     for name, _, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
