@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class CheckpointVelocity(VelocityField):
         self.guidance = guidance
         self.asked_interval = interval
         self.path = ""
+        self._reached: bool | None = None  # whether guidance reaches a time of the batch, once the host was told them
 
     def train(self, mode: bool = True) -> CheckpointVelocity:
         """The teacher never leaves evaluation mode."""
@@ -74,7 +76,12 @@ class CheckpointVelocity(VelocityField):
             told = self.asked_interval.anchor(t)
         else:
             told = Condition(t)
-        return self.guidance.velocity(self.network, x, told.for_network(self.network), cond, t).to(flow.dtype)
+        told = told.for_network(self.network)
+        return self.guidance.velocity(self.network, x, told, cond, t, self._reached).to(flow.dtype)
+
+    def at_times(self, t: Tensor | None) -> Hashable:
+        self._reached = None if t is None or self.guidance.scale == 1 else self.guidance.reaches(t)
+        return self._reached, self.network.at_times(t)
 
     def check(self, student: Backbone) -> None:
         """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
