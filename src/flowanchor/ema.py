@@ -98,6 +98,7 @@ class EMA(pl.Callback):
         self.snapshot_every, self.snapshot_dtype = snapshot_every, getattr(torch, snapshot_dtype)
         self._updates = 0
         self._counted: Tensor | None = None  # updates, float64 [] on the device, where the host does not know of skips
+        self._trained: tuple[nn.Module, list[nn.Parameter]] | None = None  # a student that is not sharded, and its own
         self._latest_step = 0
         self._shadows: dict[str, dict[str, Tensor]] = {}  # profile -> parameter name -> this rank's float32 part
         self._loaded: Mapping[str, Mapping[str, Tensor]] | None = None  # from a checkpoint, until the student is set up
@@ -117,6 +118,14 @@ class EMA(pl.Callback):
             if isinstance(module, FSDPModule):
                 module.reshard()
         return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+    def _parameters(self, student: nn.Module) -> list[nn.Parameter]:
+        """The same without names, at each step; the modules of a student that is not sharded are walked once."""
+        if self._trained is None or self._trained[0] is not student:
+            if any(isinstance(module, FSDPModule) for module in student.modules()):
+                return list(self._averaged(student).values())  # type: ignore[arg-type]
+            self._trained = student, [p for p in student.parameters() if p.requires_grad]
+        return self._trained[1]
 
     @torch.no_grad()
     def _ensure(self, pl_module: pl.LightningModule) -> None:
@@ -162,7 +171,7 @@ class EMA(pl.Callback):
         `verdict`: whether the step was made, where the host does not know a tensor [] of 1 or 0.
         """
         self._ensure(pl_module)
-        weights = [local(p).float() for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        weights = [local(p).float() for p in self._parameters(pl_module.student)]  # type: ignore[arg-type]
         if isinstance(verdict, Tensor):
             self._update_on_device(weights, verdict)
             return

@@ -38,8 +38,8 @@ def test_two_processes(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(SCRIPT)
     (tmp_path / "graphs").symlink_to(Path(__file__).parent)
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
     }  # fmt: skip
     processes = [
         subprocess.Popen(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ class Graph(Protocol):
 class Graphs(Protocol):
     """What makes them."""
 
-    def eager(self) -> Any:
-        """A region for a call that is not captured; yields a list of what in it could not be, filled at its end."""
+    def eager(self, rehearsal: bool) -> AbstractContextManager[list[str]]:
+        """A region for a call that is not captured; of a rehearsal it lists, at its end, what could not be."""
+        ...
 
     def capture(self, function: Callable[[], Outputs]) -> Graph:
         """Record a function without computing it; raises `CaptureError` where that is impossible."""
+        ...
 
 
 class CudaGraphs:
@@ -42,25 +44,14 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)
 
     @contextmanager
-    def eager(self) -> Iterator[list[str]]:
+    def eager(self, rehearsal: bool) -> Iterator[list[str]]:
         """On the stream that will capture, which is where autograd then finds the accumulators of the gradients."""
         found: list[str] = []
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
-        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self.stream):
-            warnings.simplefilter("always")
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                yield found
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
+        with torch.cuda.stream(self.stream), _waits(found) if rehearsal else nullcontext():
+            yield found
         now.wait_stream(self.stream)
-        for warning in caught:
-            if "synchronizing CUDA operation" in str(warning.message):
-                found.append(f"{Path(warning.filename).name}:{warning.lineno} lets the host wait for the device")
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def capture(self, function: Callable[[], Outputs]) -> Graph:
         torch.cuda.synchronize()
@@ -86,3 +77,21 @@ class _CudaGraph:
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@contextmanager
+def _waits(found: list[str]) -> Iterator[None]:
+    """Lists the lines that let the host wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            found.append(f"{Path(warning.filename).name}:{warning.lineno} lets the host wait for the device")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

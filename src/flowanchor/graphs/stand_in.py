@@ -35,7 +35,7 @@ class StandIn:
         self.captured = self.replayed = 0
 
     @contextmanager
-    def eager(self) -> Iterator[list[str]]:
+    def eager(self, rehearsal: bool) -> Iterator[list[str]]:
         yield []
 
     def capture(self, function: Callable[[], Outputs]) -> Graph:

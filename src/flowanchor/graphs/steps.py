@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,21 +85,18 @@ class GraphedSteps:
 
     def _eagerly(self, form: _Form, inputs: Any) -> Outputs:
         form.calls += 1
-        last = form.calls == EAGER_RUNS and not self.refused
+        rehearsal = form.calls == EAGER_RUNS and not self.refused
         for parameter in self.parameters:
             parameter.grad = None
         drawn = draws()
-        form.reads = Reads(*self.watched) if last else form.reads
-        with self.graphs.eager() as complaints:
-            if last and form.reads is not None:
-                with form.reads.watching():
-                    outputs = self.function(*inputs)
-            else:
-                outputs = self.function(*inputs)
+        form.reads = Reads(*self.watched) if rehearsal else form.reads
+        watching = form.reads.watching() if rehearsal and form.reads is not None else nullcontext()
+        with self.graphs.eager(rehearsal) as complaints, watching:
+            outputs = self.function(*inputs)
         form.gives = self.gradients.take()
-        if last and draws() != drawn:
+        if rehearsal and draws() != drawn:
             complaints.append("a stage of the network draws random numbers and is computed twice")
-        if last and complaints:
+        if rehearsal and complaints:
             self._refuse(complaints[0])
         return outputs
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
-import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 
 from flowanchor.module import FlowModule
@@ -25,5 +23,4 @@ class ReplicasStrategy(DDPStrategy):
         if not (isinstance(module, FlowModule) and module.graphed):
             super().configure_ddp()
             return
-        for tensor in chain(module.parameters(), module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+        _sync_module_states(module)
