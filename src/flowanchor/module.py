@@ -118,7 +118,7 @@ class FlowModule(pl.LightningModule):
             reason = f"this run is on {self.trainer.strategy.root_device.type}: use trainer.accelerator=gpu"
         self.graphed = self.cuda_graph is not False and reason is None
         if self.cuda_graph is True and reason is not None:
-            raise ConfigError(f"cuda_graph=true cannot be, because {reason}; or leave cuda_graph=auto.")
+            raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
         if self.cuda_graph == "auto" and reason is not None and on_cuda:
             rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
 
@@ -216,7 +216,7 @@ class FlowModule(pl.LightningModule):
 
     def _no_graph_after_all(self, reason: str) -> None:
         if self.cuda_graph is True:
-            raise ConfigError(f"cuda_graph=true cannot be, because {reason}; or leave cuda_graph=auto.")
+            raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
         rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.capture import CaptureError
 from flowanchor.interfaces import Shortcut, StepNumber, TermResult
-from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
+from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.plugins.objectives.times.uniform import Uniform
@@ -27,7 +27,7 @@ SCHEDULES = {
     "scm": (["objective.shortcut.warmup_steps=20"], [0, 5, 9, 30]),
 }
 NAMES = sorted(file.stem for file in Path(CONF, "objective").glob("*.yaml"))
-ENGINES = [Chain(), Chain(False), Full(), TwoPass(), FiniteDifference()]
+ENGINES = [Chain(), Full(), TwoPass()]  # the others: test_trainer.py
 
 
 @pytest.mark.parametrize("name", NAMES)
