@@ -63,7 +63,7 @@ def run(
     network = LightningDiT(4, 2, 1, 16, 1, 2, num_classes=3, disable_label_dropout=True)
     objective = ComposedObjective(PlainInterval(), Uniform(), FlowMatchingAnchor())
     module = FlowModule(
-        network, objective, DataVelocity(), Full(), lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=fused),
+        network, objective, DataVelocity(), Full(), lambda weights: torch.optim.AdamW(weights, lr=1e-3, fused=fused),
     )  # fmt: skip
     data = [(torch.randn(1, 4, 4), torch.tensor(i % 3)) for i in range(8)]
 

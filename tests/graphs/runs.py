@@ -101,6 +101,8 @@ def fit(
     callbacks: Sequence[pl.Callback] = (),
     checkpoint: Path | None = None,
     goal_object: Objective | None = None,
+    on: str = "cpu",
+    record: bool = True,
     **trainer_settings: Any,
 ) -> dict[str, Any]:
     """Train; `steps` optimizer steps on `batches`, again and again. Returns rows, weights, averages, moments."""
@@ -116,23 +118,23 @@ def fit(
         **{"cuda_graph": graphs, **(module_settings or {})},
     )  # fmt: skip
     stand_in = StandIn([*student.parameters(), *loss.parameters()], guarded)
-    if graphs:
+    if graphs and on == "cpu":
         module.make_graphs = lambda: stand_in
-    record, averages = Record(), EMA(sigma_rel=0.2)
+    seen, averages = Record(), EMA(sigma_rel=0.2)
     trainer = pl.Trainer(
         **{
-            "max_steps": steps, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "logger": False,
+            "max_steps": steps, "max_epochs": -1, "accelerator": on, "devices": 1, "logger": False,
             "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
             "default_root_dir": folder, "num_sanity_val_steps": 0, "inference_mode": False, "gradient_clip_val": 1.0,
             "log_every_n_steps": 2, "use_distributed_sampler": False, **trainer_settings,
-            "callbacks": [averages, record, *callbacks],
+            "callbacks": [averages, *([seen] if record else []), *callbacks],
         }
     )  # fmt: skip
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     validation = loader if trainer_settings.get("val_check_interval") else None
     trainer.fit(module, loader, validation, ckpt_path=checkpoint, weights_only=True)
     return {
-        "rows": record.rows,
+        "rows": seen.rows,
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "averages": {name: value.clone() for name, value in next(iter(averages._shadows.values())).items()},
         "updates": averages.updates,
