@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from flowanchor.errors import CheckpointError
-from flowanchor.optimizer_settings import with_own_settings
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
 from flowanchor.strategies.chain_jvp import _restore_optimizer
 
 
@@ -88,3 +90,27 @@ def test_a_scheduler_goes_on_from_its_rate_or_refuses_another():
 def test_other_groups_are_one_sentence():
     with pytest.raises(CheckpointError, match=r"groups of \[1, 1\] parameters and this one of \[2\]: resume with"):
         adamw(parameters()).load_state_dict(trained(adamw).state_dict())
+
+
+def test_fused_is_decided_by_the_device():
+    make = partial(torch.optim.AdamW, fused=None)
+    assert fused_on_cuda(make, torch.device("cuda"), scaled=False).keywords["fused"] is True
+    assert fused_on_cuda(make, torch.device("cpu"), scaled=False).keywords["fused"] is False
+    assert fused_on_cuda(make, torch.device("cuda"), scaled=True).keywords["fused"] is False
+    for chosen in (True, False):
+        kept = partial(torch.optim.AdamW, fused=chosen)
+        assert fused_on_cuda(kept, torch.device("cuda"), scaled=False) is kept
+    assert fused_on_cuda(torch.optim.SGD, torch.device("cuda"), scaled=True) is torch.optim.SGD
+    with pytest.raises(ConfigError, match="optimizer.fused=true divides the gradients"):
+        fused_on_cuda(partial(torch.optim.AdamW, fused=True), torch.device("cuda"), scaled=True)
+
+
+def test_a_fused_optimizer_goes_on_from_one_that_was_not():
+    first = trained(torch.optim.AdamW)
+    again = with_own_settings(torch.optim.AdamW([{"params": [p]} for p in parameters()], fused=True))
+    again.load_state_dict(first.state_dict())
+    assert all(group["fused"] for group in again.param_groups)
+    for weight in (p for group in again.param_groups for p in group["params"]):
+        assert again.state[weight]["step"] == 3
+        weight.grad = torch.ones_like(weight)
+    again.step()

@@ -25,12 +25,19 @@ def _table() -> np.ndarray:
     return 0.5 * np.log((1 - kept) / kept)
 
 
-_LOG_RATIOS = _table()  # of NumPy: a tensor that is kept would remember the mode (fake, inference) it was made in
+_LOG_RATIOS = _table()
+_ON: dict[torch.device, Tensor] = {}
 
 
 def _log_ratios(device: torch.device) -> Tensor:
-    """log(noise / signal) of each level, float64 [1000], increasing."""
-    return torch.from_numpy(_LOG_RATIOS).to(device)
+    """log(noise / signal) of each level, float64 [1000], increasing; the same tensor each time."""
+    if device not in _ON:
+        with torch.inference_mode(False):  # what is kept must not remember the mode that it was made in
+            ratios = torch.from_numpy(_LOG_RATIOS).to(device)
+        if type(ratios) is not Tensor:  # a fake one
+            return ratios
+        _ON[device] = ratios
+    return _ON[device]
 
 
 def trained_range(device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ batch is asked at times of one side only: `objective/time=routed` in training, a
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,7 @@ class WanExperts(Backbone):
         if not 0 < boundary < 1:
             raise ConfigError(f"backbone.boundary={boundary} is a noise level between 0 and 1: Wan 2.2 has 0.875.")
         self.boundary = boundary
+        self._side: str | None = None  # of the batch, once the host was told its times
         self.high, self.low = (Wan.from_preset(preset, **settings) for _ in range(2))
         self.blocks = nn.ModuleList(_Pair(*pair) for pair in zip(self.high.blocks, self.low.blocks, strict=True))
         self.sample_shape, self.patch_size = self.high.sample_shape, self.high.patch_size
@@ -48,15 +50,23 @@ class WanExperts(Backbone):
 
     def expert(self, t: Tensor) -> Wan:
         """Which network answers at times t [B]; raises `ConfigError` where they lie on both sides."""
+        return cast(Wan, getattr(self, self._side or self.side(t)))
+
+    def side(self, t: Tensor) -> str:
+        """Its name, `high` or `low`; asked of times on a device, the host waits for it."""
         noise = torch.where(t > 1, t - 1, 1 - t)
         high = noise >= self.boundary
         if bool(high.all()):
-            return self.high
+            return "high"
         if bool(high.any()):
             raise ConfigError(
                 "A batch has times of both experts, and one network is asked at a time: use objective/time=routed."
             )
-        return self.low
+        return "low"
+
+    def at_times(self, t: Tensor | None) -> Hashable:
+        self._side = None if t is None else self.side(t)
+        return self._side
 
     def transformers(self) -> tuple[WanTransformer3DModel, WanTransformer3DModel]:
         """Stock networks that share the weights: high noise, low noise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class ComposedObjective(Objective):
         self.shortcut = shortcut
         self.anchor_weight = anchor_weight
         self.shortcut_weight = shortcut_weight
-        self.anchor_warmup_steps, self.step = anchor_warmup_steps, 0
+        self.anchor_warmup_steps = anchor_warmup_steps
+        self.warming = anchor_warmup_steps > 0  # whether the anchor trains alone at this step
         self.kind = "shortcut" if self.shortcut is not None else "flow"
         if self.shortcut is not None and weight is not None:
             self.shortcut.weight = weight
@@ -75,9 +77,17 @@ class ComposedObjective(Objective):
         return Times(*self.shortcut.times(first, second, coin, self.interval))
 
     def at_step(self, step: int) -> None:
-        self.step = step
+        self.warming = step < self.anchor_warmup_steps
         if self.shortcut is not None:
-            self.shortcut.step = step
+            self.shortcut.at_step(step)
+
+    @property
+    def phase(self) -> Hashable:
+        return "warming" if self.warming else None if self.shortcut is None else self.shortcut.phase
+
+    @property
+    def asks_elsewhere(self) -> bool:
+        return self.shortcut is not None and type(self.shortcut).ahead is not Shortcut.ahead
 
     def forward(
         self,
@@ -96,7 +106,7 @@ class ComposedObjective(Objective):
         if student.training:
             cond = student.drop_condition(cond)  # once: every branch must see the same labels
         times = t.view(-1, *[1] * (x1.ndim - 1))
-        x_t = (1 - times) * noise + times * x1
+        x_t = ((1 - times) * noise + times * x1).to(x1.dtype)  # times are float32 also where samples are bfloat16
         flow = x1 - noise
         v = as_velocity(velocity(x_t, t, cond, flow, student, self.interval), x1, velocity)
 
@@ -109,16 +119,16 @@ class ComposedObjective(Objective):
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         if self.anchor is not None and anchored is not None:
-            term = self.anchor.loss(at_least_float32(anchored), v, t)
+            term = self.anchor.loss(at_least_float32(anchored), at_least_float32(v), t)
             losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
         prediction = tangent = None
         if self.shortcut is not None and answer is not None:
             prediction, second = at_least_float32(answer.prediction), at_least_float32(answer.second)
             if answer.discrete:
-                term = self.shortcut.discrete_loss(prediction, second, v, t)  # type: ignore[operator]
+                term = self.shortcut.discrete_loss(prediction, second, at_least_float32(v), t)  # type: ignore[operator]
             else:
                 tangent = second
-                term = self.shortcut.loss(prediction, tangent, v, t, end)
+                term = self.shortcut.loss(prediction, tangent, at_least_float32(v), t, end)
                 diagnostics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean()
             losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", term, diagnostics)
         return ObjectiveResult(
@@ -146,7 +156,7 @@ class ComposedObjective(Objective):
         then gathered, and its gradient reduced, once for both.
         """
         plain = None
-        warming = self.step < self.anchor_warmup_steps
+        warming = self.warming
         if self.anchor is not None:
             pretraining = self.anchor.branch == "pretraining" or warming
             plain = self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
@@ -161,7 +171,7 @@ class ComposedObjective(Objective):
             prediction = student.predict(x_t, told.t, cond, told.r)
             with torch.no_grad():
                 there = self.interval.shortcut(later, end)
-                x_later = x_t + (later - t).view(-1, *[1] * (x_t.ndim - 1)) * v
+                x_later = (x_t + (later - t).view(-1, *[1] * (x_t.ndim - 1)) * v).to(x_t.dtype)
                 opinion = student.predict(x_later, there.t, cond, there.r)
             return anchored, _Answer(prediction, opinion, discrete=True)
         along = v

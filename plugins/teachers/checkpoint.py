@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,6 +75,7 @@ class CheckpointVelocity(VelocityField):
         self.low = False
         self.asked_interval = interval
         self.path = ""
+        self._reached: bool | None = None  # whether guidance reaches a time of the batch, once the host was told them
 
     def train(self, mode: bool = True) -> CheckpointVelocity:
         """The teacher never leaves evaluation mode."""
@@ -85,8 +87,13 @@ class CheckpointVelocity(VelocityField):
             told = self.asked_interval.anchor(t)
         else:
             told = Condition(t)
+        told = told.for_network(self.network)
         with self._casting(x.device.type):
-            return self.guidance.velocity(self.network, x, told.for_network(self.network), cond, t).to(flow.dtype)
+            return self.guidance.velocity(self.network, x, told, cond, t, self._reached).to(flow.dtype)
+
+    def at_times(self, t: Tensor | None) -> Hashable:
+        self._reached = None if t is None or self.guidance.scale == 1 else self.guidance.reaches(t)
+        return self._reached, self.network.at_times(t)
 
     def _casting(self, device: str) -> AbstractContextManager[Any]:
         """Weights in bfloat16 take inputs in bfloat16, also in a run that casts nothing."""

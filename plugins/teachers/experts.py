@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
+from flowanchor.graphs.capture import capturing
 from flowanchor.interfaces import Backbone, Interval, VelocityField
 from flowanchor.jvp.stages import is_sharded
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
@@ -45,6 +47,7 @@ class ExpertsVelocity(VelocityField):
         if not high or not low:
             raise ConfigError("Two experts teach: add teacher.high=PATH and teacher.low=PATH (docs/wan.md).")
         self.boundary, self.one_side = boundary, one_side
+        self._sides: tuple[bool, bool] | None = None  # of the batch, once the host was told its times
         scales = ((high, guidance_scale_high), (low, guidance_scale_low))
         common: Any = {"guidance_low": guidance_low, "guidance_high": guidance_high}
         common |= {"dtype": dtype, "precision": precision}
@@ -54,21 +57,32 @@ class ExpertsVelocity(VelocityField):
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         early = 1 - t >= self.boundary
         high, low = self.high, self.low
-        mixed = bool(early.any()) and not bool(early.all())
+        some, every = self.sides(t) if self._sides is None else self._sides
+        mixed = some and not every
         if mixed and self.one_side:
             raise ConfigError(
                 "teacher.one_side=true, and a batch has times of both experts: use objective/time=routed."
             )
         if self.one_side or not (mixed or is_sharded(high)):
-            expert = high if bool(early.any()) else low
+            expert = high if some else low
             return cast(Tensor, expert(x, t, cond, flow, student, interval))
-        if is_sharded(high):  # its processes must ask alike, whatever their times are
+        # The processes of a sharded pair must ask alike, whatever their times are; a graph asks alike at each replay.
+        if is_sharded(high) or capturing():
             first, second = (expert(x, t, cond, flow, student, interval) for expert in (high, low))
             return torch.where(early.view(-1, *[1] * (x.ndim - 1)), first, second)
         out = torch.empty_like(flow)
         for expert, mine in ((high, early), (low, ~early)):
             out[mine] = expert(x[mine], t[mine], cond[mine], flow[mine], student, interval)
         return out
+
+    def sides(self, t: Tensor) -> tuple[bool, bool]:
+        """Whether some of the times [B], and whether all of them, belong to the high-noise expert."""
+        early = 1 - t >= self.boundary
+        return bool(early.any()), bool(early.all())
+
+    def at_times(self, t: Tensor | None) -> Hashable:
+        self._sides = None if t is None else self.sides(t)
+        return self._sides, self.high.at_times(t), self.low.at_times(t)
 
     def check(self, student: Backbone) -> None:
         for expert in (self.high, self.low):

@@ -17,7 +17,7 @@ from flowanchor.base.rank_zero import rank_zero_info, rank_zero_warn
 from flowanchor.ema_posthoc import gamma_from_sigma_rel, save_snapshot, snapshot_files
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone
-from flowanchor.module import skipped_steps
+from flowanchor.module import FlowModule, skipped_steps
 from flowanchor.weights import all_finite, copy_weights, local, shape_of
 
 
@@ -34,8 +34,11 @@ class Profile:
         else:
             raise ConfigError(f"ema.decay={decay} must lie in [0, 1), for instance ema.decay=0.999.")
 
-    def beta(self, t: int) -> float:
-        """Power function: (1 - 1/t)^(gamma + 1), EDM2 eq. 4 in steps (it forgets the initial weights at t = 1)."""
+    def beta(self, t: Any) -> Any:
+        """Power function: (1 - 1/t)^(gamma + 1), EDM2 eq. 4 in steps (it forgets the initial weights at t = 1).
+
+        Of an integer, or of a tensor [] float64.
+        """
         if self.decay is not None:
             return self.decay
         return (1.0 - 1.0 / t) ** (self.gamma + 1.0)
@@ -93,7 +96,9 @@ class EMA(pl.Callback):
         if snapshot_dtype not in ("float32", "float16"):
             raise ConfigError(f"ema.snapshot_dtype={snapshot_dtype} is unknown: choose float32 or float16.")
         self.snapshot_every, self.snapshot_dtype = snapshot_every, getattr(torch, snapshot_dtype)
-        self.updates = 0
+        self._updates = 0
+        self._counted: Tensor | None = None  # updates, float64 [] on the device, where the host does not know of skips
+        self._trained: tuple[nn.Module, list[nn.Parameter]] | None = None  # a student that is not sharded, and its own
         self._latest_step = 0
         self._shadows: dict[str, dict[str, Tensor]] = {}  # profile -> parameter name -> this rank's float32 part
         self._loaded: Mapping[str, Mapping[str, Tensor]] | None = None  # from a checkpoint, until the student is set up
@@ -113,6 +118,14 @@ class EMA(pl.Callback):
             if isinstance(module, FSDPModule):
                 module.reshard()
         return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+    def _parameters(self, student: nn.Module) -> list[nn.Parameter]:
+        """The same without names, at each step; the modules of a student that is not sharded are walked once."""
+        if self._trained is None or self._trained[0] is not student:
+            if any(isinstance(module, FSDPModule) for module in student.modules()):
+                return list(self._averaged(student).values())  # type: ignore[arg-type]
+            self._trained = student, [p for p in student.parameters() if p.requires_grad]
+        return self._trained[1]
 
     @torch.no_grad()
     def _ensure(self, pl_module: pl.LightningModule) -> None:
@@ -144,14 +157,36 @@ class EMA(pl.Callback):
                 )
         return stored
 
+    @property
+    def updates(self) -> int:
+        """How often the averages have moved; the host waits for the device where that is counted there."""
+        if self._counted is not None:
+            self._updates = int(self._counted)
+        return self._updates
+
     @torch.no_grad()
-    def update(self, pl_module: pl.LightningModule) -> None:
-        """One step of every average: shadow <- beta shadow + (1 - beta) weights."""
+    def update(self, pl_module: pl.LightningModule, verdict: Tensor | bool = True) -> None:
+        """One step of every average: shadow <- beta shadow + (1 - beta) weights.
+
+        `verdict`: whether the step was made, where the host does not know a tensor [] of 1 or 0.
+        """
         self._ensure(pl_module)
-        self.updates += 1
-        weights = [local(p).float() for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        weights = [local(p).float() for p in self._parameters(pl_module.student)]  # type: ignore[arg-type]
+        if isinstance(verdict, Tensor):
+            self._update_on_device(weights, verdict)
+            return
+        self._updates += 1
         for name, profile in self.profiles.items():
-            torch._foreach_lerp_(list(self._shadows[name].values()), weights, 1.0 - profile.beta(self.updates))
+            torch._foreach_lerp_(list(self._shadows[name].values()), weights, 1.0 - profile.beta(self._updates))
+
+    def _update_on_device(self, weights: list[Tensor], verdict: Tensor) -> None:
+        if self._counted is None:
+            self._counted = torch.full((), self._updates, dtype=torch.float64, device=verdict.device)
+        self._counted.add_(verdict)
+        for name, profile in self.profiles.items():
+            kept = profile.beta(self._counted.clamp(min=1))
+            share = ((1.0 - kept) * verdict).float()
+            torch._foreach_lerp_(list(self._shadows[name].values()), weights, [share] * len(weights))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -159,10 +194,12 @@ class EMA(pl.Callback):
         if trainer.global_step <= self._latest_step:  # gradients are still being accumulated
             return
         self._latest_step = trainer.global_step
-        if skipped_steps(pl_module):
+        verdict = pl_module.skips.verdict if isinstance(pl_module, FlowModule) else True
+        if verdict is False:
             return  # nothing has changed, or it has diverged
-        self.update(pl_module)
-        if self.snapshot_every is not None and trainer.global_step % self.snapshot_every == 0:
+        self.update(pl_module, verdict)
+        due = self.snapshot_every is not None and trainer.global_step % self.snapshot_every == 0
+        if due and not skipped_steps(pl_module):
             self._snapshot(trainer, pl_module)
 
     # --------------------------------------------------------------------------------------------------- swapping
@@ -238,7 +275,8 @@ class EMA(pl.Callback):
         return {"updates": self.updates, "latest_step": self._latest_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates, self._latest_step = int(state_dict["updates"]), int(state_dict["latest_step"])
+        self._updates, self._latest_step = int(state_dict["updates"]), int(state_dict["latest_step"])
+        self._counted = None
 
     @torch.no_grad()
     def on_save_checkpoint(

@@ -11,7 +11,7 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
+from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -145,6 +146,12 @@ class Backbone(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """`predict`, with condition dropout in training mode."""
         return self.predict(x, t, self.drop_condition(cond) if self.training else cond, r)
+
+    def at_times(self, t: Tensor | None) -> Hashable:
+        """Told the times [B] of a training batch where the host has them, before it is asked about them, and None
+        afterwards. Returns which of its computations they take, where that is a choice: the host need not wait for the
+        device to make it, and a graph of the step is captured for each (`Objective.phase`)."""
+        return None
 
     def set_null_context(self, embeddings: Tensor) -> None:  # noqa: B027 - labels have a class of their own for it
         """Told the embeddings [L, D] that stand for no condition (of the negative prompt), where the data has any."""
@@ -317,7 +324,7 @@ class Shortcut(nn.Module, ABC):
         draws_end: whether `times` draws where the averages end, from two draws of the time distribution.
         direction: what the tangent goes along: the target `velocity`, or the network's `own` instantaneous one.
         weight: what replaces the shortcut's own adaptive weight; None: nothing does.
-        step: the training step, for schedules.
+        step: the training step; only `at_step` and `phase` may make anything of it (see `Objective`).
     """
 
     draws_end: bool = False
@@ -330,6 +337,15 @@ class Shortcut(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.weight = None  # of the instance: a module under the name of a class attribute would never be found
+
+    def at_step(self, step: int) -> None:
+        """Told before each training step: writes the numbers that follow a schedule into their `StepNumber`s."""
+        self.step = step
+
+    @property
+    def phase(self) -> Hashable:
+        """Which of its computations this step does."""
+        return None
 
     def end(self, t: Tensor) -> Tensor | None:
         """Where the average velocity from `t` ends, [B], a function of `t` that the network need not be told; None
@@ -385,12 +401,22 @@ class VelocityField(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         """x_t [B, *], t [B], condition, `flow = x1 - x0` [B, *] -> target velocity [B, *], without gradient."""
 
+    def at_times(self, t: Tensor | None) -> Hashable:
+        """As `Backbone.at_times`: `t` [B] are the times that it is then asked about."""
+        return None
+
     def check(self, student: Backbone) -> None:  # noqa: B027 - most fields fit every student
         """Raise a `FlowAnchorError` if this field cannot teach this student."""
 
 
 class Objective(nn.Module, ABC):
-    """A training loss. With `noise`, `t` and `end` given it is a pure function of its inputs and the step."""
+    """A training loss. With `noise`, `t` and `end` given it is a pure function of its inputs and the step.
+
+    A training step may be captured once and replayed (`cuda_graph`), and then only tensors change. So `at_step` writes
+    each number that changes with the step into a `StepNumber`, which `forward` reads as a tensor; `phase` says which
+    computation the step does, where there are several; and `forward` reads no attribute that changes otherwise, takes
+    no value to the host and makes no tensor of numbers (`flowanchor.testing.check_objective`).
+    """
 
     interval: Interval
     time: TimeDistribution
@@ -402,6 +428,16 @@ class Objective(nn.Module, ABC):
 
     def at_step(self, step: int) -> None:  # noqa: B027 - most objectives do not change
         """Told before each training step, so that what follows a schedule is where it was after a resume."""
+
+    @property
+    def phase(self) -> Hashable:
+        """Which of its computations this step does; a graph of the step is captured for each."""
+        return None
+
+    @property
+    def asks_elsewhere(self) -> bool:
+        """Whether it asks the student about other times than those it was given, and `2 - t`."""
+        return False
 
     @abstractmethod
     def forward(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,17 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flowanchor.base.rank_zero import rank_zero_warn
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.data.lightning import data_of
-from flowanchor.errors import ConfigError, NonFiniteLossError
-from flowanchor.interfaces import Backbone, Batch, Objective, ObjectiveResult, TangentEngine, Times, VelocityField
+from flowanchor.errors import ConfigError
+from flowanchor.graphs.cuda import CudaGraphs, Graphs
+from flowanchor.graphs.possible import check_choice, why_not
+from flowanchor.graphs.steps import GraphedSteps
+from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
 from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
-from flowanchor.optimizer_settings import with_own_settings
+from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
+from flowanchor.skipped_steps import SkippedSteps
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
 TRAIN_STREAM, VALIDATION_STREAM = 1, 2
+
+UNSEEN = 50  # steps after which skipped ones are looked for though nothing is logged
+_KINDS = ("terms/", "diagnostics/")
 
 TEACHER = "velocity."  # weights under this name belong to another file and are not saved with a run
 
@@ -41,7 +49,11 @@ class FlowModule(pl.LightningModule):
             one, and so that N processes draw what one process with the joint batch draws.
         max_nonfinite_steps: steps in a row with a non-finite loss or gradient after which the run stops.
         compile_options: of torch.compile, for the blocks of student and teacher; None: they run eagerly.
+        cuda_graph: replay forward and backward of the training step as CUDA graphs: "auto" where that is possible, true
+            (`ConfigError` where it is not) or false.
     """
+
+    make_graphs: Callable[[], Graphs] | None = None  # what captures in the place of CUDA graphs, on any device
 
     def __init__(
         self,
@@ -54,8 +66,10 @@ class FlowModule(pl.LightningModule):
         seed: int = 0,
         max_nonfinite_steps: int = 10,
         compile_options: dict[str, Any] | None = None,
+        cuda_graph: bool | str = False,
     ) -> None:
         super().__init__()
+        check_choice(cuda_graph)
         self.student = student
         self.objective = objective
         self.velocity = velocity
@@ -63,16 +77,15 @@ class FlowModule(pl.LightningModule):
         self.make_optimizer = optimizer
         self.config = config or {}
         self.seed = seed
-        self.max_nonfinite_steps = max_nonfinite_steps
         self.compile_options = compile_options
+        self.cuda_graph = cuda_graph
+        self.graphed = False  # decided for each fit
+        self._steps: GraphedSteps | None = None
         self.identity: dict[str, Any] = {}  # saved with it: the run's name, whose weights it uses, what resumes changed
         self.kept_settings: Container[str] = ()  # of the optimizer: those that a resume takes from the checkpoint
-        self.nonfinite_steps = 0
-        self.skipped_in_a_row = 0
-        self.last_good_step: int | None = None  # the number of steps after the last one that was not skipped
-        self._seen_terms: list[dict[str, Tensor]] = []
+        self.skips = SkippedSteps(max_nonfinite_steps)
         self._borrowed: set[str] | None = None
-        self._shown: dict[str, bool] = {}
+        self.shown: set[str] = set()  # what is logged of a step and worth a place on the screen
         objective.check(student)
         velocity.check(student)
 
@@ -84,6 +97,7 @@ class FlowModule(pl.LightningModule):
             check(self.engine, self.student, sharded=parallelise is not None, low_precision=low)
         if parallelise is not None:
             parallelise(self)
+        self._decide_on_graphs()
         if self.compile_options is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):
@@ -91,50 +105,136 @@ class FlowModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
+        self._steps = None
         null = getattr(data_of(self.trainer), "null_condition", None)
         if null is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):
                     network.set_null_context(null)
 
+    def _decide_on_graphs(self) -> None:
+        reason = why_not(self.trainer, self.compile_options)
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        if not on_cuda and self.make_graphs is None:
+            reason = f"this run is on {self.trainer.strategy.root_device.type}: use trainer.accelerator=gpu"
+        self.graphed = self.cuda_graph is not False and reason is None
+        if self.cuda_graph is True and reason is not None:
+            raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
+        if self.cuda_graph == "auto" and reason is not None and on_cuda:
+            rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
+
     # ------------------------------------------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if not isinstance(batch, Batch):
+            raise ConfigError(
+                f"The loader yields a {type(batch).__name__}, and a training step takes a Batch(x1, cond): return "
+                "flowanchor.interfaces.Batch from the collate function."
+            )
         self.objective.at_step(self.trainer.global_step)
-        noise, times = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
-        self._seen_terms.append(result.terms)
-        self._log_result("train", result, batch)
+        noise, times, on_host = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        with self._told(on_host) as routes:
+            if self.graphed:
+                return self._graphed_step(batch, batch_idx, noise, times, routes)
+            result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
+        self._log_result("train", result.loss, result.terms, result.diagnostics, batch)
         return result.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        noise, times = self._draw(batch, VALIDATION_STREAM, batch_idx)
-        self._log_result("val", self.objective(self.student, batch, self.velocity, self.engine, noise, *times), batch)
+        noise, times, _ = self._draw(batch, VALIDATION_STREAM, batch_idx)
+        result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
+        self._log_result("val", result.loss, result.terms, result.diagnostics, batch)
 
-    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Times]:
-        """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows."""
+    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Times, Tensor]:
+        """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows.
+
+        Times are drawn on the host, and their `t` there comes last, so that nobody has to ask the device for them. They
+        are float32 whatever the samples are.
+        """
         x1 = batch.x1
         seeds = np.random.SeedSequence((self.seed, stream, step)).generate_state(2)
         size, rank = x1.shape[0], self.global_rank
         mine = slice(rank * size, (rank + 1) * size)
         torch.manual_seed(int(seeds[0]))
         noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:], device=x1.device)[mine].to(x1.dtype)
-        t, end = self.objective.draw(self.trainer.world_size * size, x1.device)
+        with _float32_by_default():
+            drawn = self.objective.draw(self.trainer.world_size * size, torch.device("cpu"))
         torch.manual_seed(int(seeds[1]) + rank)
-        return noise, Times(t[mine], None if end is None else end[mine])
+        t, end = (None if value is None else value[mine] for value in drawn)
+        assert t is not None
+        return noise, Times(_sent(t, x1.device), None if end is None else _sent(end, x1.device)), t
 
-    def _log_result(self, stage: str, result: ObjectiveResult, batch: Batch) -> None:
+    @contextmanager
+    def _told(self, t: Tensor) -> Iterator[Hashable]:
+        """The networks know the times of this step, and say which of their computations that takes."""
+        try:
+            student = None if self.objective.asks_elsewhere else self.student.at_times(t)
+            yield student, self.velocity.at_times(t)
+        finally:
+            self.student.at_times(None)
+            self.velocity.at_times(None)
+
+    def _log_result(
+        self, stage: str, loss: Tensor, terms: Mapping[str, Tensor], diagnostics: Mapping[str, Tensor], batch: Batch
+    ) -> None:
         validating = stage == "val"
-        values = {f"{stage}/{name}": value for name, value in {**result.terms, **result.diagnostics}.items()}
         options: dict[str, Any] = {"batch_size": batch.x1.shape[0], "on_step": not validating, "on_epoch": validating}
-        self.log(f"{stage}/loss", result.loss.detach(), prog_bar=True, sync_dist=validating, **options)
-        terms = {f"{stage}/{name}" for name in result.terms}
-        for name, value in values.items():
-            # Lightning wants a name to be logged in one way: as it was at first. An only term is the loss itself; one
-            # that others join after a warm-up is not.
-            several = len(terms) > 1 or bool(getattr(self.objective, "anchor_warmup_steps", 0))
-            shown = self._shown.setdefault(name, name in terms and not validating and several)
-            self.log(name, value, prog_bar=shown, sync_dist=validating, **options)
+        self.log(f"{stage}/loss", loss.detach(), sync_dist=validating, **options)
+        for name, value in {**terms, **diagnostics}.items():
+            self.log(f"{stage}/{name}", value, sync_dist=validating, **options)
+        if not validating:
+            self.skips.note(terms)
+            # An only term is the loss itself.
+            self.shown |= {f"train/{name}" for name in terms} if len(terms) > 1 else set()
+
+    # ------------------------------------------------------------------------------------------------ a graph of it
+
+    def _graphed_step(self, batch: Batch, batch_idx: int, noise: Tensor, times: Times, routes: Hashable) -> Tensor:
+        """Forward and backward at once. What Lightning calls afterwards for the gradients does nothing."""
+        if self._steps is None:
+            self._steps = GraphedSteps(
+                self._forward_backward,
+                parameters=[*self.student.parameters(), *self.objective.parameters()],
+                graphs=self.make_graphs() if self.make_graphs is not None else CudaGraphs(batch.x1.device),
+                networks=[self.student, self.velocity, self.objective],
+                watched=[self.objective, self.velocity, self.engine],
+                refuse=self._no_graph_after_all,
+                say=rank_zero_info,
+            )
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0  # as Lightning's own zero_grad
+        out = self._steps((*batch, noise, *times), (self.objective.phase, routes), first)
+        if self.trainer.world_size > 1 and not self.trainer.fit_loop._should_accumulate():
+            self._steps.gradients.reduce(self.trainer.world_size)
+        terms, diagnostics = ({n[len(k) :]: v for n, v in out.items() if n.startswith(k)} for k in _KINDS)
+        self._log_result("train", out["loss"], terms, diagnostics, batch)
+        return out["loss"].clone()  # the next step overwrites it
+
+    def _forward_backward(
+        self, x1: Tensor, cond: Any, noise: Tensor, t: Tensor, end: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What is captured."""
+        result = self.objective(self.student, Batch(x1, cond), self.velocity, self.engine, noise, t, end)
+        with torch.autocast(x1.device.type, enabled=False):  # as in Lightning, whose backward lies outside of it
+            (result.loss / self.trainer.accumulate_grad_batches).backward()
+        named = zip(_KINDS, (result.terms, result.diagnostics), strict=True)
+        parts = {f"{kind}{name}": value for kind, values in named for name, value in values.items()}
+        return {"loss": result.loss.detach(), **parts}
+
+    def _no_graph_after_all(self, reason: str) -> None:
+        if self.cuda_graph is True:
+            raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
+        rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self.graphed:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if not self.graphed:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_fit_end(self) -> None:
+        self._steps = None  # Lightning moves the module to the CPU now
 
     # ------------------------------------------------------------------------------------------------ optimisation
 
@@ -146,8 +246,10 @@ class FlowModule(pl.LightningModule):
         own = [p for p in self.objective.parameters() if p.requires_grad]
         trained = [parameters for parameters in (rest, whole, own) if parameters]
         groups = [{"params": parameters} for parameters in trained] if len(trained) > 1 else trained[0]
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        make = fused_on_cuda(self.make_optimizer, self.trainer.strategy.root_device, scaled)
         try:
-            return with_own_settings(self.make_optimizer(groups), self.kept_settings)
+            return with_own_settings(make(groups), self.kept_settings)
         except ValueError as error:  # PyTorch's own check of rates, decays and betas
             raise ConfigError(f"The optimizer refuses its settings ({error}): correct them under optimizer.") from error
 
@@ -163,47 +265,20 @@ class FlowModule(pl.LightningModule):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = clip_joint_norm(parameters, gradient_clip_val or math.inf)
-        if bool(torch.isfinite(norm)):
-            self.skipped_in_a_row, self.last_good_step = 0, self.trainer.global_step + 1
-        else:
-            self._skip_step(optimizer)
-        self._seen_terms.clear()
+        self.skips.judge(norm, optimizer, self.trainer.global_step)
+        if self.trainer._logger_connector.should_update_logs or self.trainer.global_step % UNSEEN == 0:
+            self.skips.read().stop_if_it_lasts()
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
-        self.log("train/nonfinite_steps", float(self.nonfinite_steps), on_step=True, on_epoch=False)
-
-    def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients, so that the optimizer leaves weights and moments alone; count, name, stop if it lasts."""
-        optimizer.zero_grad(set_to_none=True)
-        self.nonfinite_steps += 1
-        self.skipped_in_a_row += 1
-        broken = sorted(
-            {name for terms in self._seen_terms for name, value in terms.items() if not torch.isfinite(value)}
-        )
-        where = (
-            f"the {' and '.join(broken)} loss"
-            if broken
-            else "the gradient (every loss term was finite on this process)"
-        )
-        row = self.skipped_in_a_row
-        rank_zero_warn(
-            f"Step {self.trainer.global_step} was skipped: {where} was not finite "
-            f"({row} in a row, {self.nonfinite_steps} in all)."
-        )
-        if row >= self.max_nonfinite_steps:
-            raise NonFiniteLossError(
-                f"Training stopped at step {self.trainer.global_step}: {where} was not finite {row} times in a row "
-                "(max_nonfinite_steps), and no checkpoint was written meanwhile: lower optimizer.lr, "
-                "use trainer.precision=32-true, or check the data."
-            )
+        self.log("train/nonfinite_steps", self.skips.logged(), on_step=True, on_epoch=False)
 
     def on_train_end(self) -> None:
         """A run whose last steps did nothing has not succeeded."""
-        if self.skipped_in_a_row:
-            raise NonFiniteLossError(
-                f"Training ended at step {self.trainer.global_step}, and its last {self.skipped_in_a_row} steps were "
-                "skipped because the loss or its gradient was not finite: no checkpoint was written meanwhile; lower "
-                "optimizer.lr, use trainer.precision=32-true, or check the data."
-            )
+        self.skips.check_end(self.trainer.global_step)
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps of the run were skipped; the host waits for the device where they are counted there."""
+        return self.skips.read().total
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -229,12 +304,28 @@ class FlowModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.state_dict()
         checkpoint["state_dict"].update({key: value for key, value in own.items() if self.is_elsewhere(key)})
-        self.nonfinite_steps = int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0))
+        self.skips.restore(int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0)))
 
 
 def skipped_steps(module: pl.LightningModule | None) -> int:
     """How many steps in a row, up to the present one, a module has skipped because they were not finite."""
-    return module.skipped_in_a_row if isinstance(module, FlowModule) else 0
+    return module.skips.read().in_a_row if isinstance(module, FlowModule) else 0
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Lightning's precision=bf16-true has tensors made in bfloat16, whose steps near 1 are 0.004."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """To a device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @torch.no_grad()

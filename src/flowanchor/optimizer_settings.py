@@ -1,14 +1,34 @@
-"""What an optimizer does after a resume: its moments are the checkpoint's, its settings those that it was made with."""
+"""Settings of an optimizer: fused where that can be, and after a resume its own beside the checkpoint's moments."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
 
-from flowanchor.errors import CheckpointError
+from flowanchor.errors import CheckpointError, ConfigError
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def fused_on_cuda(make: Make, device: torch.device, scaled: bool) -> Make:
+    """What makes an optimizer, with `fused=null` decided: true on CUDA.
+
+    `scaled`: gradients arrive multiplied by a factor (trainer.precision=16-mixed), and a fused optimizer would divide
+    by it only after they are clipped: null is then false, and true raises `ConfigError`.
+    """
+    settings = getattr(make, "keywords", {})
+    if "fused" not in settings:
+        return make
+    if settings["fused"] and scaled:
+        raise ConfigError(
+            "optimizer.fused=true divides the gradients of trainer.precision=16-mixed by their scale after they are "
+            "clipped: leave it out, or train with trainer.precision=bf16-mixed."
+        )
+    return partial(make, fused=device.type == "cuda" and not scaled) if settings["fused"] is None else make
 
 
 def with_own_settings(optimizer: torch.optim.Optimizer, kept: Container[str] = ()) -> torch.optim.Optimizer:

@@ -53,12 +53,17 @@ class Loud(pl.Callback):
                     parameter.fill_(1e30)
 
 
-def run(folder: Path, steps: int, *callbacks: pl.Callback, every: int = 5, resume: bool = False) -> FlowModule:
+FUSED = pytest.mark.parametrize("fused", [False, True], ids=["host", "device"])  # where skipped steps are counted
+
+
+def run(
+    folder: Path, steps: int, *callbacks: pl.Callback, every: int = 5, resume: bool = False, fused: bool = False
+) -> FlowModule:
     torch.manual_seed(0)
     network = LightningDiT(4, 2, 1, 16, 1, 2, num_classes=3, disable_label_dropout=True)
     objective = ComposedObjective(PlainInterval(), Uniform(), FlowMatchingAnchor())
     module = FlowModule(
-        network, objective, DataVelocity(), Full(), lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        network, objective, DataVelocity(), Full(), lambda weights: torch.optim.AdamW(weights, lr=1e-3, fused=fused),
     )  # fmt: skip
     data = [(torch.randn(1, 4, 4), torch.tensor(i % 3)) for i in range(8)]
 
@@ -94,9 +99,10 @@ def finite(value: Any) -> bool:
     return all(map(finite, value)) if isinstance(value, (list, tuple)) else True
 
 
-def test_weights_that_become_nan_reach_no_file(tmp_path: Path) -> None:
+@FUSED
+def test_weights_that_become_nan_reach_no_file(tmp_path: Path, fused: bool) -> None:
     with pytest.raises(NonFiniteLossError, match="no checkpoint was written meanwhile"):
-        run(tmp_path, 60, Spoil(17, float("nan")))
+        run(tmp_path, 60, Spoil(17, float("nan")), fused=fused)
     assert stored(tmp_path / "last.ckpt")["global_step"] == 15
     files = [*tmp_path.glob("*.ckpt"), *tmp_path.glob("*.previous")]
     assert len(files) == 3 and all(finite(stored(file)) for file in files)
@@ -107,7 +113,8 @@ def test_weights_that_become_nan_reach_no_file(tmp_path: Path) -> None:
     assert all(finite(load_file(file)) for file in snapshots)
 
 
-def test_averages_do_not_move_while_steps_are_skipped(tmp_path: Path) -> None:
+@FUSED
+def test_averages_do_not_move_while_steps_are_skipped(tmp_path: Path, fused: bool) -> None:
     class Watch(pl.Callback):
         seen: list[int] = []
 
@@ -117,7 +124,7 @@ def test_averages_do_not_move_while_steps_are_skipped(tmp_path: Path) -> None:
 
     watch = Watch()
     with pytest.raises(NonFiniteLossError):
-        run(tmp_path, 60, watch, Spoil(7, float("inf")))
+        run(tmp_path, 60, watch, Spoil(7, float("inf")), fused=fused)
     assert watch.seen[-1] == 7
 
 
@@ -142,14 +149,15 @@ def test_a_run_whose_last_update_spoils_the_weights_fails(tmp_path: Path) -> Non
     assert stored(tmp_path / "last.ckpt")["global_step"] == 10
 
 
-def test_a_checkpoint_after_which_every_step_failed_is_put_aside(tmp_path: Path) -> None:
+@FUSED
+def test_a_checkpoint_after_which_every_step_failed_is_put_aside(tmp_path: Path, fused: bool) -> None:
     """The update of step 10 spoils the weights, last.ckpt is written, and the first bad loss comes after that."""
     with pytest.raises(NonFiniteLossError):
-        run(tmp_path, 60, Loud(10))
+        run(tmp_path, 60, Loud(10), fused=fused)
     assert stored(tmp_path / "last.ckpt")["global_step"] == 5
     assert stored(tmp_path / "last.ckpt.diverged")["global_step"] == 10
     assert not superseded(tmp_path / "last.ckpt").exists()
-    module = run(tmp_path, 12, resume=True)
+    module = run(tmp_path, 12, resume=True, fused=fused)
     assert module.trainer.global_step == 12 and stored(tmp_path / "last.ckpt")["global_step"] == 12
 
 

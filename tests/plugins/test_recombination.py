@@ -196,7 +196,7 @@ def test_imf_goes_along_the_networks_own_velocity():
 
 def test_scm_by_hand():
     shortcut = SCMShortcut(warmup_steps=100, normalisation=0.1)
-    shortcut.step = 25
+    shortcut.at_step(25)
     prediction, tangent, velocity = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
     prediction.requires_grad_()
     t = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)

@@ -7,6 +7,8 @@ import torch
 
 from flowanchor.checkpoints import initialise_student
 from flowanchor.errors import ConfigError
+from flowanchor.graphs.capture import CaptureError, being_captured
+from flowanchor.graphs.stand_in import forbidden
 from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain, Full
 from flowanchor.plugins.backbones.wan import Wan
@@ -90,6 +92,19 @@ def test_engines_agree_and_the_other_expert_gets_no_gradient(pair, inputs, t, as
             assert (gradient - found[0][2][name]).norm() <= 1e-9 * gradient.norm() + 1e-12, name
 
 
+@pytest.mark.parametrize("t, side", [([0.0, 0.1, 0.125], "high"), ([1.5, 1.1, 1.8749], "low")])
+def test_told_the_times_it_asks_the_device_nothing(pair, inputs, t, side):
+    t = torch.tensor(t)
+    wanted = pair(inputs[0], t, inputs[1])
+    assert pair.at_times(t) == side
+    with forbidden():
+        told = pair(inputs[0], t, inputs[1])
+    torch.testing.assert_close(told, wanted)
+    assert pair.at_times(None) is None
+    with pytest.raises(CaptureError, match="the host waits"), forbidden():
+        pair(inputs[0], t, inputs[1])
+
+
 def test_one_step_of_training_and_sampling_across_the_boundary(pair, inputs):
     x, text = inputs
     objective = ComposedObjective(
@@ -145,6 +160,20 @@ class TestTeacher:
         monkeypatch.setattr(teacher_module, "is_sharded", lambda network: sharded)
         found = teacher(x, self.T, text, torch.zeros_like(x), Wan(**SMALL), PlainInterval())
         torch.testing.assert_close(found, self.wanted(teacher, x, text), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("times", [T, torch.full((3,), 0.6), torch.full((3,), 0.05)], ids=["mixed", "low", "high"])
+    def test_told_the_times_it_asks_the_device_nothing(self, teacher, inputs, times):
+        x, text = inputs
+        ask = (x, times, text, torch.zeros_like(x), Wan(**SMALL), PlainInterval())
+        wanted = teacher(*ask)
+        early = [time <= 0.125 for time in times.tolist()]
+        assert teacher.at_times(times)[0] == (any(early), all(early))
+        with being_captured(), forbidden():
+            told = teacher(*ask)
+        torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-4)
+        teacher.at_times(None)
+        with pytest.raises(CaptureError), being_captured(), forbidden():
+            teacher(*ask)
 
     def test_one_side(self, teacher, inputs):
         x, text = inputs

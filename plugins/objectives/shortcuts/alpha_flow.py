@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import TermResult
+from flowanchor.interfaces import StepNumber, TermResult
 from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
 
 
@@ -42,6 +41,17 @@ class AlphaFlowShortcut(MeanFlowShortcut):
         if end <= start:
             raise ConfigError(f"objective.shortcut.end={end} must come after objective.shortcut.start={start}.")
         self.start, self.stop, self.steepness, self.smallest = start, end, steepness, smallest
+        self.now = StepNumber(self.alpha())
+        self.discrete = self.now.value > 0  # whether the network's own opinion takes the tangent's place
+
+    def at_step(self, step: int) -> None:
+        super().at_step(step)
+        self.now.set(self.alpha())
+        self.discrete = self.now.value > 0
+
+    @property
+    def phase(self) -> str:
+        return "discrete" if self.discrete else "tangent"
 
     def alpha(self) -> float:
         """alpha at the current step."""
@@ -51,13 +61,15 @@ class AlphaFlowShortcut(MeanFlowShortcut):
 
     def ahead(self, t: Tensor, end: Tensor) -> Tensor | None:
         """Where the network is asked for its own opinion, s [B]; None once the tangent has taken over."""
-        alpha = self.alpha()
-        return None if alpha == 0 else alpha * end + (1 - alpha) * t
+        if not self.discrete:
+            return None
+        alpha = self.now.on(t.device)
+        return alpha * end + (1 - alpha) * t
 
     def discrete_loss(self, prediction: Tensor, opinion: Tensor, velocity: Tensor, t: Tensor) -> TermResult:
         """The loss with `opinion` = sg(F(x_s, s, r)) [B, *]."""
-        alpha = self.alpha()
+        alpha = self.now.on(t.device)
         target = alpha * velocity + (1 - alpha) * opinion
         error = (prediction - target).square().flatten(1).mean(1)
-        diagnostics = {"alpha": torch.tensor(alpha, device=error.device)}
+        diagnostics = {"alpha": alpha.float()}
         return TermResult(self.weighted(error / alpha, t), {"error": error.detach()}, diagnostics)

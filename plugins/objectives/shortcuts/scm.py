@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flowanchor.interfaces import Shortcut, TermResult
+from flowanchor.interfaces import Shortcut, StepNumber, TermResult
 
 
 class SCMShortcut(Shortcut):
@@ -28,12 +28,18 @@ class SCMShortcut(Shortcut):
     def __init__(self, warmup_steps: int = 10_000, normalisation: float | None = 0.1, time_weight: bool = True) -> None:
         super().__init__()
         self.warmup_steps, self.normalisation, self.time_weight = warmup_steps, normalisation, time_weight
+        self.warmth = StepNumber(1.0)  # w
+        self.at_step(0)
+
+    def at_step(self, step: int) -> None:
+        super().at_step(step)
+        self.warmth.set(min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def loss(
         self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
     ) -> TermResult:
         times = t.view(-1, *[1] * (prediction.ndim - 1))
-        warmth = min(1.0, self.step / self.warmup_steps) if self.warmup_steps else 1.0
+        warmth = self.warmth.on(t.device)
         residual = prediction.detach() - (velocity + (1 - times) * warmth * tangent)
         if self.time_weight:
             residual = torch.cos(times * (math.pi / 2)) * residual
@@ -41,5 +47,4 @@ class SCMShortcut(Shortcut):
             size = residual.flatten(1).square().mean(1).sqrt().view_as(times)
             residual = residual / (size + self.normalisation)
         error = (prediction - prediction.detach() + residual).square().flatten(1).mean(1)
-        warm = torch.tensor(warmth, device=error.device)
-        return TermResult(self.weighted(error, t), {"error": error.detach()}, {"warmth": warm})
+        return TermResult(self.weighted(error, t), {"error": error.detach()}, {"warmth": warmth.float()})

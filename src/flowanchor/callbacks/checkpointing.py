@@ -28,6 +28,14 @@ class SoundCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         use_run_checkpoints(trainer)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = self._every_n_train_steps
+        if self._train_time_interval is None and (every < 1 or trainer.global_step % every):
+            return  # not due; to find out whether steps are being skipped, the host may have to wait for the device
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or skipped_steps(trainer.lightning_module) > 0
 
@@ -119,7 +127,7 @@ class LastCheckpoint(SoundCheckpoint):
         """Where no step succeeded since it was written, its weights are what has diverged: the one before it counts."""
         saved, before = self._last_global_step_saved, superseded(self.file)
         made_here = saved not in (0, self._resumed_from)  # of a run that fails at once its settings may be the cause
-        diverged = made_here and isinstance(pl_module, FlowModule) and saved == pl_module.last_good_step
+        diverged = made_here and isinstance(pl_module, FlowModule) and saved == pl_module.skips.read().last_good_step
         if not (diverged and trainer.is_global_zero and before.exists()):
             return
         aside = self.file.with_name(f"{self.file.name}.diverged")

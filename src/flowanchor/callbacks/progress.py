@@ -29,6 +29,7 @@ class Progress(RichProgressBar):
         self.every_n_steps = max(1, every_n_steps)
         self.plain = not Console().is_terminal if plain is None else plain
         self._started, self._first_step, self._printed = 0.0, 0, -1
+        self._shown_at = float("-inf")
 
     @property
     def is_enabled(self) -> bool:
@@ -38,14 +39,21 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Losses and their terms, without the prefix, and the speed."""
         logged = trainer.callback_metrics
-        bar = trainer.progress_bar_metrics
-        names = [n for n in logged if n == "train/loss" or (n in bar and n.startswith("train/"))]
+        terms = {*trainer.progress_bar_metrics, *getattr(pl_module, "shown", ())}
+        names = [n for n in logged if n == "train/loss" or (n in terms and n.startswith("train/"))]
         shown: dict[str, Any] = {n.removeprefix("train/"): float(logged[n]) for n in names}
         for name, label in (("val/loss", "val"), ("images_per_second", "img/s")):
             if name in logged:
                 value = float(logged[name])
                 shown[label] = f"{value:,.0f}" if name == "images_per_second" else value
         return shown
+
+    def _update_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """At most once a second: the values lie on the device, and to show them the host waits for it."""
+        now = time.monotonic()
+        if now - self._shown_at >= 1 or trainer.global_step == self.total_steps(trainer):
+            self._shown_at = now
+            super()._update_metrics(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------------ steps
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.graphs.capture import capturing, note_draw
 from flowanchor.jvp.compiled import eager_forwards
 
 _DRAWN_BY_OTHERS = [False]  # whether any pass has drawn from Python or numpy, whose states are dear to read
@@ -42,6 +43,8 @@ class Surroundings(AbstractContextManager[None]):
         """The present states."""
         kind = device.type
         found = cls(device, eager, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+        if capturing():  # a graph has no states to read, and none are needed: nothing drew in the eager steps before
+            return found
         found.cpu_state = torch.get_rng_state()
         if others or _DRAWN_BY_OTHERS[0]:
             found.python_state, found.numpy_state = random.getstate(), _numpy_state()
@@ -60,12 +63,16 @@ class Surroundings(AbstractContextManager[None]):
         if self.numpy_state is not None and self.numpy_state == _numpy_state():
             self.numpy_state = None
         _DRAWN_BY_OTHERS[0] |= self.python_state is not None or self.numpy_state is not None
+        if any(state is not None for state in self._states()):
+            note_draw()
+
+    def _states(self) -> tuple[Any, ...]:
+        return self.cpu_state, self.device_state, self.python_state, self.numpy_state
 
     @property
     def must_run_eagerly(self) -> bool:
         """Whether a pass that is to draw the same numbers has to run its compiled blocks eagerly."""
-        states = (self.cpu_state, self.device_state, self.python_state, self.numpy_state)
-        return self.eager and any(state is not None for state in states)
+        return self.eager and any(state is not None for state in self._states())
 
     def __enter__(self) -> None:
         """Enter a region in which the same numbers are drawn as in that pass; nothing of it leaks out."""

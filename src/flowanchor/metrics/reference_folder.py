@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import sha256
+from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.base.reading import shown
 from flowanchor.data.picture_files import KNOWN, find_pictures, tell_unused
 from flowanchor.data.pictures import PictureError, open_picture

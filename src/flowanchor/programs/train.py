@@ -117,6 +117,7 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
         seed=cfg.seed,
         max_nonfinite_steps=cfg.max_nonfinite_steps,
         compile_options=compile_options(cfg.compile),
+        cuda_graph=cfg.cuda_graph,
     )
     if student.borrowed() and not cfg.initialise_from:
         raise ConfigError("Adapters need the weights that they adapt: add initialise_from=PATH (docs/wan.md).")

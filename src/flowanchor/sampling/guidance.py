@@ -33,8 +33,16 @@ class Guidance:
         """Network calls of one velocity evaluation inside the interval."""
         return 1 if self.scale == 1 else 2
 
-    def velocity(self, network: Backbone, x: Tensor, told: Condition, cond: Any, t: Tensor) -> Tensor:
+    def reaches(self, t: Tensor) -> bool:
+        """Whether any of the times [B] lies in the interval; asked of times on a device, the host waits for it."""
+        return bool(((t >= self.low) & (t <= self.high)).any())
+
+    def velocity(
+        self, network: Backbone, x: Tensor, told: Condition, cond: Any, t: Tensor, reached: bool | None = None
+    ) -> Tensor:
         """x [B, *], the times that the network is told, condition, t [B] -> guided velocity [B, *].
+
+        `reached`: what `reaches(t)` says, where the caller knows it already.
 
         A sharded network is called once, whatever the times are, with both conditions side by side in a batch: its
         processes must call it equally often, and each call gathers all of its weights.
@@ -52,7 +60,7 @@ class Guidance:
             conditional, unconditional = _side_by_side(network, x, told, cond, null)
         else:
             conditional = _asked(network, x, told, cond)
-            if not inside.any():
+            if not (self.reaches(t) if reached is None else reached):
                 return conditional
             unconditional = _asked(network, x, told, null)
         guided = unconditional + self.scale * (conditional - unconditional)

@@ -31,9 +31,12 @@ def check_boundaries(boundaries: Sequence[float] | None, setting: str) -> tuple[
 
 def segment(t: Tensor, boundaries: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Times [B] -> start and end [B] of the segments that they lie in; a boundary starts the later one."""
-    edges = torch.tensor([0.0, *boundaries, 1.0], dtype=t.dtype, device=t.device)
-    index = torch.bucketize(t, edges[1:-1], right=True)
-    return edges[index], edges[index + 1]
+    start, end = torch.zeros_like(t), torch.ones_like(t)
+    for boundary in boundaries:  # no tensor is made of numbers: for that the host would wait
+        start = torch.where(t >= boundary, boundary, start)
+    for boundary in reversed(boundaries):
+        end = torch.where(t < boundary, boundary, end)
+    return start, end
 
 
 def segmented_grid(times: Tensor, boundaries: Sequence[float], setting: str) -> Tensor:

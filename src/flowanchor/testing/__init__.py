@@ -1,5 +1,7 @@
-"""Checks of what others write: `check_backbone(network)`, and `python -m flowanchor.testing backbone=NAME`."""
+"""Checks of what others write: `check_backbone(network)`, `check_objective(objective)`, and
+`python -m flowanchor.testing backbone=NAME`."""
 
 from flowanchor.testing.backbone import check_backbone, examine_backbone
+from flowanchor.testing.objective import check_objective
 
-__all__ = ["check_backbone", "examine_backbone"]
+__all__ = ["check_backbone", "check_objective", "examine_backbone"]

@@ -1,0 +1,185 @@
+"""What a training step costs the host on a CPU: operators, values that are read, seconds; now and at another commit.
+
+    python benchmarks/training_step.py --before COMMIT   # about ten minutes; refreshes docs/performance.md
+    python benchmarks/training_step.py                   # the present code alone; prints, and writes nothing
+
+The run is `train.py` as it stands (digits, FACM, a small LightningDiT), with a fused
+optimizer as on a GPU, an average and a checkpoint callback that is never due. Operators are calls of PyTorch's
+dispatcher; a value that is read is one for which the host would wait on a GPU. The step as a graph is replayed by the
+stand-in (`flowanchor.graphs.stand_in`), whose operators inside the replay a graph would not call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "training_step_cpu.json"
+FIRST, STEPS = 6, 20  # the steps that are looked at: from FIRST on
+LOGGED = 10_000  # nothing is logged in them
+
+
+# ------------------------------------------------------------------------------------------------------- one process
+
+
+def work(what: str, graphed: bool) -> dict[str, Any]:
+    """Train, and count (`counts`) or time (`seconds`) steps; runs with whichever flowanchor is found first."""
+    import lightning.pytorch as pl
+    import torch
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.data import DataLoader
+
+    from flowanchor.callbacks.checkpointing import LastCheckpoint
+    from flowanchor.ema import EMA
+    from flowanchor.module import FlowModule
+
+    torch.set_num_threads(1)
+    with initialize_config_module("flowanchor.conf", version_base=None):
+        cfg = compose("train", overrides=["data.batch_size=16"])
+    torch.manual_seed(0)
+    network = instantiate(cfg.backbone)
+    data = instantiate(cfg.data)
+    data.setup("fit")
+    batches = 4 * list(islice(data.train_dataloader(), 8))  # what loading costs is not a step's; one epoch
+    settings: dict[str, Any] = {}
+    if "cuda_graph" in inspect.signature(FlowModule).parameters:
+        settings["cuda_graph"] = graphed
+    module = FlowModule(
+        network, instantiate(cfg.objective, _convert_="all"), instantiate(cfg.teacher), instantiate(cfg.jvp),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True), **settings,
+    )  # fmt: skip
+    if graphed:
+        from flowanchor.graphs.capture import capturing
+        from flowanchor.graphs.stand_in import StandIn
+
+        module.make_graphs = lambda: StandIn([*module.student.parameters()], guarded=False)
+    else:
+
+        def capturing() -> bool:
+            return False
+
+    counts: Counter[str] = Counter()
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            counts["inside" if capturing() else "outside"] += 1
+            if name == "_local_scalar_dense":
+                counts["read"] += 1
+            elif name == "lift_fresh":
+                counts["made of numbers"] += 1
+            return func(*args, **(kwargs or {}))
+
+    class Watch(pl.Callback):
+        seconds: list[float] = []
+        mode: Any = None
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            step = trainer.global_step
+            if what == "counts" and step == FIRST:
+                self.mode = Operators()
+                self.mode.__enter__()
+            elif what == "counts" and step == FIRST + STEPS:
+                self.mode.__exit__(None, None, None)
+            self.seconds.append(time.process_time())
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_steps=FIRST + STEPS + 1, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder, num_sanity_val_steps=0, limit_val_batches=0,
+            inference_mode=False, gradient_clip_val=1.0, log_every_n_steps=LOGGED, use_distributed_sampler=False,
+            callbacks=[EMA(sigma_rel=0.2), LastCheckpoint(folder, every_n_train_steps=LOGGED), watch],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    if what == "counts":
+        return {name: count / STEPS for name, count in counts.items()}
+    starts = watch.seconds[FIRST : FIRST + STEPS + 1]
+    return {"seconds": min(b - a for a, b in pairwise(starts))}  # the one that other programs disturbed least
+
+
+# ------------------------------------------------------------------------------------------------------ all of them
+
+
+def ask(checkout: Path, what: str, graphed: bool = False) -> dict[str, Any]:
+    """The answer of a fresh process with the code of a checkout."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--work", what]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout / "src"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command + ["--graphed"] * graphed, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"A measurement failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def export(commit: str, folder: Path) -> Path:
+    """The files of a commit."""
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    return folder
+
+
+def main() -> None:
+    from harness import commit, machine, markdown, refresh, write_json
+
+    parser = argparse.ArgumentParser(description="What a training step costs the host.")
+    parser.add_argument("--before", help="a commit to compare with")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each, in turn, for the seconds")
+    parser.add_argument("--work", choices=["counts", "seconds"], help=argparse.SUPPRESS)
+    parser.add_argument("--graphed", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        print(json.dumps(work(arguments.work, arguments.graphed)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        codes = {"now": ROOT}
+        if arguments.before:
+            codes = {"before": export(arguments.before, Path(folder)), **codes}
+        counts = {name: ask(code, "counts") for name, code in codes.items()}
+        counts["as a graph"] = ask(ROOT, "counts", graphed=True)
+        seconds: dict[str, list[float]] = {name: [] for name in codes}
+        for _ in range(arguments.rounds if arguments.before else 0):
+            for name, code in codes.items():
+                seconds[name].append(ask(code, "seconds")["seconds"])
+    header = ("training step", "operators that the host calls", "values read", "tensors made of numbers")
+    columns = ("outside", "read", "made of numbers")
+    rows = [[name, *(f"{found.get(column, 0):,.1f}" for column in columns)] for name, found in counts.items()]
+    table = markdown(header, rows)
+    if not arguments.before:
+        print(table)
+        return
+    ratios = [b / a for a, b in zip(seconds["before"], seconds["now"], strict=True)]
+    ratio = statistics.median(ratios)
+    about = machine()
+    write_json(
+        RESULTS, {"machine": about, "before": arguments.before, "counts": counts, "seconds": seconds, "ratio": ratio}
+    )
+    pairs = f"{arguments.rounds} pairs of processes, from {min(ratios):.2f} to {max(ratios):.2f}"
+    note = (
+        f"Per step. CPU seconds of the eager step, now / before: {ratio:.2f} (the least of {STEPS} steps; median of "
+        f"{pairs}). `python benchmarks/training_step.py --before {arguments.before}` on {about['cpu']}, one thread, "
+        f"torch {about['torch']}, {about['date']}, commit {commit()}."
+    )
+    refresh(ROOT / "docs" / "performance.md", "training step", f"{table}\n\n{note}")
+
+
+if __name__ == "__main__":
+    main()
