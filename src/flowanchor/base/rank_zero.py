@@ -1,16 +1,21 @@
 """What the first process of a run says: Lightning's functions of these names, without the seconds of importing it.
 
-Told lines go to the logger `flowanchor`: in a program, to the screen and to the log file in its folder.
+Told lines go to the logger `flowanchor`: in a program, to the screen and to the log file in its folder; where nothing
+listens, to stderr.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 __all__ = ["is_first", "rank_zero_info", "rank_zero_only", "rank_zero_warn"]
+
+_log = logging.getLogger("flowanchor")
+_log.setLevel(logging.INFO)
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them, in its order
 
@@ -33,4 +38,7 @@ def is_first() -> bool:
 @rank_zero_only
 def rank_zero_info(text: str) -> None:
     """Tell the user something that is no warning."""
-    logging.getLogger("flowanchor").info(text)
+    if _log.hasHandlers():
+        _log.info(text)
+    else:  # in a script that has set up no logging
+        print(text, file=sys.stderr)
