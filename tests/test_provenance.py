@@ -83,6 +83,19 @@ def test_the_same_run_may_go_on_longer(tmp_path):
     check_same_run(tmp_path, config(teacher__dtype="auto", teacher__precision="bf16-mixed"))
 
 
+def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    monkeypatch.chdir(tmp_path)
+    write_run_record(tmp_path / "run", config(data__root="set"))
+    for root in ("./set", str(tmp_path / "set"), "link"):
+        check_same_run(tmp_path / "run", config(data__root=root))
+    for root in ("other", "nowhere"):
+        with pytest.raises(ConfigError, match="data.root"):
+            check_same_run(tmp_path / "run", config(data__root=root))
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

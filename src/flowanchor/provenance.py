@@ -8,6 +8,7 @@ Programs that only use a run write `<program>.config.yaml` and `<program>.proven
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -218,4 +219,14 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
             if key or name not in _NEUTRAL:
                 found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
         return found
-    return {} if theirs == ours else {key: (theirs, ours)}
+    return {} if theirs == ours or _one_place(theirs, ours) else {key: (theirs, ours)}
+
+
+def _one_place(theirs: Any, ours: Any) -> bool:
+    """Whether two texts are a file or folder of this machine, spelled in two ways (relative, absolute, by a link)."""
+    if not (isinstance(theirs, str) and isinstance(ours, str)):
+        return False
+    try:
+        return os.path.exists(ours) and os.path.realpath(theirs) == os.path.realpath(ours)
+    except (OSError, ValueError):
+        return False
