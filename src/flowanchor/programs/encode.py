@@ -61,7 +61,7 @@ def encode(cfg: DictConfig) -> None:
         compare(manifest.source, settings, out)
         unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
         if unchanged and not encoder.missing(manifest):
-            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False, soft_wrap=True)
             return
         if not unchanged:
             console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
@@ -72,7 +72,7 @@ def encode(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out, unreadable: {name}", markup=False)
-        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False, soft_wrap=True)
 
 
 def run(encoder: Encoder, source: Source, settings: dict[str, Any], console: Console) -> Manifest | None:

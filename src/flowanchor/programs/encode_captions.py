@@ -54,7 +54,7 @@ def encode_captions(cfg: DictConfig) -> None:
         compare(manifest.source, settings, out)
         unchanged = manifest.source.get(STAMP) in (None, source.stamp())  # None: an older set does not say
         if unchanged and all((out / shard.file).is_file() for shard in manifest.shards):
-            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False)
+            console.print(f"{shown(out)} is complete already: {describe(manifest)}.", markup=False, soft_wrap=True)
             return
         if not unchanged:
             console.print(f"Images in {shown(cfg.data.root)} were replaced: their files are made again.", markup=False)
@@ -79,7 +79,7 @@ def encode_captions(cfg: DictConfig) -> None:
     if manifest is not None:
         for name in manifest.unreadable:
             console.print(f"Left out: {name}", markup=False)
-        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False)
+        console.print(f"{shown(out)}: {describe(manifest)}.", markup=False, soft_wrap=True)
 
 
 def run(encoder: CaptionEncoder, settings: dict[str, Any], negative: str, console: Console) -> CaptionManifest | None:
