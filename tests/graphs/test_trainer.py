@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from flowanchor.errors import ConfigError, NonFiniteLossError
+from flowanchor.graphs.capture import CaptureError
+from flowanchor.graphs.stand_in import StandIn
 from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
@@ -210,3 +212,31 @@ def test_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         fit(tmp_path, False, steps=1, module_settings={"cuda_graph": "maybe"})
     run = fit(tmp_path, False, steps=1, module_settings={"cuda_graph": "auto"})
     assert not run["module"].graphed and "CUDA graph" not in caplog.text
+
+
+@pytest.mark.parametrize("recompute", [True, "selective", False])
+def test_compiled_blocks_in_a_graph(tmp_path: Path, recompute: bool | str) -> None:
+    """The compiled dual pass among them; equal to the same without a graph."""
+    settings: dict[str, Any] = {"compile_options": {"backend": "aot_eager"}}
+    runs = [
+        fit(tmp_path, graphs, engine=Chain(recompute=recompute), module_settings=settings) for graphs in (False, True)
+    ]
+    assert runs[1]["captured"] == 1 and runs[1]["replayed"] == 4
+    assert_equal_runs(*runs)
+
+
+def test_a_capture_that_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PyTorch cannot capture runs eagerly under `auto`, from that very step on, and is told under `true`."""
+
+    def refuse(self: Any, function: Any) -> Any:
+        raise CaptureError("PyTorch could not capture it (out of memory).")
+
+    eager = fit(tmp_path, False)
+    monkeypatch.setattr(StandIn, "capture", refuse)
+    auto = fit(tmp_path, True, module_settings={"cuda_graph": "auto"})
+    assert caplog.text.count("without a CUDA graph, because PyTorch could not capture it (out of memory).") == 1
+    assert_equal_runs(eager, auto)
+    with pytest.raises(ConfigError, match="cuda_graph=true cannot be, because PyTorch could not capture it"):
+        fit(tmp_path, True)
