@@ -227,6 +227,7 @@ def _one_place(theirs: Any, ours: Any) -> bool:
     if not (isinstance(theirs, str) and isinstance(ours, str)):
         return False
     try:
-        return os.path.exists(ours) and os.path.realpath(theirs) == os.path.realpath(ours)
+        there, here = (os.path.realpath(os.path.expanduser(path)) for path in (theirs, ours))
+        return os.path.exists(here) and there == here
     except (OSError, ValueError):
         return False

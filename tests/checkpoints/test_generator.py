@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,3 +188,30 @@ def test_arguments_that_are_none(file):
     for settings in ({"noise": 0}, {"guidence_scale": 2}):
         with pytest.raises(ConfigError, match="has no setting|unexpected keyword argument"):
             model.sample([1], **settings)
+
+
+def test_other_ways_to_say_the_same(file):
+    model = flowanchor.load(file)
+    one = model.sample([2])
+    for label in (2, np.int64(2), torch.tensor(2), iter([2]), np.array([2]), (2,)):
+        assert torch.equal(model.sample(label), one)
+    low = next(flowanchor.load(file, dtype="bfloat16").backbone.blocks.parameters()).dtype
+    assert low == next(flowanchor.load(file, dtype=torch.bfloat16).backbone.blocks.parameters()).dtype
+    assert flowanchor.load(file, dtype="float32").sample([2]).equal(one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dtype": "half"}, "dtype=half is not known"),
+        ({"codec": "identity"}, "codec= takes settings to replace"),
+        ({"text_encoder": {"a": 1}}, "has no text_encoder whose settings"),
+    ],
+)
+def test_what_load_cannot_use(file, settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        flowanchor.load(file, **settings)
+    with pytest.raises(ConfigError, match="Give a path"):
+        flowanchor.load(None)
+    with pytest.raises(ConfigError, match="leave out negative"):
+        flowanchor.load(file).sample([1], negative="x")

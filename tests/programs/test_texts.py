@@ -59,3 +59,34 @@ def test_several_names_of_a_sweep():
     (_, argument, chosen) = quoted(["-m", "name=1_0,b,1.10", "name=choice(a,b)"])
     (override,) = OverridesParser.create().parse_overrides([argument])
     assert list(override.sweep_string_iterator()) == ["'1_0'", "b", "'1.10'"] and chosen == "name=choice(a,b)"
+
+
+def test_lists_of_names_hold_what_was_typed():
+    typed = ["2026_11_26", "1.10", "a=b", "/d/(new) set", "a'b", "x/{0..3}", "true"]
+    (argument,) = quoted([f"runs=[{','.join(typed)}]"])
+    assert value(argument) == typed and quoted([argument]) == [argument]
+    (argument,) = quoted(["runs=['a,b', \"c d\" ,[1.10, e]]"])
+    assert value(argument) == ["a,b", "c d", ["1.10", "e"]]
+
+
+def test_a_name_is_never_a_list():
+    for name in ("[v2]", "{a: b}", "'a' and 'b'", "[a,b]"):
+        assert value(quoted([f"name={name}"])[0]) == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "jobs"),
+    [
+        ("name='a,b',1.10", ["'a,b'", "'1.10'"]),
+        ("name=c,'a,b'", ["c", "'a,b'"]),
+        ("runs=[a,b],c", ["[a,b]", "c"]),
+        ("checkpoint={high: a, low: b},x=y", ["{high:a,low:b}", "'x=y'"]),
+    ],
+)
+def test_commas_in_quotes_and_brackets_separate_no_jobs(typed, jobs):
+    (override,) = OverridesParser.create().parse_overrides(quoted(["-m", typed])[1:])
+    assert [job.replace(" ", "") for job in override.sweep_string_iterator()] == jobs
+
+
+def test_a_folder_of_hydras_own_is_never_swept():
+    assert value(quoted(["-m", "hydra.sweep.dir=sw'1, x"])[1]) == "sw'1, x"

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from flowanchor.errors import DataError
+from flowanchor.programs.folders import run_name
 from flowanchor.reporting.run_report import markdown, summarise, write_report
 from flowanchor.reporting.runs import find_runs, group_runs
 
@@ -176,3 +177,18 @@ def test_names_that_were_given_are_the_labels(tmp_path):
         settings = yaml.safe_load((run / "config.yaml").read_text())
         (run / "config.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
     assert [group.label for group in group_runs(find_runs([tmp_path]))] == ["student", "teacher"]
+
+
+def test_a_name_that_its_folder_cannot_hold_is_the_label_all_the_same(tmp_path):
+    run = make_run(tmp_path / run_name('p "x"', []), "x=1")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"name": 'p "x"'}))
+    (group,) = group_runs(find_runs([tmp_path]))
+    assert group.label == 'p "x"'
+
+
+def test_a_run_too_short_to_log_is_no_run_that_has_not_begun(tmp_path):
+    run = make_run(tmp_path / "a", "x=1")
+    (run / "csv" / "metrics.csv").unlink()
+    (run / "checkpoints").mkdir()
+    assert find_runs([tmp_path])[0].state == "nothing logged"

@@ -74,7 +74,7 @@ def write_whole(
     """Write bytes, text (UTF-8), or arrays as an .npz; raises `OSError` where that is impossible."""
     with replacing(path, shared=shared, keep_previous=keep_previous) as draft, draft.open("wb") as file:
         if isinstance(content, str):
-            file.write(content.encode())
+            file.write(content.encode(errors="backslashreplace"))  # names of files may hold what is no Unicode
         elif isinstance(content, bytes):
             file.write(content)
         else:

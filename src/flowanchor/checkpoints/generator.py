@@ -6,9 +6,11 @@ images = model.sample([0, 1, 2], steps=2, seed=0)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
+from numbers import Integral
+from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +21,8 @@ from flowanchor.checkpoints.huggingface import local_folder
 from flowanchor.checkpoints.load import LoadedModel, load_model
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Generator(LoadedModel):
@@ -83,6 +87,8 @@ class Generator(LoadedModel):
             chosen, count = encode_prompts(self.text_encoder, self.backbone, listed, negative), len(listed)
         elif hasattr(self.backbone, "text_dim"):
             raise ConfigError("This network is conditioned on text: give prompts.")
+        elif negative is not None:
+            raise ConfigError("This network is not conditioned on text: leave out negative.")
         else:
             chosen, count = self._labels(labels, num_samples)
         chunks = generate(
@@ -102,8 +108,10 @@ class Generator(LoadedModel):
 
     def _labels(self, labels: Any, num_samples: int | None) -> tuple[Tensor | None, int]:
         classes = self.backbone.num_classes
-        if isinstance(labels, int):
-            labels = [labels] * (1 if num_samples is None else num_samples)
+        if isinstance(labels, Iterator):
+            labels = list(labels)
+        if isinstance(labels, Integral) or isinstance(labels, Tensor) and labels.ndim == 0:
+            labels = [int(labels)] * (1 if num_samples is None else num_samples)
         count = num_samples if labels is None else len(labels)
         if count is None or count < 1 or (num_samples is not None and count != num_samples):
             raise ConfigError("How many images? Give labels, one per image, or num_samples, not two different numbers.")
@@ -144,11 +152,24 @@ def load(
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
     """
+    if not isinstance(path_or_repo, (str, PathLike)):
+        raise ConfigError(f"Give a path or the name of a repository, not {path_or_repo!r}.")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype} is not known: use {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    if dtype == torch.float32:
+        dtype = None
+    for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
+        if chosen is not None and not isinstance(chosen, Mapping):
+            raise ConfigError(f"{part}= takes settings to replace, such as {{'weights': PATH}}, not {chosen!r}.")
     model = load_model(local_folder(path_or_repo), ema, device, dtype, initialise_from)
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         own = model.config.get(part) or {}
         unknown = sorted(set(chosen or {}) - set(own))
+        if unknown and not own:
+            raise ConfigError(f"{model.path} has no {part} whose settings could be replaced.")
         if unknown:
             raise ConfigError(f"The {part} of {model.path} has no {', '.join(unknown)}: it has {', '.join(own)}.")
         if chosen:

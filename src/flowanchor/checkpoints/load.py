@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ def latest_checkpoint(run: str | Path) -> Path | None:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint behind a path: the file or sharded folder itself, the last one of a run folder, the weights of a
     folder that convert.py published, a folder with the released weights of Wan."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"A checkpoint is one path, and {path!r} is none: give checkpoint=PATH.")
     path = Path(path).expanduser()
     if path.is_dir():
         inside = (

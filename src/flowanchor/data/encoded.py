@@ -122,7 +122,7 @@ class BadSamples:
         if count > self.limit or alone:
             raise DataError(
                 f"{name}: {advice}, or let up to {count} such samples be left out by data.max_bad={count} "
-                f"(now {self.limit})."
+                f"(now {self.limit}; to an evaluation it is given as +data_overrides.max_bad={count})."
             )
         self.left_out.add(name)
         if not known:

@@ -17,7 +17,7 @@ from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import BadSamples
 from flowanchor.data.images import ImageSet, split_heldout
-from flowanchor.data.picture_files import KNOWN, class_folders, find_pictures, tell_unused
+from flowanchor.data.picture_files import KNOWN, class_folders, find_by_class, find_pictures, tell_unused
 from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.errors import ConfigError, DataError
 
@@ -96,8 +96,10 @@ class ImageFolderDataModule(FlowDataModule):
         if not folders:
             raise DataError(self._why_unlabelled())
         files, labels = [], []
-        for label, folder in enumerate(folders):
-            found = sorted(find_pictures(self.root / folder, unused), key=lambda path: (str(path.parent), path.name))
+        for label, (folder, pictures) in enumerate(
+            zip(folders, find_by_class(self.root, folders, unused), strict=True)
+        ):
+            found = sorted(pictures, key=lambda path: (str(path.parent), path.name))
             if not found:
                 told = " ".join(tell_unused(unused, self.root))
                 raise DataError(
@@ -124,7 +126,7 @@ class ImageFolderDataModule(FlowDataModule):
         )
 
     def _unlabelled_files(self, unused: Counter[str]) -> list[Path]:
-        files = list(find_pictures(self.root, unused)) if self.root.is_dir() else []
+        files = list(find_by_class(self.root, [""], unused)[0]) if self.root.is_dir() else []
         if not files:
             what = "are no images in" if self.root.is_dir() else "is no folder"
             told = " ".join(tell_unused(unused, self.root))

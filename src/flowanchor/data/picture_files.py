@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowanchor.base.reading import shown
@@ -34,6 +35,31 @@ def find_pictures(folder: Path, left_out: Counter[str] | None = None) -> dict[Pa
         else:
             found[Path(entry.path)] = mark
     return dict(sorted(found.items()))
+
+
+def find_by_class(root: Path, folders: Sequence[str], left_out: Counter[str]) -> list[dict[Path, str]]:
+    """`find_pictures` of each subfolder, each real file once: links to others of them go."""
+    found = [find_pictures(root / folder, left_out) for folder in folders]
+    parents: dict[Path, str] = {}
+    linked: list[tuple[dict[Path, str], Path, str]] = []
+    taken: set[str] = set()
+    here = os.path.realpath(root)
+    for files in found:
+        for path in files:
+            if path.parent not in parents:
+                parents[path.parent] = os.path.realpath(path.parent)
+            parent = parents[path.parent]
+            plain = parent == os.path.normpath(os.path.join(here, path.parent.relative_to(root)))
+            if plain and not path.is_symlink():
+                taken.add(os.path.join(parent, path.name))
+            else:
+                linked.append((files, path, os.path.realpath(path)))
+    for files, path, real in linked:
+        if real in taken:
+            del files[path]
+            left_out["links to others of them"] += 1
+        taken.add(real)
+    return found
 
 
 def file_mark(path: Path | str) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 from flowanchor.base.reading import read_regular, shown
 from flowanchor.base.walk import is_hidden
 from flowanchor.data.labels import CLASSES, read_label, shown_label
-from flowanchor.data.picture_files import KNOWN, class_folders, file_mark, find_pictures, tell_unused
+from flowanchor.data.picture_files import KNOWN, class_folders, file_mark, find_by_class, tell_unused
 from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import tar_files
 from flowanchor.encoding.tars import read_member, read_tar, tar_names
@@ -120,8 +120,7 @@ class FolderSource(Source):
                 "data.labelled=false."
             )
         self.names, self.marks, labels = [], [], []
-        for label, folder in enumerate(folders):
-            files = find_pictures(root / folder, unused)
+        for label, (folder, files) in enumerate(zip(folders, find_by_class(root, folders, unused), strict=True)):
             if not files:
                 where = f"the class folder {root / folder}" if labelled else root
                 told = " ".join(tell_unused(unused, root))

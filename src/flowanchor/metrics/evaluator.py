@@ -202,11 +202,18 @@ class Evaluator:
     def floor_size(self, num_samples: int) -> int | None:
         """At how many images the floor of a score at `num_samples` is taken: as many, or all that are held out.
 
-        None where the reference is not the training data: nothing is known to be held out.
+        None where the reference is not the training data, so that nothing is known to be held out, and where fewer are
+        held out than a score needs.
         """
+        held = self.heldout
+        return None if held is None or held < self.metric.neighborhood + 2 else min(num_samples, held)
+
+    @property
+    def heldout(self) -> int | None:
+        """How many images of the data are held out; None where the reference is not the training data."""
         if self.data is None or not isinstance(self.source, TrainSplit):
             return None
-        return min(num_samples, len(self.data.images("heldout")))
+        return len(self.data.images("heldout"))
 
     def floor(self, num_samples: int) -> Scores:
         """Real against real: scores of `floor_size(num_samples)` held-out images."""

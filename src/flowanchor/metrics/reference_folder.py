@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from flowanchor.base.files import sha256
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.base.reading import shown
-from flowanchor.data.picture_files import KNOWN, find_pictures, tell_unused
+from flowanchor.data.picture_files import KNOWN, find_by_class, tell_unused
 from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
@@ -31,7 +31,7 @@ class ImageTree(Reference):
         self.root, self.name, self.shape, self.crop = root, root.resolve().name, shape, crop
         self._cache = None if cache_dir is None else cache_folder(cache_dir)
         unused = Counter[str]()
-        self._marks = find_pictures(root, unused)
+        (self._marks,) = find_by_class(root, [""], unused)
         self.files = list(self._marks)
         told = " ".join(tell_unused(unused, root))
         if not self.files:

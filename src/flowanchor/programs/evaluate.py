@@ -72,6 +72,10 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             f"{evaluator.label} of {cfg.num_samples:,} samples is biased upwards: compare it with the same number "
             "only; published values have num_samples=50000."
         )
+    if floor_n is None and evaluator.heldout is not None:
+        console.print(
+            f"{evaluator.heldout} held-out images are too few for a floor: raise data.heldout, if there is one."
+        )
     if processes.first:
         store.begin(cfg.restart)
         evaluator.reference  # noqa: B018 (looked at, and its errors told, before anything is generated)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -84,6 +84,9 @@ def program(
         def run() -> None:
             prepare()
             _let_memory_grow()
+            for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows what it lacks as \\xb1
+                with suppress(AttributeError, ValueError):
+                    stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
             sys.argv[1:] = quoted(sys.argv[1:])
             _check_command_line(sys.argv[1:])
             for message in LIBRARY_WARNINGS:

@@ -67,6 +67,8 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
             f"Cannot use {error.filename or _output_folder()} ({(error.strerror or 'refused').lower()}): check the "
             "path and its permissions, or write elsewhere with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER with -m)."
         )
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --"):
+        return f"{_one_line(str(error)).rstrip('.')}: leave all but one of them out."
     emptied = [text for text in arguments if re.fullmatch(r"[^=]+=(null)?", text)]
     if emptied and "Config group override must be a string or a list" in str(error):
         return f"{emptied[0]} chooses no option: write {emptied[0].split('=')[0]}=OPTION (--help lists them)."

@@ -17,6 +17,8 @@ def report(cfg: DictConfig) -> None:
     """Collect `runs` and write the report into Hydra's output folder."""
     if not cfg.runs:
         raise ConfigError("Which runs? Add runs=FOLDER, for example runs=outputs/multirun/NAME.")
+    if OmegaConf.is_dict(cfg.runs):
+        raise ConfigError("runs= is a folder, or a list of folders: write runs=[FOLDER,FOLDER].")
     folders = list(cfg.runs) if OmegaConf.is_list(cfg.runs) else [cfg.runs]
     folder = Path(HydraConfig.get().runtime.output_dir)
     rows = write_report(find_runs(folders), folder, cfg.title or "Runs in " + ", ".join(map(str, folders)))

@@ -14,20 +14,22 @@ from hydra.errors import HydraException
 
 # Prompts, by their whole key: always quoted. `prompt` may be a list too.
 PROMPTS = ("prompt", "negative", "captions.negative")
-# Names and paths, by the last part of their key.
-NAMES = {
-    "cache_dir", "caption", "checkpoint", "dir", "dirpath", "file", "folder", "high", "index", "initialise_from",
-    "inspect", "low", "metrics", "name", "out", "output", "pipeline", "project", "prompts", "reference", "root", "runs",
-    "save_dir", "statistics", "title", "weights",
+# Names and paths, by the last part of their key: those that may be several, and those that are one whatever they hold.
+SEVERAL = {
+    "caption", "checkpoint", "clip", "file", "high", "index", "initialise_from", "inspect", "low", "metrics",
+    "pipeline", "prompts", "reference", "root", "runs", "statistics", "tokenizer", "weights",
 }  # fmt: skip
+ONE = {"cache_dir", "dir", "dirpath", "folder", "name", "out", "output", "project", "save_dir", "title"}
 _MULTIRUN = ("-m", "--multirun")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.S)
 
 
 def quoted(arguments: list[str]) -> list[str]:
     """The arguments with the values of texts in Hydra's quotes, so that commas, colons and brackets are letters.
 
-    What is quoted already stays, and so do lists (`prompt=['a fox','a dog']`), dictionaries, `null`, and what Hydra
-    reads as that text anyhow. In sweeps (`-m`) commas separate jobs, and prompts are left as they are.
+    What is quoted already stays, and so do dictionaries, `null`, and what Hydra reads as that text anyhow; of lists
+    (`prompt=['a fox','a dog']`) it is each part that counts. In sweeps (`-m`) commas outside of quotes and brackets
+    separate jobs, and prompts are left as they are.
     """
     sweep = any(argument in _MULTIRUN for argument in arguments)
     return [_quoted(argument, sweep) for argument in arguments]
@@ -36,24 +38,55 @@ def quoted(arguments: list[str]) -> list[str]:
 def _quoted(argument: str, sweep: bool) -> str:
     name, equals, value = argument.partition("=")
     key = name.lstrip("+")
-    if not equals or value in ("", "null") or _is_written_for_hydra(value):
+    last = re.split(r"[.@]", key)[-1]
+    if not equals or value in ("", "null"):
         return argument
     if key in PROMPTS:
-        return argument if sweep else f"{name}={_in_quotes(value)}"
-    if re.split(r"[.@]", key)[-1] not in NAMES or key.startswith(("-", "~")) or "${" in value:
+        written = sweep or _QUOTED.fullmatch(value) or _is_list(value)
+        return argument if written else f"{name}={_in_quotes(value)}"
+    if last not in SEVERAL | ONE or key.startswith(("-", "~")) or "${" in value:
         return argument
-    if not sweep:
-        return argument if _is_read_as(argument, value) else f"{name}={_in_quotes(value)}"
-    if re.match(r"\w+\(.*\)$", value):  # choice(...), range(...)
-        return argument
-    parts = [part if _is_read_as(f"{name}={part}", part) else _in_quotes(part) for part in value.split(",")]
-    return f"{name}={','.join(parts)}"
+    if sweep and not key.startswith("hydra."):
+        if re.match(r"\w+\(.*\)$", value):  # choice(...), range(...)
+            return argument
+        return f"{name}={','.join(_text(part, last in ONE) for part in _parts(value))}"
+    return f"{name}={_text(value, last in ONE)}"
 
 
-def _is_read_as(argument: str, text: str) -> bool:
-    """Whether Hydra takes the value of an argument for just this text."""
+def _text(value: str, one: bool) -> str:
+    """A value as Hydra reads it for the text, or the list of texts, that it is."""
+    if value in ("", "null") or _QUOTED.fullmatch(value):
+        return value
+    if not one and _is_list(value):
+        return f"[{','.join(_text(part.strip(), False) for part in _parts(value[1:-1]))}]"
+    if not one and value[0] == "{" and value[-1] == "}":
+        return value
+    return value if _is_read_as(value) else _in_quotes(value)
+
+
+def _parts(value: str) -> list[str]:
+    """What commas outside of quotes and brackets separate."""
+    parts, depth, at = [""], 0, 0
+    while at < len(value):
+        found = _QUOTED.match(value, at) if parts[-1].strip() == "" or depth else None
+        piece = found[0] if found else value[at]
+        at += len(piece)
+        if piece == "," and depth == 0:
+            parts.append("")
+            continue
+        depth += (piece in ("[", "{")) - (piece in ("]", "}") and depth > 0)
+        parts[-1] += piece
+    return parts
+
+
+def _is_list(value: str) -> bool:
+    return len(value) > 1 and (value[0], value[-1]) == ("[", "]")
+
+
+def _is_read_as(text: str) -> bool:
+    """Whether Hydra takes a value for just this text."""
     try:
-        override: Override = OverridesParser.create().parse_override(argument)
+        override: Override = OverridesParser.create().parse_override(f"key={text}")
         return not override.is_sweep_override() and override.value() == text
     except HydraException:
         return False
@@ -64,8 +97,3 @@ def _in_quotes(value: str) -> str:
     inside = re.sub(r"(\\*)'", lambda found: f"{2 * found[1]}\\'", value)
     inside = re.sub(r"(\\+)$", lambda found: 2 * found[1], inside)
     return f"'{inside}'"
-
-
-def _is_written_for_hydra(value: str) -> bool:
-    first, last = value[0], value[-1]
-    return len(value) > 1 and (first == last and first in "'\"" or f"{first}{last}" in ("[]", "{}"))

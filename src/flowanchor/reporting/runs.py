@@ -15,6 +15,7 @@ import yaml
 
 from flowanchor.base.walk import walk
 from flowanchor.errors import DataError
+from flowanchor.programs.folders import run_name
 from flowanchor.provenance import read_parts
 from flowanchor.reporting.measurements import Kind
 
@@ -63,7 +64,7 @@ class Run:
     def state(self) -> str:
         """`finished`, `step N of M`, or `not started`."""
         if not self.series:
-            return "not started"
+            return "nothing logged" if (self.folder / "checkpoints").is_dir() else "not started"
         # Steps are logged every few, and counted from 0: the last one of a finished run is at most that far away.
         logged = self.series.get("train/loss", ([], []))[0]
         gap = max(1, logged[-1] - logged[-2]) if len(logged) > 1 else 1
@@ -91,7 +92,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises `DataError` for a folder that does not exist, and where none of them holds a run.
     """
-    roots = [Path(folder).expanduser() for folder in folders]
+    roots = [Path(str(folder)).expanduser() for folder in folders]
     for root in roots:
         if not root.is_dir():
             raise DataError(f"There is no folder {root}: give runs=FOLDER, for example runs=outputs/multirun/NAME.")
@@ -231,7 +232,7 @@ def _belongs(path: Path, report: Mapping[str, Any], folder: Path) -> bool:
 def _was_named(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the run's folder is called by a name that somebody gave it."""
     name = settings.get("name")
-    return isinstance(name, str) and str(folder).endswith(name.rpartition("/")[2])
+    return isinstance(name, str) and bool(name) and folder.name == run_name(name, []).rpartition("/")[2]
 
 
 def _class(settings: Any) -> str | None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
+from flowanchor import __version__
 from flowanchor.interfaces import Backbone
-from flowanchor.programs.launch import prepare
+from flowanchor.programs.launch import LIBRARY_WARNINGS, prepare
 from flowanchor.programs.messages import explain
+from flowanchor.programs.texts import quoted
 from flowanchor.testing.backbone import examine_backbone
 
 
 def main() -> None:
     """Settings as of train.py; exits with 1 where a rule is broken."""
     prepare()
-    words = sys.argv[1:]
+    words = quoted([word for word in sys.argv[1:] if word != "debug=true"])
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    if words == ["--version"]:
+        print(f"flowanchor {__version__}")
+        sys.exit(0)
     if not words or words[0] in ("-h", "--help"):
         print("python -m flowanchor.testing backbone=NAME [backbone.KEY=VALUE data=... ...]: settings as of train.py")
         sys.exit(0)
@@ -24,7 +32,7 @@ def main() -> None:
         with initialize_config_module("flowanchor.conf", version_base="1.3"):
             network = instantiate(compose("train", words).backbone)
     except Exception as error:
-        sentence = explain(error, "train", "pkg://flowanchor.conf", words)
+        sentence = None if "debug=true" in sys.argv else explain(error, "train", "pkg://flowanchor.conf", words)
         if sentence is None:
             raise
         print(f"Error: {sentence}", file=sys.stderr)
