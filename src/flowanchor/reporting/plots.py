@@ -74,9 +74,10 @@ def quality_figure(
         if curve.spread:
             ax.errorbar(at, values, yerr=spread, fmt="none", ecolor=colour, capsize=3)
         for nfe, fd, _ in points:
+            aside = 6 if curve.spread else 0  # of the bars of the spread
             ax.annotate(
-                f"{fd:.3g}", (nfe, fd), textcoords="offset points", ha="center", fontsize=9, color=colour,
-                xytext=(0, 8 if i % 2 == 0 else -16),  # above and below, for curves that lie on each other
+                f"{fd:.3g}", (nfe, fd), textcoords="offset points", ha="left" if aside else "center", fontsize=9,
+                color=colour, xytext=(aside, 8 if i % 2 == 0 else -16),  # above and below: curves lie on each other
             )  # fmt: skip
     if floor is not None and floor > 0:
         ax.axhline(floor, color="#8a8a8a", linestyle="--", linewidth=1.3, label=f"held-out floor {floor:.3g}")
