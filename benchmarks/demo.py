@@ -1,6 +1,7 @@
 """The README's table: what `make demo` measured last, on this machine.
 
-Run `make demo` first, then `make bench` or this script; `--busy` says that the machine had other work meanwhile. Reads
+Run `make demo` first, then `make bench` or this script; `--busy SECONDS` says that the machine had other work
+meanwhile, and how many CPU seconds the demo took (user and system, as `time` tells them). Reads
 outputs/demo/results.json, writes benchmarks/results/demo_cpu.json with the machine's description, and refreshes the
 table and the picture of the README.
 """
@@ -38,7 +39,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[str, float], busy: bool = False) -> str:
+def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[str, float], busy: int = 0) -> str:
     """The results as Markdown, with what has to stand beside a score."""
     metric = results[0]["metric"]
     lines = [
@@ -52,7 +53,7 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], seconds: dict[st
         )
     first = results[0]
     times = ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items())
-    times += "; other work ran beside it" if busy else ""
+    times += f"; other work ran beside it: {busy} CPU seconds in all" if busy else ""
     sets = first.get("repeats") or 1
     repeats = f", means and standard deviations over {sets} independent sets" if sets > 1 else ""
     lines += [
@@ -80,8 +81,8 @@ def main() -> None:
     results = json.loads(results_file.read_text())
     seconds = json.loads((DEMO / "runs" / "seconds.json").read_text())
     about = machine()
-    busy = "--busy" in sys.argv[1:]
-    record = {"machine": about, "seconds": seconds, "busy": busy, "results": results}
+    busy = int(sys.argv[2]) if sys.argv[1:2] == ["--busy"] else 0
+    record = {"machine": about, "seconds": seconds, "cpu_seconds": busy or None, "results": results}
     (ROOT / "benchmarks" / "results" / "demo_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
     text = table(results, about, seconds, busy)
     print(text)
