@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flowanchor.data.digits import DigitsDataModule
+from flowanchor.data.lightning import LightningData
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, full
@@ -120,7 +121,7 @@ def fit(trained: FlowModule, folder, precision: str = "32-true") -> None:
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=folder,
         inference_mode=False,
     )  # fmt: skip
-    trainer.fit(trained, DigitsDataModule(batch_size=4))
+    trainer.fit(trained, LightningData(DigitsDataModule(batch_size=4)))
 
 
 def test_training_does_not_start_with_an_impossible_engine(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from flowanchor.checkpoints import initialise_student
 from flowanchor.checkpoints.lightning import RunCheckpointIO
 from flowanchor.data.digits import DigitsDataModule
+from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
 from flowanchor.ema import EMA
 from flowanchor.interfaces import Batch
@@ -226,7 +227,7 @@ def fit(
     )  # fmt: skip
     communication = Communication()
     with nullcontext() if compiled else communication:  # nothing is compiled under such a mode
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, LightningData(data), ckpt_path=resume, weights_only=True)
     if save:
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     return {

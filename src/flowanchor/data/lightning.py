@@ -25,6 +25,17 @@ class LightningData(LightningDataModule):
         self.data.trainer = self.trainer
         self.data.setup(stage)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """As those of Lightning's own that the data brings: before and after a batch goes to the device."""
+        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
+
+    def _hook(self, name: str, batch: Any, dataloader_idx: int) -> Any:
+        hook = getattr(self.data, name, None)
+        return batch if hook is None else hook(batch, dataloader_idx)
+
     def train_dataloader(self) -> Any:
         return self.data.train_dataloader()
 
