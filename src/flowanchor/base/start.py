@@ -35,7 +35,8 @@ def begin() -> None:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
-    ours = main.stem in PROGRAMS or main.name.startswith("flowanchor-")
+    module = (main.parent.name, main.stem) == ("flowanchor", "__main__")
+    ours = module or main.stem in PROGRAMS or main.name.startswith("flowanchor-")
     if ours and threading.current_thread() is threading.main_thread():
         for signum in STOPS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):

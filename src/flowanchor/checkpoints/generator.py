@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.dtypes import DTYPES
 from flowanchor.checkpoints.huggingface import local_folder
 from flowanchor.checkpoints.load import LoadedModel, load_model
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Generator(LoadedModel):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare, read_json
 from flowanchor.base.seal import write_sealed
 from flowanchor.base.torch_files import read_torch
@@ -23,7 +24,6 @@ from flowanchor.interfaces import Codec, Posterior
 from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.weights import check_finite, kind_of, whole_tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 
 UNSEEN = {"norm_num_groups": int, "act_fn": str}  # settings of an autoencoder that change no weight's shape

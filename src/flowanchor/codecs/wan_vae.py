@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare
 from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.checkpoints.trusted import brief
@@ -16,7 +17,6 @@ from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
 from flowanchor.weights import check_finite
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG = "config.json"
 
 

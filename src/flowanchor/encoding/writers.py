@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.files import flush, replace, save_tensors, sha256, unfinished, write_json
 from flowanchor.errors import DataError
 from flowanchor.latents.manifest import Shard
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HEADERS = 4096  # bytes of names and headers per image of a tar, at most
 
 

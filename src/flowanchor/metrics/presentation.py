@@ -14,6 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from flowanchor.base.files import replacing
+from flowanchor.base.paths import from_here
 from flowanchor.reporting.plots import logarithmic
 
 SPREAD = ("fd", "fd_at_floor_n", "sfid")  # told with their spread; metrics.json has that of all
@@ -24,7 +25,7 @@ def results_table(report: Mapping[str, Any]) -> Table:
     settings, floor, metric = report["settings"], report["floor"], report["settings"]["metric"]
     spatial = any(line.get("sfid") is not None for line in report["results"])
     table = Table(
-        title=f"{metric} of {_relative(settings['checkpoint'])}",
+        title=f"{metric} of {from_here(settings['checkpoint'])}",
         caption="\n".join(_circumstances(report)),
         box=SIMPLE,  # ten columns in 80 characters
         collapse_padding=True,
@@ -142,11 +143,6 @@ def quality_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.legend()
     with replacing(path) as draft:
         figure.savefig(draft, dpi=150, format="png")
-
-
-def _relative(checkpoint: str) -> str:
-    path = Path(checkpoint)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _short(checkpoint: str) -> str:

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare
 from flowanchor.checkpoints.authors import write_authors
 from flowanchor.checkpoints.consolidated import SUFFIX, WRITABLE, write_consolidated
@@ -48,7 +49,6 @@ from flowanchor.weights import check_finite, dtype_of
 ACTIONS = ("consolidate",)
 _SUFFIXES = {"flowanchor": SUFFIX, "authors": ".pt", "huggingface": "", "diffusers": ""}
 _ONLY_RELEASED = ("backbone", "kind", "interval", "num_heads", "num_classes")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flowanchor.base.paths import from_here
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError, FlowAnchorError
 from flowanchor.interfaces import Codec, Sampler
@@ -26,7 +27,7 @@ from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, ch
 from flowanchor.programs.commands import evaluate as main
 from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.evaluation import Draw, Evaluation, WatchedCodec, sampler_label
-from flowanchor.programs.next_step import command, shown
+from flowanchor.programs.next_step import command
 from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_program_record
 from flowanchor.reporting.runs import find_runs
@@ -107,12 +108,12 @@ def evaluate_all(cfg: DictConfig, folder: Path) -> None:
     for number, run in enumerate(found, 1):
         one = OmegaConf.merge(cfg, {"checkpoint": str(run.folder), "runs": None})
         assert isinstance(one, DictConfig)
-        print(f"Run {number} of {len(found)}: {shown(run.folder)}", flush=True)
+        print(f"Run {number} of {len(found)}: {from_here(run.folder)}", flush=True)
         try:
             evaluate(one, run.folder / "evaluations" / folder.name)
         except FlowAnchorError as error:
             print(f"  {error}", flush=True)
-            failed.append(str(shown(run.folder)))
+            failed.append(str(from_here(run.folder)))
     if failed:
         raise ConfigError(f"{len(failed)} of {len(found)} runs could not be measured: {', '.join(failed)}.")
     names = [str(path) for path in cfg.runs] if OmegaConf.is_list(cfg.runs) else [str(cfg.runs)]
@@ -209,10 +210,9 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that a line of the report depends on, but its sampler's number of evaluations."""
     named = ("num_samples", "protocol", "seed", "batch_size", "save_samples")
-    groups = ("metric",)
     return {
         **{name: cfg[name] for name in named},
-        **{name: OmegaConf.to_container(cfg[name], resolve=True) for name in groups},
+        "metric": OmegaConf.to_container(cfg.metric, resolve=True),
         "sampler": sampler_settings(cfg.sampler, model),
         "checkpoint": model.digest,
         **({"sources": model.sources} if model.sources else {}),

@@ -20,6 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from flowanchor.base.paths import folder_name
+
 UNNAMED = "default"  # the folder of a run without overrides
 MAX_SLUG = 60  # characters; the hash keeps longer ones apart
 
@@ -36,7 +38,7 @@ def digest(overrides: Iterable[str]) -> str:
 def run_name(name: str | None, overrides: Iterable[str]) -> str:
     """Folder name of one run: the user's name, or for example `objective-facm_seed-1_0fb1c2d3`."""
     if name is not None:
-        return "/".join(_folder(part) for part in str(name).split("/") if part.strip("."))
+        return "/".join(folder_name(part) for part in str(name).split("/") if part.strip("."))
     lines = sorted(str(line) for line in overrides if _key(str(line)) not in _NEUTRAL)
     if not lines:
         return UNNAMED
@@ -89,13 +91,6 @@ class OneSweepFolder(Callback):
         typed = [_key(line) for line, override in zip(lines, parsed, strict=True) if override.is_sweep_override()]
         searched = config.hydra.sweeper.get("params") or {}
         return [*typed, *(str(key) for key in searched if str(key) not in typed)]
-
-
-def _folder(part: str) -> str:
-    """A name as a folder's: as it is, but for what some file system or Hydra's quotes cannot hold. Names that differ
-    there only stay apart by their hash."""
-    safe = re.sub(r"[^\w .,;:+=@~#&()\[\]\'!%-]+", "-", part)
-    return safe if safe == part else f"{safe}_{hashlib.sha256(part.encode()).hexdigest()[:8]}"
 
 
 def _key(override: str) -> str:

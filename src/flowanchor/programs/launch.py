@@ -18,7 +18,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -30,6 +29,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 import flowanchor
 from flowanchor.base.causes import unwrapped
+from flowanchor.base.paths import from_here
 from flowanchor.base.rank_zero import is_first as speaks_for_all
 from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
@@ -84,7 +84,7 @@ def program(
         def run() -> None:
             prepare()
             _let_memory_grow()
-            for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows what it lacks as \\xb1
+            for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows what it lacks as its number
                 with suppress(AttributeError, ValueError):
                     stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
             sys.argv[1:] = quoted(sys.argv[1:])
@@ -219,8 +219,7 @@ def _tell_failed_job(error: Exception, config_name: str, config_path: str) -> No
 def _announce(doing: str) -> None:
     """One line about what begins and where, by the first process."""
     if doing and speaks_for_all():
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        print(f"{doing} {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}", flush=True)
+        print(f"{doing} {from_here(HydraConfig.get().runtime.output_dir)}", flush=True)
 
 
 def _check_command_line(arguments: list[str]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from flowanchor.base.paths import folder_name
 from flowanchor.base.walk import walk
 from flowanchor.errors import DataError
-from flowanchor.programs.folders import run_name
 from flowanchor.provenance import read_parts
 from flowanchor.reporting.measurements import Kind
 
@@ -232,7 +232,7 @@ def _belongs(path: Path, report: Mapping[str, Any], folder: Path) -> bool:
 def _was_named(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the run's folder is called by a name that somebody gave it."""
     name = settings.get("name")
-    return isinstance(name, str) and bool(name) and folder.name == run_name(name, []).rpartition("/")[2]
+    return isinstance(name, str) and bool(name) and folder.name == folder_name(name.rpartition("/")[2])
 
 
 def _class(settings: Any) -> str | None:
