@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from flowanchor.base.rank_zero import rank_zero_only
 
 TRAINING = Path(__file__).parent / "strategies" / "training.py"
 
@@ -32,6 +34,14 @@ def signals_are_heard() -> None:
     for number, handler in usual.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def still_the_first_process() -> Iterator[None]:
+    """A test that plays another process must not leave its number behind: whatever writes files later would not."""
+    yield
+    rank, rank_zero_only.rank = rank_zero_only.rank, 0
+    assert rank == 0, "this test left a process number behind in rank_zero_only.rank"
 
 
 def _same(ours: Any, theirs: Any, where: str = "") -> None:

@@ -206,7 +206,7 @@ CASES = [
     ([*TRAIN, "backbone.patch_size=0"], "backbone.patch_size=0 must be at least 1"),
     ([*TRAIN, "backbone.depth=abc"], "backbone.depth=abc cannot be used here"),
     ([*TRAIN, "trainer.accelerator=warp"], "trainer.accelerator=warp cannot be used .*names are: .*cpu"),
-    ([*TRAIN, "trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 cannot be used.*default is .*=1"),
+    ([*TRAIN, "trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 is too small: it must be at least 1"),
     # output
     ([*TRAIN, "hydra.run.dir={folder}/text.ckpt/run"], "Cannot use .*text.ckpt/run .*hydra.run.dir=FOLDER"),
     ([*SAMPLE, "hydra.run.dir={folder}/text.ckpt/run"], "Cannot use .*text.ckpt/run .*hydra.run.dir=FOLDER"),

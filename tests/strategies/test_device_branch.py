@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.interfaces import Backbone, Batch
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.jvp.full import TORCH
@@ -166,6 +167,7 @@ def test_a_process_takes_its_own_card_before_it_joins(monkeypatch):
         lambda environment, backend, **settings: called.append((backend, settings["device_id"])),
     )
     monkeypatch.setattr(chain_jvp, "init_device_mesh", lambda kind, shape, **names: called.append((kind, shape)))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the strategy sets it to 3
     from lightning.pytorch.accelerators import CUDAAccelerator
     from lightning.pytorch.plugins.environments import LightningEnvironment
 

@@ -21,11 +21,11 @@ def check_batch(cfg: DictConfig) -> None:
     the learning rate is stated for another batch (`reference_batch_size`).
     """
     check_whole_numbers(cfg, global_batch_size=(1, 1024), reference_batch_size=(1, 1024))
-    check_whole_numbers(cfg, trainer__num_nodes=1, trainer__accumulate_grad_batches=(0, 1))  # 0: Lightning refuses it
+    check_whole_numbers(cfg, trainer__num_nodes=1, trainer__accumulate_grad_batches=1)
     batch = OmegaConf.select(cfg, "data.batch_size")
     if batch is None:
         return
-    accumulated = int(cfg.trainer.get("accumulate_grad_batches", 1) or 1)
+    accumulated = int(cfg.trainer.get("accumulate_grad_batches") or 1)
     processes = count_processes(cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1), cfg.trainer.accelerator)
     samples = int(batch) * processes * accumulated
     wanted = cfg.get("global_batch_size")
