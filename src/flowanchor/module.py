@@ -149,7 +149,7 @@ class FlowModule(pl.LightningModule):
         """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows.
 
         Times are drawn on the host, and their `t` there comes last, so that nobody has to ask the device for them. They
-        are float32 whatever the samples are.
+        are float32 where the samples are bfloat16, and float64 where they are.
         """
         x1 = batch.x1
         seeds = np.random.SeedSequence((self.seed, stream, step)).generate_state(2)
@@ -157,7 +157,7 @@ class FlowModule(pl.LightningModule):
         mine = slice(rank * size, (rank + 1) * size)
         torch.manual_seed(int(seeds[0]))
         noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:], device=x1.device)[mine].to(x1.dtype)
-        with _float32_by_default():
+        with _float32_at_least():
             drawn = self.objective.draw(self.trainer.world_size * size, torch.device("cpu"))
         torch.manual_seed(int(seeds[1]) + rank)
         t, end = (None if value is None else value[mine] for value in drawn)
@@ -313,10 +313,10 @@ def skipped_steps(module: pl.LightningModule | None) -> int:
 
 
 @contextmanager
-def _float32_by_default() -> Iterator[None]:
+def _float32_at_least() -> Iterator[None]:
     """Lightning's precision=bf16-true has tensors made in bfloat16, whose steps near 1 are 0.004."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(torch.promote_types(before, torch.float32))
     try:
         yield
     finally:
