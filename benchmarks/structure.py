@@ -57,7 +57,8 @@ def walked(function, *arguments, **named):
         return function(*arguments, **named)
     finally:
         sys.setprofile(None); threading.setprofile(None)
-        print("FILES", len(set(seen)), "HANDOVERS", len(set(zip(seen, seen[1:]))), *sorted({file[len(ROOT) + 1:] for file in seen}), flush=True)
+        over = set(zip(seen, seen[1:]))
+        print("FILES", len(set(seen)), "HANDOVERS", len(over), *sorted(f[len(ROOT) + 1:] for f in set(seen)), flush=True)
 """
 STEP = (
     WALK
