@@ -57,8 +57,8 @@ def walked(function, *arguments, **named):
         return function(*arguments, **named)
     finally:
         sys.setprofile(None); threading.setprofile(None)
-        over = set(zip(seen, seen[1:]))
-        print("FILES", len(set(seen)), "HANDOVERS", len(over), *sorted(f[len(ROOT) + 1:] for f in set(seen)), flush=True)
+        over, files = set(zip(seen, seen[1:])), sorted(f[len(ROOT) + 1:] for f in set(seen))
+        print("FILES", len(files), "HANDOVERS", len(over), *files, flush=True)
 """
 STEP = (
     WALK
