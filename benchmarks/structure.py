@@ -1,6 +1,6 @@
 """How the code is built, in numbers: what a change of its structure is held against.
 
-    python benchmarks/structure.py [--root CHECKOUT] [--still]
+    python benchmarks/structure.py [--root CHECKOUT] [--still] [--draw PICTURE]
 
 Static, of src/flowanchor and plugins/: lines, circles of imports (groups of files that import each other, inside
 functions too, type annotations aside), arrows that point up (from a room to one that stands above it, ROOMS), imports
@@ -212,12 +212,55 @@ def moving(root: Path) -> dict[str, dict[str, object]]:
     return found
 
 
+def draw(root: Path, picture: Path) -> None:
+    """The rooms, each above what it stands on, and the imports between them; red: one that points up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    known = files(root)
+    lines = [0] * len(ROOMS)
+    arrows: dict[tuple[int, int], int] = {}
+    for name, file in known.items():
+        text = file.read_text(encoding="utf-8")
+        lines[room(name)] += len(text.splitlines())
+        for target, _ in imports(ast.parse(text), name, known):
+            pair = room(name), room(target)
+            if pair[0] != pair[1]:
+                arrows[pair] = arrows.get(pair, 0) + 1
+    figure, axes = plt.subplots(figsize=(8, 9))
+    for level, (title, folders) in enumerate(ROOMS):
+        inside = ", ".join(folder.removeprefix("flowanchor.") for folder in folders if folder in known)
+        axes.add_patch(plt.Rectangle((0, level - 0.3), 5, 0.6, facecolor="#eef3f8", edgecolor="#5b7c99"))
+        axes.text(0.1, level + 0.06, f"{title}", weight="bold", va="center")
+        axes.text(4.9, level + 0.06, f"{lines[level]:,} lines", ha="right", va="center", color="#555555")
+        axes.text(0.1, level - 0.17, inside[:70], va="center", fontsize=7, color="#555555")
+    for (above, below), count in sorted(arrows.items()):
+        side, colour = (5, "#5b7c99") if above > below else (0, "#c0392b")
+        bend = 0.35 if above > below else -0.35
+        axes.annotate(
+            "", xy=(side, below + 0.1), xytext=(side, above - 0.1),
+            arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.75, "lw": min(0.4 + count / 25, 3.0),
+                        "connectionstyle": f"arc3,rad={-bend if above > below else bend}"},
+        )  # fmt: skip
+    axes.set_xlim(-1.2, 8)
+    axes.set_ylim(-0.6, len(ROOMS) - 0.4)
+    axes.axis("off")
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--still", action="store_true", help="without running anything")
+    parser.add_argument("--draw", type=Path, help="a picture of the rooms and their imports (PNG or SVG), nothing else")
     chosen = parser.parse_args()
     root = chosen.root.resolve()
+    if chosen.draw is not None:
+        draw(root, chosen.draw)
+        return
     found = still(root)
     if not chosen.still:
         found["walks"] = moving(root)
