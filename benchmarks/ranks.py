@@ -9,16 +9,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from counting import Collectives, allocator_peak
 from facm import facm_parts
-from flowanchor.interfaces import Batch, Dual
+from flowanchor.interfaces import Answer, Backbone, Batch, Question
 from flowanchor.jvp import Chain
 from flowanchor.strategies.sharding import shard_backbone
 from planning import NETWORKS, Setting, asked_teacher, facm_loss, kept, shard
@@ -31,8 +32,8 @@ class OneByOne:
     def __init__(self, engine: Chain) -> None:
         self.engine = engine
 
-    def __call__(self, *arguments: Any) -> Dual:
-        return self.engine(*arguments)
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        return [self.engine(backbone, x, cond, [question])[0] for question in questions]
 
 
 def sharded_step(joint: bool, batch: int, **size: Any) -> Workload:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flowanchor.checkpoints.load import store_low
-from flowanchor.interfaces import Condition
+from flowanchor.interfaces import Question
 from flowanchor.sampling.guidance import Guidance, _side_by_side
 from harness import RESULTS, ROOT, machine, markdown, readings, refresh, write_json
 from workloads import Workload, lightningdit
@@ -39,10 +39,10 @@ def velocity(low: bool, together: bool, batch: int = 1, depth: int = 4, **size: 
     def step() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             if together:
-                first, second = _side_by_side(network, x, Condition(t), labels, network.null_condition(labels))
+                first, second = _side_by_side(network, x, Question(t), labels, network.null_condition(labels))
                 second + 1.75 * (first - second)
             else:
-                guidance.velocity(network, x, Condition(t), labels, t)
+                guidance.velocity(network, x, Question(t), labels, t)
 
     return Workload(step, network)
 

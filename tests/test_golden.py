@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowanchor.checkpoints import load_model
 from flowanchor.codecs.kl import KLCodec
-from flowanchor.interfaces import Backbone, Batch, Objective, VelocityField
+from flowanchor.interfaces import Backbone, Batch, Objective, Question, VelocityField
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
@@ -109,7 +109,7 @@ def check_backbone(golden: Golden) -> None:
     x, t, y, r = golden["in.x"], golden["in.t"], golden["in.y"], golden.get("in.r")
     assert relative(network(x, t, y, r), golden["out.prediction"]) <= 1e-5
     for name, engine in ENGINES.items():
-        dual = engine(network, x, t, y, golden["in.dx"], golden["in.dt"], r)
+        (dual,) = engine(network, x, y, [Question(t, r, (golden["in.dx"], golden["in.dt"]))])
         assert relative(dual.prediction, golden["out.prediction"]) <= 1e-5, name
         assert relative(dual.tangent, golden["out.tangent"]) <= 1e-5, name
     check_engines_in_float64(network.double().eval(), x, t, y, golden["in.dx"], golden["in.dt"], r)
@@ -125,7 +125,7 @@ def check_engines_in_float64(
 
     def answer(engine: Any) -> tuple[Tensor, Tensor, Tensor]:
         network.zero_grad()
-        dual = engine(network, x, t, y, dx, dt, r)
+        (dual,) = engine(network, x, y, [Question(t, r, (dx, dt))])
         (dual.prediction * weights).sum().backward()
         gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
         return dual.prediction.detach(), dual.tangent, torch.cat(gradients)

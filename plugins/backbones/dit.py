@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.interfaces import StageContext
 from flowanchor.plugins.backbones.dit_noise import noise_level, unit_scale, velocity
 from flowanchor.plugins.backbones.sit import SiT
@@ -19,7 +20,7 @@ class DiT(SiT):
     def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, H, W], t [B] in [0, 2], labels [B], r [B] -> tokens [B, N, D] and the context (c, x, physical t)."""
         physical = 1 - (1 - t).abs()
-        scale = unit_scale(physical).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        scale = like(unit_scale(physical), x).to(x.dtype)
         level = noise_level(physical) * (1 - 2 * (t > 1).to(t.dtype))
         tokens, context = super().embed(x * scale, level, cond, r)
         return tokens, StageContext((*context.carried, x, physical), context.fixed)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import (
     Anchor,
+    Answer,
+    Ask,
     Backbone,
     Batch,
     Interval,
-    JointEngine,
     Objective,
     ObjectiveResult,
+    Point,
+    Question,
     Shortcut,
     TangentEngine,
     TermResult,
@@ -48,7 +52,7 @@ class ComposedObjective(Objective):
         anchor_warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        # A config group `none` arrives as a dict: empty, or with the settings that others laid over it.
+        # A config group `none` is null: a dict where others laid settings over it, or where an older run recorded it.
         anchor = None if isinstance(anchor, dict) else anchor
         shortcut = None if isinstance(shortcut, dict) else shortcut
         weight = None if isinstance(weight, dict) else weight
@@ -70,11 +74,9 @@ class ComposedObjective(Objective):
         self._weight_is_idle = self.shortcut is None and weight is not None
 
     def draw(self, size: int, device: torch.device | str | None = None) -> Times:
-        first = self.time.sample(size, device)
-        if self.shortcut is None or not self.shortcut.draws_end:
-            return Times(first)
-        second, coin = self.time.sample(size, device), torch.rand(size, device=device)
-        return Times(*self.shortcut.times(first, second, coin, self.interval))
+        if self.shortcut is None:
+            return super().draw(size, device)
+        return self.shortcut.draw(self.time, self.interval, size, device)
 
     def at_step(self, step: int) -> None:
         self.warming = step < self.anchor_warmup_steps
@@ -87,7 +89,7 @@ class ComposedObjective(Objective):
 
     @property
     def asks_elsewhere(self) -> bool:
-        return self.shortcut is not None and type(self.shortcut).ahead is not Shortcut.ahead
+        return self.shortcut is not None and self.shortcut.asks_elsewhere
 
     def forward(
         self,
@@ -105,87 +107,43 @@ class ComposedObjective(Objective):
             t, end = self.draw(x1.shape[0], x1.device)
         if student.training:
             cond = student.drop_condition(cond)  # once: every branch must see the same labels
-        times = t.view(-1, *[1] * (x1.ndim - 1))
+        times = like(t, x1)
         x_t = ((1 - times) * noise + times * x1).to(x1.dtype)  # times are float32 also where samples are bfloat16
         flow = x1 - noise
         v = as_velocity(velocity(x_t, t, cond, flow, student, self.interval), x1, velocity)
 
-        if end is None and self.shortcut is not None:
-            end = self.shortcut.end(t)
-        anchored, answer = self._ask(student, engine, x_t, t, end, cond, v)
-        for given in (anchored, *(answer or ())[:2]):
-            if given is not None:
-                as_velocity(given, x1, student)
+        ask = _Asked(student, engine, self.interval, x_t, cond, self._anchor_question(t))
+        target = at_least_float32(v)
+        terms: dict[str, TermResult] = {}
+        if self.shortcut is not None and not self.warming:
+            terms["shortcut"] = self.shortcut.loss(
+                ask, Point(x_t, t, torch.ones_like(t) if end is None else end, target)
+            )
+        if self.anchor is not None:
+            terms["anchor"] = self.anchor.loss(ask.anchored(), target, t)
+
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
-        if self.anchor is not None and anchored is not None:
-            term = self.anchor.loss(at_least_float32(anchored), at_least_float32(v), t)
-            losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
-        prediction = tangent = None
-        if self.shortcut is not None and answer is not None:
-            prediction, second = at_least_float32(answer.prediction), at_least_float32(answer.second)
-            if answer.discrete:
-                term = self.shortcut.discrete_loss(prediction, second, at_least_float32(v), t)  # type: ignore[operator]
-            else:
-                tangent = second
-                term = self.shortcut.loss(prediction, tangent, at_least_float32(v), t, end)
-                diagnostics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean()
-            losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", term, diagnostics)
+        if "anchor" in terms:
+            losses["anchor"] = self.anchor_weight * self._collect("anchor", terms["anchor"], diagnostics)
+        if ask.tangent is not None:
+            diagnostics["tangent_norm"] = ask.tangent.flatten(1).norm(dim=1).mean()
+        if "shortcut" in terms:
+            losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", terms["shortcut"], diagnostics)
         return ObjectiveResult(
             loss=torch.stack(list(losses.values())).sum(),
             terms={name: loss.detach() for name, loss in losses.items()},
             diagnostics=diagnostics,
             velocity=v,
-            prediction=None if prediction is None else prediction.detach(),
-            tangent=tangent,
+            prediction=None if ask.prediction is None else ask.prediction.detach(),
+            tangent=ask.tangent,
         )
 
-    def _ask(
-        self,
-        student: Backbone,
-        engine: TangentEngine,
-        x_t: Tensor,
-        t: Tensor,
-        end: Tensor | None,
-        cond: Any,
-        v: Tensor,
-    ) -> tuple[Tensor | None, _Answer | None]:
-        """The anchor's prediction; the shortcut's, with its tangent or, at some steps, another opinion of the network.
-
-        Both terms ask the network about the same `x_t`, so an engine that can asks in one walk: a sharded network is
-        then gathered, and its gradient reduced, once for both.
-        """
-        plain = None
-        warming = self.warming
-        if self.anchor is not None:
-            pretraining = self.anchor.branch == "pretraining" or warming
-            plain = self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
-        if self.shortcut is None or warming:
-            assert plain is not None
-            return student.predict(x_t, plain.t, cond, plain.r), None
-        told = self.interval.shortcut(t, end)
-        later = None if end is None else self.shortcut.ahead(t, end)
-        if later is not None:
-            assert end is not None
-            anchored = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
-            prediction = student.predict(x_t, told.t, cond, told.r)
-            with torch.no_grad():
-                there = self.interval.shortcut(later, end)
-                x_later = (x_t + (later - t).view(-1, *[1] * (x_t.ndim - 1)) * v).to(x_t.dtype)
-                opinion = student.predict(x_later, there.t, cond, there.r)
-            return anchored, _Answer(prediction, opinion, discrete=True)
-        along = v
-        if self.shortcut.direction == "own":
-            with torch.no_grad():
-                own = self.interval.anchor(t)
-                along = as_velocity(student.predict(x_t, own.t, cond, own.r), x_t, student).to(v.dtype)
-        ones = torch.ones_like(t)
-        if plain is not None and isinstance(engine, JointEngine):
-            dual, anchored = engine.joint(student, x_t, told.t, cond, along, ones, plain, told.r)
-        else:
-            anchored = None if plain is None else student.predict(x_t, plain.t, cond, plain.r)
-            dual = engine(student, x_t, told.t, cond, along, ones, told.r)
-        return anchored, _Answer(dual.prediction, dual.tangent)
+    def _anchor_question(self, t: Tensor) -> Question | None:
+        if self.anchor is None:
+            return None
+        pretraining = self.anchor.branch == "pretraining" or self.warming
+        return self.interval.pretraining(t) if pretraining else self.interval.anchor(t)
 
     @staticmethod
     def _collect(name: str, term: TermResult, diagnostics: dict[str, Tensor]) -> Tensor:
@@ -211,12 +169,69 @@ class ComposedObjective(Objective):
             raise ConfigError("objective.anchor_warmup_steps needs an anchor: add objective/anchor=flow_matching.")
 
 
-class _Answer(NamedTuple):
-    """The shortcut's prediction, and its tangent or (`discrete`) the network's opinion elsewhere, without gradient."""
+class _Asked(Ask):
+    """What the two terms ask the student, and what it answered.
 
-    prediction: Tensor
-    second: Tensor
-    discrete: bool = False
+    The anchor's question is about the same `x_t` as the shortcut's first one and goes to the engine with it: an engine
+    that answers both in one walk gathers a sharded network, and reduces its gradient, once for both.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        engine: TangentEngine,
+        interval: Interval,
+        x_t: Tensor,
+        cond: Any,
+        anchor: Question | None,
+    ) -> None:
+        self.student, self.engine, self.interval = student, engine, interval
+        self.x_t, self.cond = x_t, cond
+        self.prediction: Tensor | None = None  # of the shortcut's first question
+        self.tangent: Tensor | None = None
+        self._waiting = anchor
+        self._anchored: Tensor | None = None
+        self._with_gradient = torch.is_grad_enabled()
+
+    def __call__(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return self._answer(x, self.interval.shortcut(t, end)).prediction
+
+    def along(self, velocity: Tensor, x: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        direction = (velocity.to(self.x_t.dtype), torch.ones_like(t))
+        prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction))
+        assert tangent is not None
+        return prediction, tangent
+
+    @torch.no_grad()
+    def fixed(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return self._answers(x, [self.interval.shortcut(t, end)])[0].prediction
+
+    def anchored(self) -> Tensor:
+        """The answer [B, *] to the anchor's question."""
+        if self._anchored is None:
+            assert self._waiting is not None
+            self._anchored = self._answers(self.x_t, [self._waiting])[0].prediction
+        return self._anchored
+
+    def _answer(self, x: Tensor, question: Question) -> Answer:
+        questions = [question]
+        if self._waiting is not None and x is self.x_t and torch.is_grad_enabled() == self._with_gradient:
+            questions, self._waiting = [self._waiting, question], None
+        *anchored, answer = self._answers(x, questions)
+        if anchored:
+            self._anchored = anchored[0].prediction
+        if self.prediction is None:
+            self.prediction, self.tangent = answer
+        return answer
+
+    def _answers(self, x: Tensor, questions: Sequence[Question]) -> list[Answer]:
+        answers = self.engine(self.student, x.to(self.x_t.dtype), self.cond, questions)
+        for value in (value for answer in answers for value in answer if value is not None):
+            as_velocity(value, self.x_t, self.student)
+        return [
+            Answer(at_least_float32(prediction), None if tangent is None else at_least_float32(tangent))
+            for prediction, tangent in answers
+        ]
 
 
 def at_least_float32(value: Tensor) -> Tensor:

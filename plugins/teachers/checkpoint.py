@@ -12,7 +12,7 @@ from torch import Tensor
 from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.load import store_low
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.interfaces import Backbone, Condition, Interval, VelocityField
+from flowanchor.interfaces import Backbone, Interval, Question, VelocityField
 from flowanchor.sampling.guidance import Guidance
 
 
@@ -83,13 +83,10 @@ class CheckpointVelocity(VelocityField):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
-        if self.asked_interval is not None:
-            told = self.asked_interval.anchor(t)
-        else:
-            told = Condition(t)
-        told = told.for_network(self.network)
+        question = Question(t) if self.asked_interval is None else self.asked_interval.anchor(t)
+        question = question.for_network(self.network)
         with self._casting(x.device.type):
-            return self.guidance.velocity(self.network, x, told, cond, t, self._reached).to(flow.dtype)
+            return self.guidance.velocity(self.network, x, question, cond, t, self._reached).to(flow.dtype)
 
     def at_times(self, t: Tensor | None) -> Hashable:
         self._reached = None if t is None or self.guidance.scale == 1 else self.guidance.reaches(t)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.capture import capturing
 from flowanchor.interfaces import Backbone, Interval, VelocityField
@@ -69,7 +70,7 @@ class ExpertsVelocity(VelocityField):
         # The processes of a sharded pair must ask alike, whatever their times are; a graph asks alike at each replay.
         if is_sharded(high) or capturing():
             first, second = (expert(x, t, cond, flow, student, interval) for expert in (high, low))
-            return torch.where(early.view(-1, *[1] * (x.ndim - 1)), first, second)
+            return torch.where(like(early, x), first, second)
         out = torch.empty_like(flow)
         for expert, mine in ((high, early), (low, ~early)):
             out[mine] = expert(x[mine], t[mine], cond[mine], flow[mine], student, interval)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
 from flowanchor.sampling.guidance import Guidance
@@ -46,10 +47,10 @@ class SelfVelocity(VelocityField):
         if cond is None:
             raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
         null = student.null_condition(cond)
-        told = interval.anchor(t)
+        question = interval.anchor(t)
 
         def ask(cond: Any) -> Tensor:
-            return as_velocity(student.predict(x, told.t, cond, told.r), x, student).to(flow.dtype)
+            return as_velocity(student.predict(x, question.t, cond, question.r), x, student).to(flow.dtype)
 
         unconditional = ask(null)
         guided = unconditional + self.guidance_scale * (flow - unconditional)
@@ -57,7 +58,7 @@ class SelfVelocity(VelocityField):
             guided = guided + self.mix * (ask(cond) - unconditional)
         dropped = (cond == null).reshape(t.shape[0], -1).all(1)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
-        return torch.where(inside.view(-1, *[1] * (flow.ndim - 1)), guided, flow)
+        return torch.where(like(inside, flow), guided, flow)
 
     def check(self, student: Backbone) -> None:
         """Raise `ConfigError` where the student's null class is never trained."""

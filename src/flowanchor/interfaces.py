@@ -4,6 +4,11 @@ Conventions (FACM, arXiv 2507.03738): `t = 0` is noise and `t = 1` is data, `x_t
 `x0 ~ N(0, I)`, and the velocity of the flow is `v = x1 - x0`. Shapes: `B` batch, `*` the sample's own dimensions
 (`C, H, W` for an image), `N` tokens, `D` channels. Times are float32 tensors of shape [B].
 
+Words: a *condition* (`cond`) is what a sample depicts: its label or text. An *interval* is the range of times that a
+network is asked at, and says which *question* stands for which velocity. The *anchor* is the loss on instantaneous
+velocities F(x_t, t, t), the *shortcut* the one on average velocities F(x_t, t, r) from t to a later *end* r. A
+*tangent* is a derivative along a direction; an *engine* computes it beside the prediction.
+
 Nothing in this file imports Lightning or Hydra: objectives, backbones, engines and samplers work in a plain PyTorch
 script.
 """
@@ -11,10 +16,10 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,8 @@ from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
+
+Kind = Literal["flow", "shortcut"]  # what a network has learned: velocities at an instant alone, or averages, too
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -175,50 +182,32 @@ class Backbone(nn.Module, ABC):
 # -------------------------------------------------------------------------------------------------------- tangents
 
 
-class Dual(NamedTuple):
-    """A prediction and its directional derivative."""
+class Question(NamedTuple):
+    """What a network is asked about samples x [B, *]: its answer at these times and, where `along` is given, its
+    derivative in that direction."""
 
-    prediction: Tensor  # [B, *], carries gradient
-    tangent: Tensor  # [B, *], detached
+    t: Tensor  # [B]
+    r: Tensor | None = None  # [B], for networks with a second time embedder
+    along: tuple[Tensor, ...] | None = None  # (dx [B, *], dt [B]), or (dx, dt, dr); without dr a given r is held
+
+    def for_network(self, network: Backbone) -> Question:
+        """The same for a network that embeds `r` and an interval that does not know it: `r = t`, an instant."""
+        return self._replace(r=self.t) if network.takes_end_time and self.r is None else self
+
+
+class Answer(NamedTuple):
+    """A prediction and, where the question wanted it, its directional derivative."""
+
+    prediction: Tensor  # [B, *], carries gradient to the network's parameters
+    tangent: Tensor | None = None  # [B, *], never carries gradient
 
 
 class TangentEngine(Protocol):
-    """Computes `F(x, t, r)` and its Jacobian-vector product along `(tangent_x, tangent_t, tangent_r)`.
+    """Answers questions about the same samples, in their order; in one walk over the network where it can."""
 
-    The prediction carries gradient to the backbone's parameters, the tangent never does. `r` without `tangent_r` is
-    held.
-    """
-
-    def __call__(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> Dual: ...
-
-
-@runtime_checkable
-class JointEngine(TangentEngine, Protocol):
-    """An engine that can also ask the network plainly at a second condition, in one walk over its stages."""
-
-    def joint(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        plain: Condition,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> tuple[Dual, Tensor]:
-        """The dual, and `F(x, plain.t, plain.r)` [B, *] with gradient: what two separate calls would give."""
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        """x [B, *], condition, questions -> an answer to each: `F(x, t, r)`, with its Jacobian-vector product along
+        `along`."""
         ...
 
 
@@ -232,34 +221,23 @@ class Times(NamedTuple):
     end: Tensor | None = None
 
 
-class Condition(NamedTuple):
-    """The times that a network is told: `t` [B] and, for networks with a second embedder, `r` [B]."""
-
-    t: Tensor
-    r: Tensor | None = None
-
-    def for_network(self, network: Backbone) -> Condition:
-        """The same for a network that embeds `r` and an interval that does not know it: `r = t`, an instant."""
-        return self._replace(r=self.t) if network.takes_end_time and self.r is None else self
-
-
 class Interval(ABC):
-    """Which times tell the network that it is asked as a shortcut, and which that it is asked as a flow model."""
+    """At which times the network is asked as a shortcut, and at which as a flow model."""
 
     needs_end_time: bool = False  # whether the backbone must embed `r`
     tells_end: bool = False  # whether a shortcut may end anywhere; otherwise at 1, or at `t` itself where it separates
     separates: bool = True  # whether shortcut and anchor are told different things
 
     @abstractmethod
-    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        """Condition of the average velocity from `t` to `end` (None: 1; `t` itself: the instantaneous one)."""
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Question:
+        """The average velocity from `t` to `end` (None: 1; `t` itself: the instantaneous one)."""
 
     @abstractmethod
-    def anchor(self, t: Tensor) -> Condition:
-        """Condition of the instantaneous velocity at `t`."""
+    def anchor(self, t: Tensor) -> Question:
+        """The instantaneous velocity at `t`."""
 
-    def pretraining(self, t: Tensor) -> Condition:
-        """Condition under which a flow model is pretrained so that a student can start from it (stage 1)."""
+    def pretraining(self, t: Tensor) -> Question:
+        """What a flow model is pretrained on so that a student can start from it (stage 1)."""
         return self.anchor(t)
 
     def check(self, backbone: Backbone) -> None:
@@ -302,78 +280,83 @@ class TermResult:
 class Anchor(nn.Module, ABC):
     """The term that keeps the instantaneous velocity."""
 
-    branch: str = "anchor"  # "anchor" or "pretraining": which condition of the interval it trains
+    branch: Literal["anchor", "pretraining"] = "anchor"  # which question of the interval it trains
 
     @abstractmethod
     def loss(self, prediction: Tensor, velocity: Tensor, t: Tensor) -> TermResult:
         """[B, *], [B, *], [B] -> per-sample loss."""
 
 
-class Weight(nn.Module, ABC):
-    """What a sample's error is worth; may have parameters of its own, which are trained with the network."""
+class Weight(nn.Module):
+    """What a sample's error is worth: here itself. May have parameters, which are trained with the network."""
 
-    @abstractmethod
     def forward(self, error: Tensor, t: Tensor) -> Tensor:
         """Errors [B] (with gradient), times [B] -> losses [B]."""
+        return error
+
+
+class Point(NamedTuple):
+    """Where a shortcut's loss is taken: x_t on the path, the interval of its average velocity, the target velocity."""
+
+    x: Tensor  # [B, *], x_t
+    t: Tensor  # [B]
+    end: Tensor  # [B]: drawn with t, or 1 (the data)
+    velocity: Tensor  # [B, *], float32 at least, without gradient
+
+
+class Ask(Protocol):
+    """Asks the student for average velocities F(x, t, r) [B, *] from `t` [B] to `end` [B], in float32 at least.
+
+    `end = t` asks for the instantaneous velocity, where the interval tells the two apart.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """F, with gradient."""
+        ...
+
+    def fixed(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """F, without gradient."""
+        ...
+
+    def along(self, velocity: Tensor, x: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """F, with gradient, and its derivative along `dx/dt = velocity` [B, *] with `end` held, without gradient."""
+        ...
 
 
 class Shortcut(nn.Module, ABC):
-    """The term that learns the jump: it sees the prediction, its tangent along the flow, and the velocity.
+    """The term that learns the jump.
+
+    Args:
+        weight: what a sample's error is worth where `objective/weight=` does not say otherwise; None: itself.
 
     Attributes:
-        draws_end: whether `times` draws where the averages end, from two draws of the time distribution.
-        direction: what the tangent goes along: the target `velocity`, or the network's `own` instantaneous one.
-        weight: what replaces the shortcut's own adaptive weight; None: nothing does.
-        step: the training step; only `at_step` and `phase` may make anything of it (see `Objective`).
+        asks_elsewhere: whether it asks about other times than those of its point, and `2 - t`.
     """
 
-    draws_end: bool = False
-    direction: str = "velocity"
-    weight: Weight | None
-    weight_power: float = 0.0
-    weight_epsilon: float = 1e-3
-    step: int = 0
+    asks_elsewhere: bool = False
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Weight | None = None) -> None:
         super().__init__()
-        self.weight = None  # of the instance: a module under the name of a class attribute would never be found
+        self.weight = Weight() if weight is None else weight
 
-    def at_step(self, step: int) -> None:
+    def draw(self, time: TimeDistribution, interval: Interval, size: int, device: torch.device | str | None) -> Times:
+        """Training times of `size` samples; here: averages end at 1."""
+        return Times(time.sample(size, device))
+
+    def at_step(self, step: int) -> None:  # noqa: B027 - most shortcuts do not change
         """Told before each training step: writes the numbers that follow a schedule into their `StepNumber`s."""
-        self.step = step
 
     @property
     def phase(self) -> Hashable:
         """Which of its computations this step does."""
         return None
 
-    def end(self, t: Tensor) -> Tensor | None:
-        """Where the average velocity from `t` ends, [B], a function of `t` that the network need not be told; None
-        means 1 (the data). Not asked where ends are drawn."""
-        return None
-
-    def times(self, first: Tensor, second: Tensor, coin: Tensor, interval: Interval) -> tuple[Tensor, Tensor]:
-        """Two draws of the time distribution and a uniform one, [B] each -> times and ends; where `draws_end`."""
-        raise NotImplementedError
-
     def check(self, interval: Interval) -> None:  # noqa: B027 - most shortcuts fit every interval
         """Raise `ConfigError` if this shortcut cannot be learned under this interval."""
 
-    def ahead(self, t: Tensor, end: Tensor) -> Tensor | None:
-        """Where the network's own opinion takes the place of a tangent at this step, [B]; None: a tangent is asked."""
-        return None
-
-    def weighted(self, error: Tensor, t: Tensor) -> Tensor:
-        """The loss [B] of errors [B]: by `weight`, else `e / sg(e + weight_epsilon)^weight_power`."""
-        if self.weight is not None:
-            return cast(Tensor, self.weight(error, t))
-        return error / (error.detach() + self.weight_epsilon) ** self.weight_power
-
     @abstractmethod
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        """[B, *] (with gradient), [B, *], [B, *], [B], [B] -> per-sample loss."""
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        """What the network is asked, and the loss per sample."""
 
 
 @dataclass(frozen=True)
@@ -420,7 +403,7 @@ class Objective(nn.Module, ABC):
 
     interval: Interval
     time: TimeDistribution
-    kind: str = "shortcut"  # "shortcut" or "flow": which samplers the trained network supports
+    kind: Kind = "shortcut"  # which samplers the trained network supports
 
     def draw(self, size: int, device: torch.device | str | None = None) -> Times:
         """Training times of `size` samples."""
@@ -462,7 +445,7 @@ class Objective(nn.Module, ABC):
 class Sampler(ABC):
     """Draws samples with a trained network. The state is kept in float64, the network sees float32 (or autocast)."""
 
-    kind: str = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
+    kind: Kind = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
     needs_end: bool = False  # whether it asks for averages that end anywhere, which not every interval can tell
 
     @abstractmethod

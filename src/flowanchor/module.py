@@ -25,6 +25,7 @@ from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
 from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
 from flowanchor.skipped_steps import SkippedSteps
+from flowanchor.strategies.abilities import abilities
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
 TRAIN_STREAM, VALIDATION_STREAM = 1, 2
@@ -91,12 +92,11 @@ class FlowModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Let a strategy that spreads the networks over the processes do so (`ChainJVPStrategy`); compile blocks."""
-        parallelise = getattr(self.trainer.strategy, "parallelise", None)
+        strategy = abilities(self.trainer.strategy)
         if self.objective.kind == "shortcut":  # the others ask for no tangent
             low = is_low(self.trainer.precision)
-            check(self.engine, self.student, sharded=parallelise is not None, low_precision=low)
-        if parallelise is not None:
-            parallelise(self)
+            check(self.engine, self.student, sharded=strategy.shards, low_precision=low)
+        strategy.parallelise(self)
         self._decide_on_graphs()
         if self.compile_options is not None:
             for network in self.modules():

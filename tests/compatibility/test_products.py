@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
@@ -45,5 +46,6 @@ def test_products_of_a_step(engine, forwards):
     with torch.no_grad(), Products() as once:
         network.predict(x, t, labels)
     with Products() as step:
-        engine(network, x, t, labels, v, torch.ones(4)).prediction.sum().backward()
+        (answer,) = engine(network, x, labels, [Question(t, along=(v, torch.ones(4)))])
+        answer.prediction.sum().backward()
     assert step.total / once.total == pytest.approx(forwards, abs=0.25)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.interfaces import Backbone, Question, StageContext
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
 
 from .device import CUDA, DEVICE, autocast, batch_of, exactly, facm, gradient, needs_it, network, off, taught_by
@@ -101,7 +101,8 @@ def test_what_is_computed_again_draws_the_same_masks(compiled):
             compile_blocks(student, **({} if CUDA else {"backend": "eager"}))
         batch, _, t = batch_of(4, student)
         torch.manual_seed(3)
-        dual = Chain(recompute)(student, batch.x1, t, batch.cond, torch.ones_like(batch.x1), torch.ones_like(t))
+        along = (torch.ones_like(batch.x1), torch.ones_like(t))
+        (dual,) = Chain(recompute)(student, batch.x1, batch.cond, [Question(t, along=along)])
         dual.prediction.square().sum().backward()
         found.append(gradient(student))
     assert off(*found) <= 1e-5

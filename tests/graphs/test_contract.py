@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.capture import CaptureError
-from flowanchor.interfaces import Shortcut, StepNumber, TermResult
+from flowanchor.interfaces import Ask, Point, Shortcut, StepNumber, TermResult
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
@@ -56,15 +56,14 @@ class Broken(Shortcut):
         self.fault, self.number = fault, StepNumber(1.0)
 
     def at_step(self, step: int) -> None:
-        super().at_step(step)
+        self.step = step
         self.number.set(step)
         if self.fault == "new tensor":
             self.kept = torch.full((), float(step))
 
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        error = (prediction - velocity).square().flatten(1).mean(1)
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, end, velocity = point
+        error = (ask.along(velocity, x, t, end)[0] - velocity).square().flatten(1).mean(1)
         if self.fault == "step":
             error = error * self.step
         elif self.fault == "host":

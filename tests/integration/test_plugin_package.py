@@ -98,10 +98,13 @@ def test_shortcut_is_zero_where_the_identity_holds(target, monkeypatch):
     import torch
 
     monkeypatch.syspath_prepend(str(target))
+    from flowanchor.interfaces import Point
+    from flowanchor.testing import Answers
     from flowanchor_example.toy_shortcut import HuberShortcut
 
     velocity, tangent, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0.0, 0.5, 1.0])
     exact = velocity + (1 - t.view(-1, 1, 1, 1)) * tangent
-    assert HuberShortcut().loss(exact, tangent, velocity, t).loss.abs().max() < 1e-6
-    far = HuberShortcut(delta=1.0).loss(exact + 3, tangent, velocity, t).loss
+    point = Point(velocity, t, torch.ones(3), velocity)
+    assert HuberShortcut().loss(Answers(exact, tangent), point).loss.abs().max() < 1e-6
+    far = HuberShortcut(delta=1.0).loss(Answers(exact + 3, tangent), point).loss
     torch.testing.assert_close(far, torch.full((3,), 2.5))  # delta (|e| - delta / 2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.interfaces import Answer, Backbone, Question, StageContext
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 
@@ -87,3 +87,18 @@ def inputs(network: Backbone, batch: int = 3, dtype: torch.dtype = torch.float64
     if network.takes_end_time:
         named |= {"r": torch.ones_like(t), "tangent_r": torch.full_like(t, 0.3)}
     return named
+
+
+def ask_one(engine, network, **given) -> Answer:
+    """Prediction and tangent, of `inputs`."""
+    return engine(network, given["x"], given["cond"], [question(**given)])[0]
+
+
+def ask_both(engine, network, plain: Question, **given) -> tuple[Answer, Tensor]:
+    """The same, and an ordinary prediction at the times of `plain`."""
+    found, other = engine(network, given["x"], given["cond"], [question(**given), plain])
+    return found, other.prediction
+
+
+def question(t, tangent_x, tangent_t, r=None, tangent_r=None, **rest) -> Question:
+    return Question(t, r, (tangent_x, tangent_t) if tangent_r is None else (tangent_x, tangent_t, tangent_r))

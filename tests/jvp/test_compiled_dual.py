@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Condition
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, TwoPass, compile_blocks, compiled_dual
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.sit import SiT
 
-from .networks import RELEASED, CrossNet, inputs, lightningdit
+from .networks import RELEASED, CrossNet, ask_both, ask_one, inputs, lightningdit
 
 SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
 
@@ -65,10 +65,10 @@ def answer(engine, network, given):
     """Prediction, tangent and gradients of one step."""
     network.zero_grad()
     if isinstance(engine, Chain):
-        dual, other = engine.joint(network, **given, plain=Condition(2 - given["t"], given.get("r")))
+        dual, other = ask_both(engine, network, **given, plain=Question(2 - given["t"], given.get("r")))
         loss = other.square().sum()
     else:
-        dual, loss = engine(network, **given), 0.0
+        dual, loss = ask_one(engine, network, **given), 0.0
     (dual.prediction.sin().sum() + loss).backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     gradients = [getattr(gradient, "_local_tensor", gradient).flatten() for gradient in gradients]
@@ -243,7 +243,7 @@ def test_random_numbers(deed):
             random.seed(3)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                found.append(engine(other, **given).tangent)
+                found.append(ask_one(engine, other, **given).tangent)
         assert torch.equal(*found)
     assert forms()[0] == 0 and forms()[1] > 0
 
@@ -300,10 +300,10 @@ def test_a_block_that_keeps_something():
     block.forward = counted
     compile_blocks(network, backend="eager")
     with pytest.warns(UserWarning, match="blocks.0 .*it changes attributes of its modules"):
-        found = TwoPass()(network, **given)
+        found = ask_one(TwoPass(), network, **given)
     assert relative(found.tangent, wanted[1]) <= 1e-12 and block.seen.sum().isfinite()
     first = block.seen
-    TwoPass()(network, **given)
+    ask_one(TwoPass(), network, **given)
     assert block.seen is not first and forms() == (2, 0), "the other block is compiled"
 
 
@@ -315,7 +315,7 @@ def test_hooks_are_called():
     answer(Chain(), network, given)
     answer(TwoPass(), network, given)
     calls.clear()
-    TwoPass()(network, **given)
+    ask_one(TwoPass(), network, **given)
     assert calls and forms() == (1, 0), "the other block is compiled"
 
 
@@ -326,9 +326,9 @@ def test_a_fault_of_the_stage_is_named():
 
     network, given = made(CrossNet())
     with torch.no_grad():
-        TwoPass()(network, **given)  # watched
+        ask_one(TwoPass(), network, **given)  # watched
     network.blocks[0].forward = in_place
     compile_blocks(network, backend="eager")
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=r"blocks.0 \(CrossBlock\) changes its input"):
         warnings.simplefilter("error")
-        TwoPass()(network, **given)
+        ask_one(TwoPass(), network, **given)

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Condition
+from flowanchor.interfaces import Backbone, Question
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
 
-from .networks import RELEASED, CrossNet, inputs, lightningdit
+from .networks import RELEASED, CrossNet, ask_both, ask_one, inputs, lightningdit
 
 EXACT = {
     "chain": Chain(),
@@ -49,9 +49,9 @@ def answer(engine, network, given, extra=None):
     network.zero_grad()
     weights = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(2)).to(given["x"].dtype)
     if extra is None:
-        dual, loss = engine(network, **given), 0.0
+        dual, loss = ask_one(engine, network, **given), 0.0
     else:
-        dual, plain = engine.joint(network, **given, plain=extra)
+        dual, plain = ask_both(engine, network, **given, plain=extra)
         loss = (plain * weights.flip(0)).sum()
     (loss + (dual.prediction * weights).sum()).backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -102,15 +102,15 @@ def test_full_equals_central_differences(kind):
 def test_a_joint_walk_equals_two_calls(recompute, kind):
     network = network_of(kind)
     given = inputs(network)
-    plain = Condition(2 - given["t"], given.get("r"))
+    plain = Question(2 - given["t"], given.get("r"))
 
     class Separate(Full):
-        def joint(self, network, plain, **given):
+        def ask_both(self, network, plain, **given):
             return self(network, **given), network.predict(given["x"], plain.t, given["cond"], plain.r)
 
     found = answer(Chain(recompute), network, given, plain)
-    assert_equal(found, answer(Separate(), network, given, plain), 1e-10, 1e-9)
-    dual, also = Chain(recompute).joint(network, **given, plain=plain)
+    assert_equal(found, answer(Full(), network, given, plain), 1e-10, 1e-9)
+    dual, also = ask_both(Chain(recompute), network, **given, plain=plain)
     assert relative(also, network.predict(given["x"], plain.t, given["cond"], plain.r)) < 1e-14
 
 
@@ -122,7 +122,7 @@ def test_gradients_reach_what_is_upstream_of_the_network(name):
     for engine in (EXACT[name], Full()):
         given = inputs(network)
         given["cond"].requires_grad_()
-        engine(network, **given).prediction.square().sum().backward()
+        ask_one(engine, network, **given).prediction.square().sum().backward()
         found.append(given["cond"].grad)
     assert relative(*found) < 1e-12
 
@@ -134,8 +134,8 @@ def test_finite_differences_have_the_stated_error(kind, dtype, limit):
     for parameter in network.parameters():  # as smooth as a trained network
         parameter.data.mul_(0.3)
     given = inputs(network, dtype=dtype)
-    exact = Full()(network, **given)
-    dual = FiniteDifference(dtype=dtype)(network, **given)
+    exact = ask_one(Full(), network, **given)
+    dual = ask_one(FiniteDifference(dtype=dtype), network, **given)
     assert relative(dual.tangent, exact.tangent) < limit
     assert dual.tangent.dtype == dtype and not dual.tangent.requires_grad
     assert relative(dual.prediction, exact.prediction) < 1e-6
@@ -144,8 +144,8 @@ def test_finite_differences_have_the_stated_error(kind, dtype, limit):
 def test_finite_differences_in_float64_of_a_float32_network():
     network = network_of("released", torch.float32)
     given = inputs(network, dtype=torch.float32)
-    exact = Full()(network, **given)
-    assert relative(FiniteDifference(dtype="float64")(network, **given).tangent, exact.tangent) < 2e-6
+    exact = ask_one(Full(), network, **given)
+    assert relative(ask_one(FiniteDifference(dtype="float64"), network, **given).tangent, exact.tangent) < 2e-6
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
@@ -177,7 +177,7 @@ def test_under_autocast_every_weight_gets_its_gradient(name):
             network.predict(given["x"], given["t"], given["cond"])
         network.zero_grad()
         plain = network.predict(given["x"], given["t"], given["cond"])
-        dual = EXACT[name](network, **given)
+        dual = ask_one(EXACT[name], network, **given)
         loss = dual.prediction.float().sum() + plain.float().sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
@@ -198,7 +198,7 @@ def kept_by(engine, network, given) -> list[torch.Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        dual = engine(network, **given)
+        dual = ask_one(engine, network, **given)
     assert dual.prediction.requires_grad and not dual.tangent.requires_grad
     return kept
 
@@ -247,9 +247,9 @@ def test_a_parameters_own_hooks_fire_once_with_the_whole_gradient():
 def test_without_grad_nothing_is_recorded():
     network = network_of("released")
     with torch.no_grad():
-        dual = Chain()(network, **inputs(network))
+        dual = ask_one(Chain(), network, **inputs(network))
     assert not dual.prediction.requires_grad
-    assert relative(dual.tangent, Full()(network, **inputs(network)).tangent) < 1e-12
+    assert relative(dual.tangent, ask_one(Full(), network, **inputs(network)).tangent) < 1e-12
 
 
 def test_frozen_parameters_get_no_gradient_and_cost_nothing():
@@ -273,7 +273,7 @@ def test_linear_layers_are_multiplied_twice_not_three_times():
         return counter.get_total_flops()
 
     plain = flops(lambda: network.predict(given["x"], given["t"], given["cond"]))
-    ratio = flops(lambda: Chain(attention="math")(network, **given)) / plain
+    ratio = flops(lambda: ask_one(Chain(attention="math"), network, **given)) / plain
     assert 1.7 < ratio < 2.2  # below 2: the text; attention adds a little: six products against two
 
 
@@ -318,13 +318,13 @@ def handed_on(tokens, context):
 def test_bad_stages_are_named(engine):
     given = inputs(CrossNet())
     with pytest.raises(ConfigError, match=r"^Unstaged is no chain of stages.*jvp=full"):
-        engine(Unstaged(), **given)
+        ask_one(engine, Unstaged(), **given)
     empty = CrossNet(depth=0).double()
     with pytest.raises(ConfigError, match=r"^CrossNet is no chain of stages"):
-        engine(empty, **given)
+        ask_one(engine, empty, **given)
     for deed, sentence in [(in_place, "changes its input in place"), (handed_on, "returns its input or a view of it")]:
         with pytest.raises(ConfigError, match=rf"^The stage blocks.0 \(CrossBlock\) {sentence}"):
-            engine(Odd(deed).double(), **given)
+            ask_one(engine, Odd(deed).double(), **given)
 
 
 @pytest.mark.parametrize("engine", [*EXACT.values(), FiniteDifference()], ids=repr)
@@ -332,9 +332,9 @@ def test_tangents_must_fit(engine):
     network = network_of("released", torch.float32)
     given = inputs(network, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"A tangent of shape \(2,\) was given for t of shape \(3,\)"):
-        engine(network, **{**given, "tangent_t": torch.ones(2)})
+        ask_one(engine, network, **{**given, "tangent_t": torch.ones(2)})
     with pytest.raises(ConfigError, match="A tangent of r was given without r"):
-        engine(network, **given, tangent_r=torch.ones(3))
+        ask_one(engine, network, **given, tangent_r=torch.ones(3))
 
 
 def test_a_stage_that_borrows_a_parameter_is_refused():
@@ -352,7 +352,7 @@ def test_a_second_backward_repeats_the_first_or_says_why_not():
     network = network_of("released")
     for engine in (Chain(), Chain("selective")):
         network.zero_grad()
-        loss = engine(network, **inputs(network)).prediction.square().sum()
+        loss = ask_one(engine, network, **inputs(network)).prediction.square().sum()
         loss.backward(retain_graph=True)
         once = network.blocks[0].attn.qkv.weight.grad.clone()
         if engine.recompute == "selective":
@@ -386,7 +386,7 @@ def test_finite_differences_refuse_the_products_of_a_gpu():
         with FakeTensorMode(), pytest.raises(ConfigError, match="matmul_precision=high on a GPU.*jvp=chain"):
             moving = ("x", "t", "tangent_x", "tangent_t")
             given |= {name: torch.empty(given[name].shape, device="cuda") for name in moving}
-            FiniteDifference()(network, **given)
+            ask_one(FiniteDifference(), network, **given)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -395,7 +395,7 @@ def test_finite_differences_refuse_low_precision():
     network = network_of("released", torch.float32)
     given = inputs(network, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="choose jvp=chain"):
-        FiniteDifference()(network, **given)
+        ask_one(FiniteDifference(), network, **given)
     for precision in ("high", "medium"):
         with pytest.raises(ConfigError, match=f"matmul_precision={precision} on a GPU: add matmul_precision=highest"):
             FiniteDifference().check_products(precision)
@@ -403,4 +403,4 @@ def test_finite_differences_refuse_low_precision():
     FiniteDifference().check_products("highest")
     low = copy.deepcopy(network).bfloat16()
     with pytest.raises(ConfigError, match="trainer.precision=32-true"):
-        FiniteDifference()(low, **given)
+        ask_one(FiniteDifference(), low, **given)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Full
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
@@ -42,12 +43,16 @@ def inputs(network):
     return x, t, torch.tensor([0, 3, 5]), dx, torch.tensor([1.0, 0.3, -2.0], dtype=torch.float64)
 
 
+def ask(network, x, cond, question):
+    return Full()(network, x, cond, [question])[0]
+
+
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_tangent_equals_central_differences(switches):
     network = random_network(**switches)
     x, t, y, dx, dt = inputs(network)
     r = torch.full_like(t, 1.0) if network.takes_end_time else None
-    dual = Full()(network, x, t, y, dx, dt, r)
+    dual = ask(network, x, y, Question(t, r, (dx, dt)))
     with torch.no_grad():
         assert torch.equal(dual.prediction, network(x, t, y, r)) or torch.allclose(
             dual.prediction, network(x, t, y, r), atol=1e-12
@@ -61,21 +66,21 @@ def test_tangent_of_the_second_time():
     network = random_network(auxiliary_time_cond=True)
     x, t, y, dx, dt = inputs(network)
     r, dr = t + 0.05, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    dual = Full()(network, x, t, y, dx, dt, r, dr)
+    dual = ask(network, x, y, Question(t, r, (dx, dt, dr)))
     h = 1e-5
     with torch.no_grad():
         difference = (
             network(x + h * dx, t + h * dt, y, r + h * dr) - network(x - h * dx, t - h * dt, y, r - h * dr)
         ) / (2 * h)
     assert (dual.tangent - difference).norm() / difference.norm() < 1e-7
-    held = Full()(network, x, t, y, dx, dt, r).tangent
+    held = ask(network, x, y, Question(t, r, (dx, dt))).tangent
     assert not torch.allclose(held, dual.tangent)
 
 
 def test_prediction_carries_gradient_and_tangent_does_not():
     network = random_network()
     x, t, y, dx, dt = inputs(network)
-    dual = Full()(network, x, t, y, dx, dt)
+    dual = ask(network, x, y, Question(t, along=(dx, dt)))
     assert dual.prediction.requires_grad and not dual.tangent.requires_grad
     network.zero_grad()
     dual.prediction.square().sum().backward()
@@ -92,6 +97,6 @@ def test_wrong_tangents_are_refused_in_one_sentence():
     network = random_network()
     x, t, y, dx, dt = inputs(network)
     with pytest.raises(ConfigError, match="they must match"):
-        Full()(network, x, t, y, dx[:, :1], dt)
+        ask(network, x, y, Question(t, along=(dx[:, :1], dt)))
     with pytest.raises(ConfigError, match="without r"):
-        Full()(network, x, t, y, dx, dt, None, dt)
+        ask(network, x, y, Question(t, None, (dx, dt, dt)))

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Condition, StageContext
+from flowanchor.interfaces import Backbone, Question, StageContext
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.jvp.inside import tensors_inside
+
+from .networks import ask_both, ask_one
 
 WALKING = [Chain(), Chain("selective"), Chain(False), TwoPass()]
 
@@ -138,17 +140,20 @@ def hiding(way: str) -> Net:
 @pytest.mark.parametrize("way", HIDDEN)
 def test_a_tangent_in_fixed_is_refused_where_it_lies(way):
     network = hiding(way)
-    assert relative(Full()(network, **given()).tangent, differences(network, given())) < 1e-8
-    assert relative(FiniteDifference(dtype="float64")(network, **given()).tangent, differences(network, given())) < 1e-8
+    assert relative(ask_one(Full(), network, **given()).tangent, differences(network, given())) < 1e-8
+    assert (
+        relative(ask_one(FiniteDifference(dtype="float64"), network, **given()).tangent, differences(network, given()))
+        < 1e-8
+    )
     for engine in WALKING:
         for _ in range(2):  # each time, not the first one alone
             with pytest.raises(ConfigError) as refusal:
-                engine(network, **given())
+                ask_one(engine, network, **given())
             wanted = "The stage embed puts a tensor that depends on x or a time into StageContext.fixed, where its "
             wanted += f"derivative is lost (fixed[1]{way.strip() if way.endswith(' ') else way}, of shape (3, 8))"
             assert str(refusal.value).startswith(wanted)
     with pytest.raises(ConfigError, match="StageContext.fixed"):
-        Chain().joint(network, **given(), plain=Condition(given()["t"]))
+        ask_both(Chain(), network, **given(), plain=Question(given()["t"]))
 
 
 def test_a_held_end_and_a_detached_time_may_lie_in_fixed():
@@ -163,7 +168,7 @@ def test_a_held_end_and_a_detached_time_may_lie_in_fixed():
     for engine in WALKING:
         check(engine, network, end())
         with pytest.raises(ConfigError, match=r"\(fixed\[0\]\['end'\], of shape \(3, 8\)\)"):
-            engine(network, **end(tangent_r=torch.ones(3, dtype=torch.float64)))
+            ask_one(engine, network, **end(tangent_r=torch.ones(3, dtype=torch.float64)))
 
 
 # ----------------------------------------------------------------------------------- kept elsewhere between the stages
@@ -246,12 +251,12 @@ KEPT = [OnItself, OnABlock, InABuffer, InAGlobal, InAClosure, TheTimeItself, Ski
 
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_moves_and_bypasses_the_context_is_refused(kind):
-    assert relative(Full()(kind(), **given()).tangent, differences(kind(), given())) < 1e-8
+    assert relative(ask_one(Full(), kind(), **given()).tangent, differences(kind(), given())) < 1e-8
     for engine in WALKING:
         with pytest.raises(
             ConfigError, match=r"^The stage blocks.[01] \(Block\) uses a tensor of shape .* in StageContext.carried.$"
         ):  # noqa: E501
-            engine(kind(), **given())
+            ask_one(engine, kind(), **given())
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -261,7 +266,7 @@ def test_in_a_joint_walk_the_other_branch_does_not_hide_it(kind, plain):
     t = given()["t"]
     for engine in WALKING[:3]:
         with pytest.raises(ConfigError, match=r"^The stage blocks.[01] \(Block\) uses a tensor of shape"):
-            engine.joint(kind(), **given(), plain=Condition(t if plain == 0 else plain - t))
+            ask_both(engine, kind(), **given(), plain=Question(t if plain == 0 else plain - t))
 
 
 def test_in_a_joint_walk_an_end_that_is_held_may_not_be_kept_either():
@@ -278,17 +283,17 @@ def test_in_a_joint_walk_an_end_that_is_held_may_not_be_kept_either():
     check(Chain(False), KeptEnd(), end())
     for engine in WALKING[:3]:
         with pytest.raises(ConfigError, match="neither as tokens nor in context.carried"):
-            engine.joint(KeptEnd(), **end(), plain=Condition(end()["t"], end()["t"]))
+            ask_both(engine, KeptEnd(), **end(), plain=Question(end()["t"], end()["t"]))
 
 
 def test_in_a_joint_walk_nothing_that_differs_may_be_kept():
     """Not even what has no derivative: the other branch puts its own in the place."""
     for engine in WALKING:
-        engine(Late(), **given())
+        ask_one(engine, Late(), **given())
     for engine in WALKING[:3]:
         with pytest.raises(ConfigError, match="neither as tokens nor in context.carried"):
-            engine.joint(Late(), **given(), plain=Condition(2 - given()["t"]))
-        engine.joint(Late(), **given(), plain=Condition(given()["t"]))
+            ask_both(engine, Late(), **given(), plain=Question(2 - given()["t"]))
+        ask_both(engine, Late(), **given(), plain=Question(given()["t"]))
 
 
 # -------------------------------------------------------------------------------------------- lost inside a stage
@@ -343,11 +348,11 @@ class DataTokens(Net):
 def test_what_depends_on_what_moves_and_stands_still_is_refused(kind, what):
     for engine in WALKING:
         with pytest.raises(ConfigError, match=rf"^The stage {what} that depends on x or a time and has no tangent"):
-            engine(kind(), **given())
+            ask_one(engine, kind(), **given())
         with pytest.raises(ConfigError, match="has no tangent"):
-            engine(kind(), **given(t=torch.zeros(3, dtype=torch.float64)))
+            ask_one(engine, kind(), **given(t=torch.zeros(3, dtype=torch.float64)))
     with pytest.raises(ConfigError, match="has no tangent"):
-        Chain().joint(kind(), **given(), plain=Condition(given()["t"]))
+        ask_both(Chain(), kind(), **given(), plain=Question(given()["t"]))
 
 
 @pytest.mark.parametrize("kind", [NumpyHead, DetachedBlock])
@@ -355,7 +360,9 @@ def test_in_low_precision_too(kind):
     inputs = {k: v if v is None else v.bfloat16() for k, v in given().items()}
     with pytest.raises(ConfigError, match="has no tangent"):
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            TwoPass()(kind().bfloat16(), **inputs) if kind is DetachedBlock else Chain()(Bf16Head(), **inputs)
+            ask_one(TwoPass(), kind().bfloat16(), **inputs) if kind is DetachedBlock else ask_one(
+                Chain(), Bf16Head(), **inputs
+            )
 
 
 class Bf16Head(Net):
@@ -466,22 +473,24 @@ class ConstantBlock(Net):
 INNOCENT = [Net, Watched, Table, Queries, DiscreteTime, NoGradTime, Trees, Constant, ConstantBlock]
 
 
-def check(engine: Any, network: Backbone, inputs: dict[str, Any], plain: Condition | None = None) -> None:
+def check(engine: Any, network: Backbone, inputs: dict[str, Any], plain: Question | None = None) -> None:
     """Tangent against central differences, gradients against `Full`; twice, since the first walk is watched."""
 
     class Separate(Full):
-        def joint(self, network, plain, **inputs):
+        def ask_both(self, network, plain, **inputs):
             return self(network, **inputs), network.predict(inputs["x"], plain.t, inputs["cond"], plain.r)
 
     def gradients(engine: Any) -> tuple[Tensor, dict[str, Tensor]]:
         network.zero_grad()
         dual, other = (
-            (engine(network, **inputs), None) if plain is None else engine.joint(network, **inputs, plain=plain)
+            (ask_one(engine, network, **inputs), None)
+            if plain is None
+            else ask_both(engine, network, **inputs, plain=plain)
         )
         (dual.prediction.square().sum() + (0 if other is None else other.sum())).backward()
         return dual.tangent, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
-    _, wanted = gradients(Separate())
+    _, wanted = gradients(Full())
     for _ in range(2):
         tangent, found = gradients(engine)
         assert relative(tangent, differences(network, inputs)) < 1e-8
@@ -494,8 +503,8 @@ def test_what_only_looks_like_it_is_exact(kind):
     for engine in WALKING:
         check(engine, kind(), given())
     for engine in WALKING[:3]:
-        check(engine, kind(), given(), Condition(2 - given()["t"]))
-        check(engine, kind(), end(tangent_r=torch.ones(3).double()), Condition(given()["t"], given()["t"]))
+        check(engine, kind(), given(), Question(2 - given()["t"]))
+        check(engine, kind(), end(tangent_r=torch.ones(3).double()), Question(given()["t"], given()["t"]))
 
 
 @pytest.mark.parametrize("kind", INNOCENT)
@@ -521,7 +530,7 @@ def test_inputs_that_need_gradient_get_it():
     for engine in [Full(), *WALKING]:
         leaves = {name: value.clone().requires_grad_() for name, value in given().items() if name in ("x", "t")}
         cond = {name: torch.full((3, 8), 0.5).double().requires_grad_() for name in "ab"}
-        dual = engine(network, **given(cond=cond, **leaves))
+        dual = ask_one(engine, network, **given(cond=cond, **leaves))
         dual.prediction.square().sum().backward()
         assert relative(dual.tangent, differences(network, given(cond=cond))) < 1e-8 and not dual.tangent.requires_grad
         found.append([leaf.grad for leaf in (*leaves.values(), *cond.values())])
@@ -555,7 +564,7 @@ def returning(embedded: Any = None, block: Any = None) -> Net:
 def test_what_a_stage_may_not_return(network, sentence):
     for engine in WALKING:
         with pytest.raises(ConfigError, match=f"^{sentence}"):
-            engine(network(), **given())
+            ask_one(engine, network(), **given())
 
 
 def test_where_tensors_are_found():

@@ -10,6 +10,8 @@ from flowanchor.errors import ConfigError
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.jvp.compatibility import check
 
+from .networks import ask_one
+
 ENGINES = [Full(), Full(attention="streaming"), FiniteDifference(dtype="float64")]
 
 
@@ -56,7 +58,7 @@ def test_tangent_equals_central_differences(engine, kind, held):
     for step in (1e-5, -1e-5):
         moved = [inputs[k] + step * inputs.get(f"tangent_{k}", 0) for k in ("x", "t", "r") if k in inputs]
         ways.append(network(*moved[:2], inputs["cond"], *moved[2:]).detach())
-    dual, wanted = engine(network, **inputs), (ways[0] - ways[1]) / 2e-5
+    dual, wanted = ask_one(engine, network, **inputs), (ways[0] - ways[1]) / 2e-5
     assert (dual.tangent - wanted).norm() < 1e-7 * wanted.norm() and not dual.tangent.requires_grad
     dual.prediction.square().sum().backward()
     found = [p.grad.clone() for p in network.parameters()]
@@ -68,8 +70,8 @@ def test_tangent_equals_central_differences(engine, kind, held):
 
 def test_differences_in_float64_of_a_float32_module():
     network, inputs = Net(), given(Net, torch.float32)
-    exact = Full()(network, **inputs).tangent
-    found = FiniteDifference(dtype="float64")(network, **inputs).tangent
+    exact = ask_one(Full(), network, **inputs).tangent
+    found = ask_one(FiniteDifference(dtype="float64"), network, **inputs).tangent
     assert (found - exact).norm() < 2e-6 * exact.norm() and found.dtype == torch.float32
 
 
@@ -79,7 +81,7 @@ def test_dropout_is_the_same_both_ways():
     found = []
     for engine in (Full(), FiniteDifference(dtype="float64")):
         torch.manual_seed(0)
-        found.append(engine(network, **given(Net)))
+        found.append(ask_one(engine, network, **given(Net)))
     assert all((a - b).norm() < 1e-7 * a.norm() for a, b in zip(*found, strict=True))
 
 
@@ -95,11 +97,11 @@ def test_before_training_too():
 
 def test_what_a_plain_module_cannot_have():
     with pytest.raises(ConfigError, match="jvp.checkpoint=true checkpoints the blocks of a Backbone, and Net is none"):
-        FiniteDifference(dtype="float64", checkpoint=True)(Net().double(), **given(Net))
+        ask_one(FiniteDifference(dtype="float64", checkpoint=True), Net().double(), **given(Net))
     with pytest.raises(ConfigError, match="jvp.checkpoint=true checkpoints the blocks of a Backbone, and Net is none"):
         check(FiniteDifference(checkpoint=True), Net(), sharded=False, low_precision=False)
     network = Net().double()
     network.forward = lambda x, t, cond: (x, t)
     for engine in ENGINES:
         with pytest.raises(ConfigError, match="^Net returned a value of type tuple: return the velocity alone"):
-            engine(network, **given(Net))
+            ask_one(engine, network, **given(Net))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Condition, Dual
+from flowanchor.interfaces import Answer, Question
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
 
-from .networks import CrossNet, inputs
+from .networks import CrossNet, ask_both, ask_one, inputs
 
 ENGINES = {
     "chain": Chain(),
@@ -94,13 +94,13 @@ def is_one_function(engine: Any, network: nn.Module, joint: bool, tolerance: flo
     weights = torch.randn(2, *given["x"].shape, generator=draw).double()
     directions = [torch.randn(p.shape, generator=draw).double() for p in network.parameters()]
 
-    def asked(step: float = 0.0) -> tuple[Dual, Tensor]:
+    def asked(step: float = 0.0) -> tuple[Answer, Tensor]:
         moved = given | {key: given[key] + step * given[f"tangent_{key}"] for key in ("x", "t")}
         seed(7)
         if not joint:
-            dual = engine(network, **moved)
+            dual = ask_one(engine, network, **moved)
             return dual, (dual.prediction * weights[0]).sum()
-        dual, other = engine.joint(network, **moved, plain=Condition(2 - given["t"]))
+        dual, other = ask_both(engine, network, **moved, plain=Question(2 - given["t"]))
         return dual, (dual.prediction * weights[0]).sum() + (other * weights[1]).sum()
 
     network.zero_grad()
@@ -138,11 +138,11 @@ def test_a_pass_draws_as_often_as_it_is_long():
     network, after = Ends(dropout=0.5).double().train(), set()
     for engine in ENGINES.values():
         torch.manual_seed(3)
-        engine(network, **inputs(network))
+        ask_one(engine, network, **inputs(network))
         after.add(torch.rand(1).item())
     assert len(after) == 1
     torch.manual_seed(3)
-    Chain()(network.eval(), **inputs(network))
+    ask_one(Chain(), network.eval(), **inputs(network))
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
 
 
@@ -153,7 +153,7 @@ def test_a_generator_of_its_own_is_refused(engine):
     with pytest.raises(
         ConfigError, match=r"^The stage blocks.0 \(CrossBlock\) draws from a generator of its own, which"
     ):
-        engine(network, **inputs(network))
+        ask_one(engine, network, **inputs(network))
     default = torch.default_generator
     network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=default)).double()
     is_one_function(engine, network, False)

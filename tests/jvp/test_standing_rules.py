@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowanchor.jvp import Chain, dual
 from flowanchor.jvp.attention import Math
 
-from .networks import RELEASED, inputs, lightningdit
+from .networks import RELEASED, ask_one, inputs, lightningdit
 
 
 def rand(*shape, dtype=torch.float32, seed=0):
@@ -74,10 +74,10 @@ def test_a_whole_network_bit_for_bit_without_empty_tangents():
     found, made = [], []
     for rules in (dual._RULES, {}):
         with patch.object(dual, "_RULES", rules), torch.no_grad():
-            Chain()(network, **given)  # watched
-            found.append(Chain()(network, **given))
+            ask_one(Chain(), network, **given)  # watched
+            found.append(ask_one(Chain(), network, **given))
             with Zeros() as zeros:
-                Chain()(network, **given)
+                ask_one(Chain(), network, **given)
         made.append(zeros.made)
     assert torch.equal(found[0].prediction, found[1].prediction) and torch.equal(found[0].tangent, found[1].tangent)
     assert made[0] < 0.5 * made[1]

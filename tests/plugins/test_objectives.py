@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Batch, StageContext
+from flowanchor.interfaces import Backbone, Batch, Point, StageContext
 from flowanchor.jvp import Full
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
@@ -22,6 +22,7 @@ from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.objectives.times.logit_normal import LogitNormal
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.testing import Answers
 
 
 class Spy(Backbone):
@@ -123,10 +124,14 @@ def shortcut_by_hand(prediction, tangent, velocity, t, p=0.5, clamp=1.0, power=0
     return torch.stack(losses)
 
 
+def loss_of(shortcut, prediction, tangent, velocity, t):
+    return shortcut.loss(Answers(prediction, tangent), Point(velocity, t, torch.ones_like(t), velocity))
+
+
 def test_consistency_by_hand():
     prediction, tangent, velocity = (torch.randn(5, 2, 3, 3) for _ in range(3))
     t = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0])
-    term = ConsistencyShortcut().loss(prediction, tangent, velocity, t)
+    term = loss_of(ConsistencyShortcut(), prediction, tangent, velocity, t)
     assert torch.allclose(term.loss.double(), shortcut_by_hand(prediction, tangent, velocity, t), atol=1e-6)
     residual = prediction - (velocity + (1 - t.view(-1, 1, 1, 1)) * tangent)
     assert term.diagnostics["clamp_share"].item() == pytest.approx((residual.abs() > 1).float().mean().item())
@@ -135,21 +140,21 @@ def test_consistency_by_hand():
 def test_every_constant_of_the_shortcut_matters():
     prediction, tangent, velocity = (torch.randn(5, 2, 3, 3) for _ in range(3))
     t = torch.linspace(0.1, 0.8, 5)
-    base = ConsistencyShortcut().loss(prediction, tangent, velocity, t).loss
+    base = loss_of(ConsistencyShortcut(), prediction, tangent, velocity, t).loss
     for change in (
         {"relaxation_exponent": 1.0}, {"relaxation_exponent": None}, {"clamp": 0.5}, {"clamp": None},
         {"weight_power": 1.0}, {"weight_epsilon": 0.1}, {"time_weight": False},
     ):  # fmt: skip
-        assert not torch.allclose(base, ConsistencyShortcut(**change).loss(prediction, tangent, velocity, t).loss), (
-            change
-        )
+        assert not torch.allclose(
+            base, loss_of(ConsistencyShortcut(**change), prediction, tangent, velocity, t).loss
+        ), change
 
 
 def test_the_shortcut_is_at_rest_on_a_straight_flow():
     """F = v with dF/dt = 0 solves the identity F = v + (1 - t) dF/dt."""
     velocity = torch.randn(4, 2, 3, 3)
-    term = ConsistencyShortcut().loss(
-        velocity.clone().requires_grad_(), torch.zeros_like(velocity), velocity, torch.rand(4)
+    term = loss_of(
+        ConsistencyShortcut(), velocity.clone().requires_grad_(), torch.zeros_like(velocity), velocity, torch.rand(4)
     )
     assert term.loss.abs().max() == 0
 
@@ -239,7 +244,7 @@ def test_no_gradient_leaks_through_the_tangent():
     network.zero_grad()
     times = t.view(-1, 1, 1, 1)
     prediction = network.predict((1 - times) * noise + times * batch.x1, t, batch.cond)
-    ConsistencyShortcut().loss(prediction, result.tangent, result.velocity, t).loss.mean().backward()
+    loss_of(ConsistencyShortcut(), prediction, result.tangent, result.velocity, t).loss.mean().backward()
     theirs = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():

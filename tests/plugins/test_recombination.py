@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Batch
+from flowanchor.interfaces import Batch, Point
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
@@ -29,6 +29,7 @@ from flowanchor.plugins.objectives.weights.power import PowerWeight
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling import ConsistencySampler, MeanFlowSampler
 from flowanchor.sampling.generate import check_sampler
+from flowanchor.testing import Answers
 
 INTERVALS = {"expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval, "plain": PlainInterval}
 SHORTCUTS = {
@@ -168,7 +169,7 @@ def test_alpha_flow_goes_from_flow_matching_to_meanflow():
     alphas = []
     for step in (0, 300, 500, 700, 1000):
         objective.at_step(step)
-        alphas.append(shortcut.alpha())
+        alphas.append(shortcut.alpha(step))
     assert alphas == sorted(alphas, reverse=True) and alphas[0] == 1 and alphas[2] == 0.5 and alphas[-1] == 0
     target = gradient(mean, 0)
     assert torch.equal(gradient(objective, 1000), target)
@@ -183,13 +184,14 @@ def test_imf_goes_along_the_networks_own_velocity():
     t, end = torch.full((6,), 0.3).double(), torch.full((6,), 0.8).double()
     asked = []
 
-    def engine(network, x, time, cond, tangent_x, tangent_t, r=None, tangent_r=None):
-        asked.append(tangent_x)
-        return Full()(network, x, time, cond, tangent_x, tangent_t, r)
+    def engine(network, x, cond, questions):
+        asked.extend(questions)
+        return Full()(network, x, cond, questions)
 
     result = objective(backbone, Batch(x1, cond), DataVelocity(), engine, noise, t, end)
     x_t = 0.7 * noise + 0.3 * x1
-    torch.testing.assert_close(asked[0], backbone.predict(x_t, t, cond, t).detach())
+    assert [question.along is None for question in asked] == [True, False]
+    torch.testing.assert_close(asked[1].along[0], backbone.predict(x_t, t, cond, t).detach())
     value = result.prediction - 0.5 * result.tangent
     torch.testing.assert_close(result.loss.detach(), (value - (x1 - noise)).square().mean())
 
@@ -200,7 +202,7 @@ def test_scm_by_hand():
     prediction, tangent, velocity = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
     prediction.requires_grad_()
     t = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)
-    loss = shortcut.loss(prediction, tangent, velocity, t).loss
+    loss = shortcut.loss(Answers(prediction, tangent), Point(velocity, t, torch.ones_like(t), velocity)).loss
     for i, time in enumerate(t.tolist()):
         g = math.cos(math.pi * time / 2) * (prediction[i] - velocity[i] - (1 - time) * 0.25 * tangent[i]).detach()
         g = g / (g.square().mean().sqrt() + 0.1)

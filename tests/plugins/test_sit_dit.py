@@ -9,6 +9,7 @@ import operator
 import pytest
 import torch
 
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones import dit_noise
 from flowanchor.plugins.backbones.dit import DiT
@@ -225,10 +226,10 @@ def test_every_engine_is_exact(kind):
     eps = 1e-7
     ahead, behind = (network.predict(x + s * v, t + s, y) for s in (eps, -eps))
     difference = ((ahead - behind) / (2 * eps)).detach()
-    full = Full()(network, x, t, y, v, ones)
+    (full,) = Full()(network, x, y, [Question(t, along=(v, ones))])
     assert float((full.tangent - difference).norm() / difference.norm()) <= 1e-6
     for engine in (Chain(recompute=True), Chain(recompute=False), TwoPass()):
-        found = engine(network, x, t, y, v, ones)
+        (found,) = engine(network, x, y, [Question(t, along=(v, ones))])
         assert float((found.tangent - full.tangent).norm() / full.tangent.norm()) <= 1e-10
         gradients = []
         for prediction in (found.prediction, full.prediction):

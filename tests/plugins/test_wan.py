@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.wan import PRESETS, Wan, _exact
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -73,7 +74,7 @@ def test_tangent_in_float64_against_differences_and_every_engine(inputs):
 
     def answer(engine):
         network.zero_grad()
-        dual = engine(network, x, t, text, dx, dt, r, dr)
+        dual = engine(network, x, text, [Question(t, r, (dx, dt, dr))])[0]
         dual.prediction.square().sum().backward()
         return dual.prediction.detach(), dual.tangent, torch.cat([p.grad.flatten() for p in network.parameters()])
 
@@ -103,7 +104,7 @@ def test_smoothed_tangent_is_that_of_a_network_with_averaged_waves(inputs, monke
 
     def answer(network, engine):
         network.zero_grad()
-        dual = engine(network, x, t, text, dx, dt)
+        dual = engine(network, x, text, [Question(t, along=(dx, dt))])[0]
         dual.prediction.square().sum().backward()
         return dual.prediction.detach(), dual.tangent, torch.cat([p.grad.flatten() for p in network.parameters()])
 
@@ -137,7 +138,8 @@ def test_smoothed_tangent_is_that_of_a_network_with_averaged_waves(inputs, monke
 
 def test_smoothing_is_refused_where_nothing_would_see_it(inputs):
     with pytest.raises(ConfigError, match=r"tangent_smoothing=0.01 is seen by forward-mode AD alone: choose jvp=chain"):
-        FiniteDifference()(filled(tangent_smoothing=0.01), *inputs, inputs[0], inputs[1])
+        x, t, text = inputs
+        FiniteDifference()(filled(tangent_smoothing=0.01), x, text, [Question(t, along=(x, t))])
     with pytest.raises(ConfigError, match=r"tangent_smoothing=-1 is a width in time"):
         Wan(**SMALL, tangent_smoothing=-1)
 
@@ -155,9 +157,10 @@ def test_bfloat16_autocast_keeps_the_time_in_float32(inputs):
 def test_bfloat16_tangent(inputs):
     x, t, text = inputs
     network = filled()
-    exact = Chain()(network, x, t, text, torch.ones_like(x), torch.ones_like(t)).tangent
+    along = [Question(t, along=(torch.ones_like(x), torch.ones_like(t)))]
+    exact = Chain()(network, x, text, along)[0].tangent
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = Chain()(network, x, t, text, torch.ones_like(x), torch.ones_like(t)).tangent
+        low = Chain()(network, x, text, along)[0].tangent
     assert (low.float() - exact).norm() <= 0.03 * exact.norm()
 
 
@@ -175,16 +178,15 @@ def test_guidance_with_a_negative_prompt_of_another_length(inputs, length, monke
     network = filled()
     negative = torch.randn(length, 12)
     network.set_null_context(negative)
-    from flowanchor.interfaces import Condition
     from flowanchor.sampling import guidance
 
     with torch.no_grad():
         conditional, unconditional = network(x, t, text), network(x, t, negative.expand(3, -1, -1))
         wanted = unconditional + 2.5 * (conditional - unconditional)
         field = Guidance(2.5, 0.0, 2.0)
-        torch.testing.assert_close(field.velocity(network, x, Condition(t), text, t), wanted)
+        torch.testing.assert_close(field.velocity(network, x, Question(t), text, t), wanted)
         monkeypatch.setattr(guidance, "is_sharded", lambda network: True)  # both conditions side by side
-        torch.testing.assert_close(field.velocity(network, x, Condition(t), text, t), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(field.velocity(network, x, Question(t), text, t), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_dropped_prompts_become_the_negative_one(inputs):

@@ -9,7 +9,7 @@ from flowanchor.checkpoints import initialise_student
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.capture import CaptureError, being_captured
 from flowanchor.graphs.stand_in import forbidden
-from flowanchor.interfaces import Batch
+from flowanchor.interfaces import Batch, Question
 from flowanchor.jvp import Chain, Full
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -79,7 +79,7 @@ def test_engines_agree_and_the_other_expert_gets_no_gradient(pair, inputs, t, as
     found = []
     for engine in (Full(), Chain(), Chain(False)):
         network.zero_grad(set_to_none=True)
-        dual = engine(network, x, t, text, torch.ones_like(x), torch.ones_like(t))
+        dual = engine(network, x, text, [Question(t, along=(torch.ones_like(x), torch.ones_like(t)))])[0]
         dual.prediction.square().sum().backward()
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         assert gradients and not any(name.startswith(idle) and bool(g.any()) for name, g in gradients.items())
@@ -145,12 +145,10 @@ class TestTeacher:
         return field
 
     def wanted(self, teacher, x, text):
-        from flowanchor.interfaces import Condition
-
         rows = []
         for i, t in enumerate(self.T):
             expert, scale = (teacher.high, 4.0) if 1 - t >= 0.875 else (teacher.low, 3.0)
-            told = Condition(t[None])
+            told = Question(t[None])
             rows.append(Guidance(scale).velocity(expert.network, x[i : i + 1], told, text[i : i + 1], t[None]))
         return torch.cat(rows)
 

@@ -14,6 +14,7 @@ from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.checkpoints.load import file_digest
 from flowanchor.checkpoints.sources import identify, weight_settings
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lora import ADAPTER, is_adapter, merged
 from flowanchor.plugins.backbones.wan import Wan
@@ -94,7 +95,8 @@ def test_prediction_tangent_and_projected_gradient(adapted, dense, inputs, engin
     x, t, text, dx, dt = inputs
     for network in (adapted, dense):
         network.zero_grad()
-    ours, theirs = engine(adapted, x, t, text, dx, dt), Full()(dense, x, t, text, dx, dt)
+    along = [Question(t, along=(dx, dt))]
+    (ours,), (theirs,) = engine(adapted, x, text, along), Full()(dense, x, text, along)
     for dual in (ours, theirs):
         dual.prediction.square().sum().backward()
     assert (ours.prediction - theirs.prediction).norm() <= 1e-10 * theirs.prediction.norm()

@@ -11,6 +11,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Anchor, TermResult
 
 CosineDims = Literal["auto", "channel", "sample", "off"]
+Branch = Literal["anchor", "pretraining"]
 
 
 class FlowMatchingAnchor(Anchor):
@@ -25,7 +26,7 @@ class FlowMatchingAnchor(Anchor):
             expanded).
     """
 
-    def __init__(self, cosine_weight: float = 1.0, cosine: CosineDims = "auto", branch: str = "anchor") -> None:
+    def __init__(self, cosine_weight: float = 1.0, cosine: CosineDims = "auto", branch: Branch = "anchor") -> None:
         super().__init__()
         if cosine not in ("auto", "channel", "sample", "off"):
             raise ConfigError(f"objective.anchor.cosine={cosine} is unknown: choose auto, channel, sample or off.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowanchor.interfaces import Condition, Interval
+from flowanchor.interfaces import Interval, Question
 
 
 class AuxiliaryInterval(Interval):
@@ -14,8 +14,8 @@ class AuxiliaryInterval(Interval):
     needs_end_time = True
     tells_end = True
 
-    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        return Condition(t, torch.ones_like(t) if end is None else end)
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Question:
+        return Question(t, torch.ones_like(t) if end is None else end)
 
-    def anchor(self, t: Tensor) -> Condition:
-        return Condition(t, t)
+    def anchor(self, t: Tensor) -> Question:
+        return Question(t, t)

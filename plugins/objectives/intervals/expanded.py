@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowanchor.interfaces import Condition, Interval
+from flowanchor.interfaces import Interval, Question
 
 
 class ExpandedInterval(Interval):
     """Shortcut on `t` in [0, 1], anchor on `2 - t` in [1, 2] (FACM, arXiv 2507.03738)."""
 
-    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        return Condition(t if end is None else torch.where(end == t, 2 - t, t))
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Question:
+        return Question(t if end is None else torch.where(end == t, 2 - t, t))
 
-    def anchor(self, t: Tensor) -> Condition:
-        return Condition(2 - t)
+    def anchor(self, t: Tensor) -> Question:
+        return Question(2 - t)
 
-    def pretraining(self, t: Tensor) -> Condition:
+    def pretraining(self, t: Tensor) -> Question:
         """Stage 1 trains the same velocity on both halves: the first half of the batch on `t`, the rest on `2 - t`."""
         half = t.shape[0] // 2
-        return Condition(torch.cat([t[:half], 2 - t[half:]]))
+        return Question(torch.cat([t[:half], 2 - t[half:]]))

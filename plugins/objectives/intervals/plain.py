@@ -1,10 +1,10 @@
-"""No separation: shortcut and anchor are told the same time."""
+"""No separation: shortcut and anchor are asked at the same time."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from flowanchor.interfaces import Condition, Interval
+from flowanchor.interfaces import Interval, Question
 
 
 class PlainInterval(Interval):
@@ -12,8 +12,8 @@ class PlainInterval(Interval):
 
     separates = False
 
-    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Condition:
-        return Condition(t)
+    def shortcut(self, t: Tensor, end: Tensor | None = None) -> Question:
+        return Question(t)
 
-    def anchor(self, t: Tensor) -> Condition:
-        return Condition(t)
+    def anchor(self, t: Tensor) -> Question:
+        return Question(t)

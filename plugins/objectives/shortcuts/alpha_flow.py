@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import StepNumber, TermResult
+from flowanchor.interfaces import Ask, Point, StepNumber, TermResult
 from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
 
 
@@ -27,6 +26,8 @@ class AlphaFlowShortcut(MeanFlowShortcut):
         smallest: alpha is 0 below it, and 1 above 1 minus it.
     """
 
+    asks_elsewhere = True  # at s
+
     def __init__(
         self,
         share: float = 0.75,
@@ -41,35 +42,30 @@ class AlphaFlowShortcut(MeanFlowShortcut):
         if end <= start:
             raise ConfigError(f"objective.shortcut.end={end} must come after objective.shortcut.start={start}.")
         self.start, self.stop, self.steepness, self.smallest = start, end, steepness, smallest
-        self.now = StepNumber(self.alpha())
-        self.discrete = self.now.value > 0  # whether the network's own opinion takes the tangent's place
+        self.now = StepNumber(1.0)  # alpha
+        self.at_step(0)
 
     def at_step(self, step: int) -> None:
-        super().at_step(step)
-        self.now.set(self.alpha())
-        self.discrete = self.now.value > 0
+        self.now.set(self.alpha(step))
+        self.discrete = self.now.value > 0  # whether an answer of the network takes the tangent's place
 
     @property
     def phase(self) -> str:
         return "discrete" if self.discrete else "tangent"
 
-    def alpha(self) -> float:
-        """alpha at the current step."""
-        progress = (self.step - self.start) / (self.stop - self.start)
+    def alpha(self, step: int) -> float:
+        """alpha at a training step."""
+        progress = (step - self.start) / (self.stop - self.start)
         value = 1 / (1 + math.exp(min(60.0, self.steepness * (progress - 0.5))))
         return 0.0 if value < self.smallest else 1.0 if value > 1 - self.smallest else value
 
-    def ahead(self, t: Tensor, end: Tensor) -> Tensor | None:
-        """Where the network is asked for its own opinion, s [B]; None once the tangent has taken over."""
+    def loss(self, ask: Ask, point: Point) -> TermResult:
         if not self.discrete:
-            return None
+            return super().loss(ask, point)
+        x, t, r, v = point
         alpha = self.now.on(t.device)
-        return alpha * end + (1 - alpha) * t
-
-    def discrete_loss(self, prediction: Tensor, opinion: Tensor, velocity: Tensor, t: Tensor) -> TermResult:
-        """The loss with `opinion` = sg(F(x_s, s, r)) [B, *]."""
-        alpha = self.now.on(t.device)
-        target = alpha * velocity + (1 - alpha) * opinion
+        prediction = ask(x, t, r)
+        s = alpha * r + (1 - alpha) * t
+        target = alpha * v + (1 - alpha) * ask.fixed(x + like(s - t, x) * v, s, r)
         error = (prediction - target).square().flatten(1).mean(1)
-        diagnostics = {"alpha": alpha.float()}
-        return TermResult(self.weighted(error / alpha, t), {"error": error.detach()}, diagnostics)
+        return TermResult(self.weight(error / alpha, t), {"error": error.detach()}, {"alpha": alpha.float()})

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from flowanchor.interfaces import Shortcut, TermResult
+from flowanchor.base.broadcast import like
+from flowanchor.interfaces import Ask, Point, Shortcut, TermResult
+from flowanchor.plugins.objectives.weights.power import PowerWeight
 from flowanchor.sampling.segments import check_boundaries, segment
 
 
@@ -41,33 +42,27 @@ class ConsistencyShortcut(Shortcut):
         time_weight: bool = True,
         boundaries: Sequence[float] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(PowerWeight(weight_power, weight_epsilon))
         self.boundaries = check_boundaries(boundaries, "objective.shortcut.boundaries")
         self.relaxation_exponent = relaxation_exponent
         self.clamp = clamp
-        self.weight_power = weight_power
-        self.weight_epsilon = weight_epsilon
         self.time_weight = time_weight
 
-    def end(self, t: Tensor) -> Tensor | None:
-        return segment(t, self.boundaries)[1] if self.boundaries else None
-
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        start, end = segment(t, self.boundaries)
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, _, v = point
+        start, end = segment(t, self.boundaries)  # 0 and 1 without boundaries
         share = (t - start) / (end - start)  # of the segment that lies behind
-        share_, left = (value.view(-1, *[1] * (prediction.ndim - 1)) for value in (share, end - t))  # [B, 1, *]
+        prediction, tangent = ask.along(v, x, t, end)
         fixed = prediction.detach()
-        residual = fixed - (velocity + left * tangent)  # [B, C, *]
+        g = fixed - (v + like(end - t, x) * tangent)
         diagnostics = {}
         if self.clamp is not None:
-            diagnostics["clamp_share"] = (residual.abs() > self.clamp).float().mean()
-            residual = residual.clamp(-self.clamp, self.clamp)
-        relaxation = 1.0 if self.relaxation_exponent is None else 1 - share_**self.relaxation_exponent
-        target = fixed - relaxation * residual
-        error = (prediction - target).square().flatten(1).mean(1)  # [B]
-        loss = self.weighted(error, t)
+            diagnostics["clamp_share"] = (g.abs() > self.clamp).float().mean()
+            g = g.clamp(-self.clamp, self.clamp)
+        alpha = 1.0 if self.relaxation_exponent is None else 1 - like(share, x) ** self.relaxation_exponent
+        target = fixed - alpha * g
+        error = (prediction - target).square().flatten(1).mean(1)
+        loss = self.weight(error, t)
         if self.time_weight:
-            loss = torch.cos(share * (math.pi / 2)) * loss
+            loss = torch.cos(share * (math.pi / 2)) * loss  # beta
         return TermResult(loss, {"error": error.detach()}, diagnostics)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from flowanchor.interfaces import TermResult
+from flowanchor.base.broadcast import like
+from flowanchor.interfaces import Ask, Point, TermResult
 from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
 
 
 class ImprovedMeanFlowShortcut(MeanFlowShortcut):
     """Regresses `V = F - (r - t) sg(dF/dt)` on the velocity, the product taken along `F(x_t, t, t)` (arXiv 2512.02012).
 
-    MeanFlow's product goes along `x1 - x0`, which is noise around the marginal velocity; here it goes along what the
-    network itself believes, told `r = t`, without gradient. The loss is then a regression whose target is the data's.
+    MeanFlow's product goes along `x1 - x0`, which is noise around the marginal velocity; here it goes along the
+    network's own estimate of it, without gradient. The loss is then a regression whose target is the data's.
 
     Established from the abstract and secondary summaries: the loss and the direction. Left out: guidance scale and
     interval as conditions of the network; guidance is that of `teacher=`. The adaptive weight is MeanFlow's.
@@ -20,13 +19,9 @@ class ImprovedMeanFlowShortcut(MeanFlowShortcut):
     Args: as `MeanFlowShortcut`'s.
     """
 
-    direction = "own"
-
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        assert end is not None
-        span = (end - t).view(-1, *[1] * (prediction.ndim - 1))
-        compound = prediction - span * tangent
-        error = (compound - velocity).square().flatten(1).mean(1)
-        return TermResult(self.weighted(error, t), {"error": error.detach()})
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, r, v = point
+        prediction, tangent = ask.along(ask.fixed(x, t, t), x, t, r)
+        compound = prediction - like(r - t, x) * tangent
+        error = (compound - v).square().flatten(1).mean(1)
+        return TermResult(self.weight(error, t), {"error": error.detach()})

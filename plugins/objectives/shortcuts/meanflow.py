@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Interval, Shortcut, TermResult
+from flowanchor.interfaces import Ask, Interval, Point, Shortcut, TermResult, TimeDistribution, Times
+from flowanchor.plugins.objectives.weights.power import PowerWeight
 
 
 class MeanFlowShortcut(Shortcut):
@@ -14,28 +16,30 @@ class MeanFlowShortcut(Shortcut):
 
     A share of the samples has `r = t`: for them `F` is the instantaneous velocity, and this is flow matching. The
     others' ends come with their times: a second draw from the same distribution, the later one of the two being `r`.
-    Under an interval that can tell the data as the only end (expanded), `r = 1` for them.
+    Under an interval that knows the data as the only end (expanded), `r = 1` for them.
 
     Args:
         share: of the samples with `r = t`.
         weight_power, weight_epsilon: of the adaptive weight `1 / (e + epsilon)^power`; `objective/weight=` replaces it.
     """
 
-    draws_end = True
-
     def __init__(self, share: float = 0.75, weight_power: float = 1.0, weight_epsilon: float = 1e-3) -> None:
-        super().__init__()
+        super().__init__(PowerWeight(weight_power, weight_epsilon))
         if not 0 <= share <= 1:
             raise ConfigError(f"objective.shortcut.share={share} must be a share between 0 and 1.")
-        self.share, self.weight_power, self.weight_epsilon = share, weight_power, weight_epsilon
+        self.share = share
 
-    def times(self, first: Tensor, second: Tensor, coin: Tensor, interval: Interval) -> tuple[Tensor, Tensor]:
-        """Two draws and a uniform one, [B] each -> times and ends."""
+    def draw(self, time: TimeDistribution, interval: Interval, size: int, device: torch.device | str | None) -> Times:
+        first, second = time.sample(size, device), time.sample(size, device)
+        return self.times(first, second, torch.rand(size, device=device), interval)
+
+    def times(self, first: Tensor, second: Tensor, coin: Tensor, interval: Interval) -> Times:
+        """Two draws of the time distribution and a uniform one, [B] each -> times and ends."""
         if interval.tells_end:
             t, end = torch.minimum(first, second), torch.maximum(first, second)
         else:
             t, end = first, torch.ones_like(first)
-        return t, torch.where(coin < self.share, t, end)
+        return Times(t, torch.where(coin < self.share, t, end))
 
     def check(self, interval: Interval) -> None:
         if not interval.tells_end and not interval.separates:
@@ -45,10 +49,9 @@ class MeanFlowShortcut(Shortcut):
                 "objective/interval=expanded (the data as the end)."
             )
 
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        assert end is not None
-        span = (end - t).view(-1, *[1] * (prediction.ndim - 1))
-        error = (prediction - (velocity + span * tangent)).square().flatten(1).mean(1)
-        return TermResult(self.weighted(error, t), {"error": error.detach()})
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, r, v = point
+        prediction, tangent = ask.along(v, x, t, r)
+        target = v + like(r - t, x) * tangent  # eq. 6, the MeanFlow identity
+        error = (prediction - target).square().flatten(1).mean(1)
+        return TermResult(self.weight(error, t), {"error": error.detach()})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from flowanchor.interfaces import Shortcut, StepNumber, TermResult
+from flowanchor.base.broadcast import like
+from flowanchor.interfaces import Ask, Point, Shortcut, StepNumber, TermResult
 
 
 class SCMShortcut(Shortcut):
@@ -23,8 +23,6 @@ class SCMShortcut(Shortcut):
         time_weight: whether `cos(pi t / 2)` multiplies `g`.
     """
 
-    weight_power = 0.0
-
     def __init__(self, warmup_steps: int = 10_000, normalisation: float | None = 0.1, time_weight: bool = True) -> None:
         super().__init__()
         self.warmup_steps, self.normalisation, self.time_weight = warmup_steps, normalisation, time_weight
@@ -32,19 +30,17 @@ class SCMShortcut(Shortcut):
         self.at_step(0)
 
     def at_step(self, step: int) -> None:
-        super().at_step(step)
         self.warmth.set(min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        times = t.view(-1, *[1] * (prediction.ndim - 1))
-        warmth = self.warmth.on(t.device)
-        residual = prediction.detach() - (velocity + (1 - times) * warmth * tangent)
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, r, v = point
+        prediction, tangent = ask.along(v, x, t, r)
+        fixed, warmth = prediction.detach(), self.warmth.on(t.device)
+        g = fixed - (v + like(1 - t, x) * warmth * tangent)
         if self.time_weight:
-            residual = torch.cos(times * (math.pi / 2)) * residual
+            g = like(torch.cos(t * (math.pi / 2)), x) * g
         if self.normalisation is not None:
-            size = residual.flatten(1).square().mean(1).sqrt().view_as(times)
-            residual = residual / (size + self.normalisation)
-        error = (prediction - prediction.detach() + residual).square().flatten(1).mean(1)
-        return TermResult(self.weighted(error, t), {"error": error.detach()}, {"warmth": warmth.float()})
+            norm = g.flatten(1).square().mean(1).sqrt()
+            g = g / (like(norm, x) + self.normalisation)
+        error = (prediction - fixed + g).square().flatten(1).mean(1)
+        return TermResult(self.weight(error, t), {"error": error.detach()}, {"warmth": warmth.float()})

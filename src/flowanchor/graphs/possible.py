@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from flowanchor.errors import ConfigError
+from flowanchor.strategies.abilities import abilities
 
 CHOICES = ("auto", True, False)
 
@@ -21,12 +22,12 @@ def check_choice(cuda_graph: Any) -> None:
 def why_not(trainer: pl.Trainer, compile_options: dict[str, Any] | None) -> str | None:
     """The reason, and what to choose instead, as the end of a sentence; None where it can be, given a CUDA device."""
     strategy = trainer.strategy
-    if getattr(strategy, "parallelise", None) is not None:
+    if abilities(strategy).shards:
         return (
             "a sharded network (FSDP2) gathers its weights and reduces its gradients into other memory at every step: "
             "use strategy=ddp where the network fits on each device"
         )
-    if not (isinstance(strategy, SingleDeviceStrategy) or getattr(strategy, "allows_graphs", False)):
+    if not (isinstance(strategy, SingleDeviceStrategy) or abilities(strategy).allows_graphs):
         return (
             f"{type(strategy).__name__} wraps the module in one whose hooks run in the backward pass: use strategy=ddp"
         )

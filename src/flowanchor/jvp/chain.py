@@ -20,13 +20,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Condition, Dual, StageContext
+from flowanchor.interfaces import Answer, Backbone, Question, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.compiled import is_compiled
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
 from flowanchor.jvp.inside import mapped
 from flowanchor.jvp.replay import Recording, record, replay
-from flowanchor.jvp.stages import Stage, check_stages, is_sharded, silenced, stages, through
+from flowanchor.jvp.stages import Stage, ask, check_stages, is_sharded, silenced, stages, through
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.watch import other_branch, seen, watch, watched
 
@@ -56,42 +56,26 @@ class Chain:
         """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
         check_stages(backbone)
 
-    def __call__(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> Dual:
-        inputs = Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r)
-        return self._walk(backbone, inputs, None)[0]
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        """A question with a tangent and an ordinary one are answered in one walk, equal to two.
 
-    def joint(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        plain: Condition,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> tuple[Dual, Tensor]:
-        """The same, with an ordinary prediction [B, *] of `x` at the times `plain` in one walk.
-
-        Equal to two separate calls. What is shared is each stage: a sharded network gathers it once for both in the
-        forward and in the backward, and reduces its gradient once.
+        What is shared is each stage: a sharded network gathers it once for both in the forward and in the backward, and
+        reduces its gradient once.
         """
-        dual, prediction = self._walk(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r), plain)
-        assert prediction is not None
-        return dual, prediction
+        moving = [index for index, question in enumerate(questions) if question.along is not None]
+        plain = [index for index, question in enumerate(questions) if question.along is None]
+        answers: dict[int, Answer] = {}
+        for index in moving:
+            beside = plain.pop(0) if plain else None
+            inputs = Directions.of(x, cond, questions[index])
+            answers[index], other = self._walk(backbone, inputs, None if beside is None else questions[beside])
+            if beside is not None and other is not None:
+                answers[beside] = Answer(other)
+        for index in plain:
+            answers[index] = Answer(ask(backbone, x, questions[index].t, cond, questions[index].r))
+        return [answers[index] for index in range(len(questions))]
 
-    def _walk(self, backbone: Backbone, inputs: Directions, plain: Condition | None) -> tuple[Dual, Tensor | None]:
+    def _walk(self, backbone: Backbone, inputs: Directions, plain: Question | None) -> tuple[Answer, Tensor | None]:
         inputs.check()
         embed, links = stages(backbone)
         if plain is not None and not seen(backbone, False) and not is_sharded(backbone):
@@ -99,7 +83,7 @@ class Chain:
             with torch.no_grad(), Surroundings.here(inputs.x.device, others=True):
                 self._walk(backbone, inputs, None)
 
-        def walk(inputs: Directions, plain: Condition | None) -> tuple[Tensor | None, ...]:
+        def walk(inputs: Directions, plain: Question | None) -> tuple[Tensor | None, ...]:
             state = _Branches(*through(embed.units, lambda: self._embed(embed, inputs, plain)))
             for link in links:
                 state = self._step(link, state)
@@ -108,11 +92,11 @@ class Chain:
 
         with watched(backbone, plain is not None):
             prediction, tangent, other = run_network(backbone, walk, inputs, plain)
-        return Dual(prediction, tangent), other
+        return Answer(prediction, tangent), other
 
     # -------------------------------------------------------------------------------------------------------- stages
 
-    def _embed(self, stage: Stage, inputs: Directions, plain: Condition | None) -> tuple[Any, ...]:
+    def _embed(self, stage: Stage, inputs: Directions, plain: Question | None) -> tuple[Any, ...]:
         """`embed` keeps its small graph: it makes the context, parts of which may need gradient without moving."""
         moving = embed_dual(stage, inputs, self.attention)
         if plain is None:

@@ -14,14 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.interfaces import Answer, Backbone, Question, StageContext
 from flowanchor.jvp.attention import AttentionTangent, intercept
 from flowanchor.jvp.attention.intercept import autocast_of
 from flowanchor.jvp.compiled import eager_forwards
 from flowanchor.jvp.compiled_dual import compiled_dual
 from flowanchor.jvp.inside import mapped, tensors_inside
 from flowanchor.jvp.replay import Recording, record, unrecorded
-from flowanchor.jvp.stages import Stage, is_unit, through
+from flowanchor.jvp.stages import Stage, ask, is_unit, through
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.watch import watch
 
@@ -36,7 +36,7 @@ class Moving(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The inputs of a network and the direction of the derivative: shapes as in `TangentEngine`."""
+    """The inputs of a network and the direction of the derivative: shapes as in `Question`."""
 
     x: Tensor
     t: Tensor
@@ -46,10 +46,17 @@ class Directions(NamedTuple):
     r: Tensor | None = None
     tangent_r: Tensor | None = None
 
+    @classmethod
+    def of(cls, x: Tensor, cond: Any, question: Question) -> Directions:
+        """A question that wants a tangent, about x [B, *] under a condition."""
+        assert question.along is not None
+        tangent_x, tangent_t, *tangent_r = question.along
+        return cls(x, question.t, cond, tangent_x, tangent_t, question.r, *tangent_r)
+
     def check(self) -> None:
         """Raise `ConfigError` where a tangent does not fit its input."""
         if self.tangent_r is not None and self.r is None:
-            raise ConfigError("A tangent of r was given without r: pass r, or leave tangent_r out.")
+            raise ConfigError("A tangent of r was given without r: pass r, or leave it out of along.")
         pairs = {"x": (self.x, self.tangent_x), "t": (self.t, self.tangent_t), "r": (self.r, self.tangent_r)}
         for name, (primal, tangent) in pairs.items():
             if primal is not None and tangent is not None and primal.shape != tangent.shape:
@@ -57,6 +64,22 @@ class Directions(NamedTuple):
                     f"A tangent of shape {tuple(tangent.shape)} was given for {name} of shape {tuple(primal.shape)}: "
                     "they must match."
                 )
+
+
+def one_by_one(
+    dual: Callable[[Backbone, Directions], Answer],
+    backbone: Backbone,
+    x: Tensor,
+    cond: Any,
+    questions: Sequence[Question],
+) -> list[Answer]:
+    """The answers of an engine whose walk has one question: an ordinary prediction where no tangent is wanted."""
+    return [
+        Answer(ask(backbone, x, question.t, cond, question.r))
+        if question.along is None
+        else dual(backbone, Directions.of(x, cond, question))
+        for question in questions
+    ]
 
 
 @contextmanager

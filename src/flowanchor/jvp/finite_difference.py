@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Dual
-from flowanchor.jvp.dual import Directions
+from flowanchor.interfaces import Answer, Backbone, Question
+from flowanchor.jvp.dual import Directions, one_by_one
 from flowanchor.jvp.stages import ask, is_sharded
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.two_pass import check_checkpointed, plain_forward
@@ -49,19 +49,12 @@ class FiniteDifference:
     def __repr__(self) -> str:
         return f"FiniteDifference(eps={self.eps:g}, dtype={self.dtype})"
 
-    def __call__(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> Dual:
-        inputs = Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r)
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        return one_by_one(self._dual, backbone, x, cond, questions)
+
+    def _dual(self, backbone: Backbone, inputs: Directions) -> Answer:
         inputs.check()
+        x = inputs.x
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in LOW
         self.check_run(backbone, sharded=is_sharded(backbone), low_precision=autocast or x.dtype in LOW)
@@ -70,7 +63,7 @@ class FiniteDifference:
         before = Surroundings.here(x.device, others=True)
         tangent = self._difference(backbone, inputs, before)
         with before:
-            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+            return Answer(plain_forward(backbone, x, inputs.t, inputs.cond, inputs.r, self.checkpoint), tangent)
 
     def check_run(self, backbone: Backbone, *, sharded: bool, low_precision: bool) -> None:
         """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""

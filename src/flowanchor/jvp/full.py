@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Dual
+from flowanchor.interfaces import Answer, Backbone, Question
 from flowanchor.jvp.attention import AttentionTangent, intercept, resolve
 from flowanchor.jvp.compiled import eager_forwards
-from flowanchor.jvp.dual import Directions
+from flowanchor.jvp.dual import Directions, one_by_one
 from flowanchor.jvp.stages import ask, is_sharded
 
 
@@ -45,18 +46,12 @@ class Full:
                 "choose jvp=chain."
             )
 
-    def __call__(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> Dual:
-        Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r).check()
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        return one_by_one(self._dual, backbone, x, cond, questions)
+
+    def _dual(self, backbone: Backbone, inputs: Directions) -> Answer:
+        x, t, cond, tangent_x, tangent_t, r, tangent_r = inputs
+        inputs.check()
         self.check_run(backbone, sharded=is_sharded(backbone) and torch.is_grad_enabled(), low_precision=False)
         primals, tangents = [x, t], [tangent_x, tangent_t]
         if tangent_r is not None:
@@ -70,7 +65,7 @@ class Full:
         with eager_forwards():
             out = torch.func.jvp(predict, tuple(primals), tuple(tangents))
         prediction, tangent = cast(tuple[Tensor, Tensor], out)  # typed as two or three values: three with has_aux
-        return Dual(prediction, tangent.detach())
+        return Answer(prediction, tangent.detach())
 
 
 TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

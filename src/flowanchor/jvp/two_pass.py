@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Dual
+from flowanchor.interfaces import Answer, Backbone, Question
 from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.compiled import runs_eagerly
-from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
+from flowanchor.jvp.dual import Directions, Moving, embed_dual, one_by_one, run_network, stage_dual, still_or
 from flowanchor.jvp.stages import ask, check_stages, stages, through
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.watch import watched
@@ -42,22 +43,16 @@ class TwoPass:
         """Raise `ConfigError` where it cannot train (`flowanchor.jvp.compatibility`)."""
         check_stages(backbone)
 
-    def __call__(
-        self,
-        backbone: Backbone,
-        x: Tensor,
-        t: Tensor,
-        cond: Any,
-        tangent_x: Tensor,
-        tangent_t: Tensor,
-        r: Tensor | None = None,
-        tangent_r: Tensor | None = None,
-    ) -> Dual:
+    def __call__(self, backbone: Backbone, x: Tensor, cond: Any, questions: Sequence[Question]) -> list[Answer]:
+        return one_by_one(self._dual, backbone, x, cond, questions)
+
+    def _dual(self, backbone: Backbone, inputs: Directions) -> Answer:
+        x, t, cond, r = inputs.x, inputs.t, inputs.cond, inputs.r
         before = Surroundings.here(x.device, eager=True, others=True)
-        tangent = self._tangent(backbone, Directions(x, t, cond, tangent_x, tangent_t, r, tangent_r))
+        tangent = self._tangent(backbone, inputs)
         before.forget_if_unused()
         with before:
-            return Dual(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
+            return Answer(plain_forward(backbone, x, t, cond, r, self.checkpoint), tangent)
 
     def _tangent(self, backbone: Backbone, inputs: Directions) -> Tensor:
         inputs.check()

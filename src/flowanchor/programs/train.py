@@ -36,6 +36,7 @@ from flowanchor.programs.run_identity import RunIdentity
 from flowanchor.programs.score import check_score, measure_score
 from flowanchor.provenance import check_same_run
 from flowanchor.sampling.generate import check_sampler
+from flowanchor.strategies.abilities import abilities
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -70,7 +71,7 @@ def train(cfg: DictConfig) -> float | None:
     adopt_statistics(cfg, data)
     check_codec(cfg, data)
     strategy = build_strategy(cfg)
-    module = build_module(cfg, initialise=resumed is None, deferred=getattr(strategy, "deferred_initialisation", False))
+    module = build_module(cfg, initialise=resumed is None, deferred=abilities(strategy).deferred_initialisation)
     check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module, strategy)
     trainer.callbacks.append(identity)  # type: ignore[attr-defined]
@@ -92,9 +93,7 @@ def build_strategy(cfg: DictConfig) -> Any:
     if "_target_" not in cfg.strategy:
         return cfg.strategy.name
     strategy = instantiate(cfg.strategy)
-    check = getattr(strategy, "check_precision", None)
-    if check is not None:
-        check(cfg.trainer.precision)
+    abilities(strategy).check_precision(cfg.trainer.precision)
     return strategy
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Condition
+from flowanchor.interfaces import Backbone, Question
 from flowanchor.jvp.stages import is_sharded
 from flowanchor.velocity import as_velocity
 
@@ -38,7 +39,7 @@ class Guidance:
         return bool(((t >= self.low) & (t <= self.high)).any())
 
     def velocity(
-        self, network: Backbone, x: Tensor, told: Condition, cond: Any, t: Tensor, reached: bool | None = None
+        self, network: Backbone, x: Tensor, told: Question, cond: Any, t: Tensor, reached: bool | None = None
     ) -> Tensor:
         """x [B, *], the times that the network is told, condition, t [B] -> guided velocity [B, *].
 
@@ -64,16 +65,16 @@ class Guidance:
                 return conditional
             unconditional = _asked(network, x, told, null)
         guided = unconditional + self.scale * (conditional - unconditional)
-        return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), guided, conditional)
+        return torch.where(like(inside, x), guided, conditional)
 
 
-def _side_by_side(network: Backbone, x: Tensor, told: Condition, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
+def _side_by_side(network: Backbone, x: Tensor, told: Question, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
     """The network under two conditions in one call."""
     both = network.stack_conditions(cond, null)
-    twice = Condition(torch.cat([told.t, told.t]), None if told.r is None else torch.cat([told.r, told.r]))
+    twice = Question(torch.cat([told.t, told.t]), None if told.r is None else torch.cat([told.r, told.r]))
     first, second = _asked(network, torch.cat([x, x]), twice, both).chunk(2)
     return first, second
 
 
-def _asked(network: Backbone, x: Tensor, told: Condition, cond: Any) -> Tensor:
+def _asked(network: Backbone, x: Tensor, told: Question, cond: Any) -> Tensor:
     return as_velocity(network.predict(x, told.t, cond, told.r), x, network)

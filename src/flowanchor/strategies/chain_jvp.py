@@ -26,6 +26,7 @@ from flowanchor.checkpoints.soundness import sound_checkpoint
 from flowanchor.deferred import is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.module import TEACHER
+from flowanchor.strategies.abilities import Abilities
 from flowanchor.strategies.sharding import shard_backbone, unsharded_backbones
 from flowanchor.weights import copy_weights, dtype_of, shape_of
 
@@ -33,7 +34,7 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}  # precision -> in 
 _ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
-class ChainJVPStrategy(ModelParallelStrategy):
+class ChainJVPStrategy(Abilities, ModelParallelStrategy):
     """Shards the student, and the frozen teacher with it, so that one stage at a time is whole on each process.
 
     Args:
@@ -48,7 +49,8 @@ class ChainJVPStrategy(ModelParallelStrategy):
         timeout: seconds after which a collective without answer ends the run.
     """
 
-    deferred_initialisation = True  # networks may come without values (flowanchor.deferred)
+    deferred_initialisation = True
+    shards = True
 
     def __init__(
         self,

@@ -6,9 +6,10 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 
 from flowanchor.module import FlowModule
+from flowanchor.strategies.abilities import Abilities
 
 
-class ReplicasStrategy(DDPStrategy):
+class ReplicasStrategy(Abilities, DDPStrategy):
     """DistributedDataParallel, or where the step is a CUDA graph the same without it.
 
     Its hooks reduce parts of the gradients during the backward pass, which a graph of forward and backward does not

@@ -2,6 +2,6 @@
 `python -m flowanchor.testing backbone=NAME`."""
 
 from flowanchor.testing.backbone import check_backbone, examine_backbone
-from flowanchor.testing.objective import check_objective
+from flowanchor.testing.objective import Answers, check_objective
 
-__all__ = ["check_backbone", "check_objective", "examine_backbone"]
+__all__ = ["Answers", "check_backbone", "check_objective", "examine_backbone"]

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowanchor.errors import ConfigError, FlowAnchorError
-from flowanchor.interfaces import Backbone
+from flowanchor.interfaces import Backbone, Question
 from flowanchor.jvp import Chain, Full
 from flowanchor.jvp.inside import tensors_inside
 from flowanchor.jvp.stages import check_stages
@@ -40,15 +40,17 @@ class Finding:
 
 @dataclass
 class _Inputs:
-    """What a network is asked: x [B, *], times and their tangents [B], a condition of B samples."""
+    """What a network is asked: x [B, *], times [B], a condition of B samples, and in which direction it moves."""
 
     x: Tensor
     t: Tensor
     cond: Any
     r: Tensor | None
-    tangent_x: Tensor
-    tangent_t: Tensor
-    tangent_r: Tensor | None = field(default=None)
+    along: tuple[Tensor, ...]  # the tangents of x, t and r
+
+    @property
+    def question(self) -> Question:
+        return Question(self.t, self.r, self.along)
 
 
 def check_backbone(network: Backbone, cond: Any = None, seed: int = 0) -> None:
@@ -101,10 +103,11 @@ def _awake(network: Backbone) -> Backbone:
 def _inputs(network: Backbone, cond: Any) -> _Inputs:
     if cond is None and network.num_classes:
         cond = torch.arange(BATCH) % network.num_classes
-    x, tangent_x = torch.randn(2, BATCH, *network.sample_shape, dtype=torch.float64)
-    t, tangent_t = torch.rand(BATCH, dtype=torch.float64) * 0.8 + 0.1, torch.rand(BATCH, dtype=torch.float64)
-    r = t + 0.05 if network.takes_end_time else None
-    return _Inputs(x, t, _double(cond), r, tangent_x, tangent_t, None if r is None else torch.rand_like(t))
+    x, dx = torch.randn(2, BATCH, *network.sample_shape, dtype=torch.float64)
+    t, dt = torch.rand(BATCH, dtype=torch.float64) * 0.8 + 0.1, torch.rand(BATCH, dtype=torch.float64)
+    if not network.takes_end_time:
+        return _Inputs(x, t, _double(cond), None, (dx, dt))
+    return _Inputs(x, t, _double(cond), t + 0.05, (dx, dt, torch.rand_like(t)))
 
 
 def _double(cond: Any) -> Any:
@@ -181,21 +184,22 @@ def _tangent(network: Backbone, given: _Inputs) -> str | None:
     """Stage by stage, against central differences of the whole network."""
     if network.tangent_smoothing:
         raise _Skipped("its time embedding has a smoothed derivative, which differences do not see")
-    engine_inputs = (given.x, given.t, given.cond, given.tangent_x, given.tangent_t, given.r, given.tangent_r)
-    found = Chain()(network, *engine_inputs).tangent
+    (found,) = Chain()(network, given.x, given.cond, [given.question])
+    assert found.tangent is not None
     errors = []
     for step in DIFFERENCES:
         with torch.no_grad():
             ahead, behind = (_moved(network, given, sign * step) for sign in (1, -1))
         wanted = (ahead - behind) / (2 * step)
-        errors.append(float((found - wanted).norm() / wanted.norm().clamp_min(1e-12)))
+        errors.append(float((found.tangent - wanted).norm() / wanted.norm().clamp_min(1e-12)))
     error = min(errors)
     return None if error <= TOLERANCE else f"off by {error:.1e} against central differences"
 
 
 def _moved(network: Backbone, given: _Inputs, step: float) -> Tensor:
-    r = given.r if given.r is None or given.tangent_r is None else given.r + step * given.tangent_r
-    return network.predict(given.x + step * given.tangent_x, given.t + step * given.tangent_t, given.cond, r)
+    times = (given.t,) if given.r is None else (given.t, given.r)
+    x, t, *r = (value + step * d for value, d in zip((given.x, *times), given.along, strict=True))
+    return network.predict(x, t, given.cond, *r)
 
 
 def _gradient(network: Backbone, given: _Inputs) -> str | None:
@@ -203,9 +207,7 @@ def _gradient(network: Backbone, given: _Inputs) -> str | None:
     trained = [p for p in network.parameters() if p.requires_grad]
     both = []
     for engine in (Chain(), Full()):
-        out = engine(
-            network, given.x, given.t, given.cond, given.tangent_x, given.tangent_t, given.r, given.tangent_r
-        )  # fmt: skip
+        (out,) = engine(network, given.x, given.cond, [given.question])
         found = torch.autograd.grad(out.prediction.square().sum(), trained, allow_unused=True)
         both.append(torch.cat([torch.zeros(1) if g is None else g.flatten() for g in found]))
     error = float((both[0] - both[1]).norm() / both[1].norm().clamp_min(1e-12))

@@ -12,7 +12,7 @@ from flowanchor.graphs.capture import CaptureError
 from flowanchor.graphs.cuda import Outputs
 from flowanchor.graphs.stand_in import StandIn
 from flowanchor.graphs.steps import EAGER_RUNS, GraphedSteps
-from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, VelocityField
+from flowanchor.interfaces import Ask, Backbone, Batch, Objective, TangentEngine, VelocityField
 from flowanchor.jvp import Chain
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.data import DataVelocity
@@ -82,6 +82,28 @@ def check_objective(
         phases[objective.phase] = None
     student.at_times(None), velocity.at_times(None)
     return list(phases)
+
+
+class Answers(Ask):
+    """Known answers of a network, so that a shortcut's formula can be tested by hand.
+
+    Args:
+        prediction, tangent: what F and its derivative are, [B, *].
+        fixed: F where it is asked without gradient; None: the prediction.
+    """
+
+    def __init__(self, prediction: Tensor, tangent: Tensor, fixed: Tensor | None = None) -> None:
+        self.prediction, self.tangent = prediction, tangent
+        self.still = prediction.detach() if fixed is None else fixed
+
+    def __call__(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return self.prediction
+
+    def fixed(self, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return self.still
+
+    def along(self, velocity: Tensor, x: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prediction, self.tangent
 
 
 def small_student(takes_end_time: bool = False) -> LightningDiT:

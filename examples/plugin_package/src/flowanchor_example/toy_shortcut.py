@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from flowanchor.interfaces import Shortcut, TermResult
+from flowanchor.base.broadcast import like
+from flowanchor.interfaces import Ask, Point, Shortcut, TermResult
 
 
 class HuberShortcut(Shortcut):
@@ -19,10 +19,9 @@ class HuberShortcut(Shortcut):
         super().__init__()
         self.delta = delta
 
-    def loss(
-        self, prediction: Tensor, tangent: Tensor, velocity: Tensor, t: Tensor, end: Tensor | None = None
-    ) -> TermResult:
-        times = t.view(-1, *[1] * (prediction.ndim - 1))  # [B, 1, *]
-        target = velocity + (1 - times) * tangent  # no gradient: engines detach the tangent
+    def loss(self, ask: Ask, point: Point) -> TermResult:
+        x, t, r, v = point
+        prediction, tangent = ask.along(v, x, t, r)
+        target = v + like(r - t, x) * tangent  # no gradient: engines detach the tangent
         error = F.huber_loss(prediction, target, reduction="none", delta=self.delta).flatten(1).mean(1)
         return TermResult(error, {"error": error.detach()})
