@@ -99,8 +99,8 @@ def _awake(network: Backbone) -> Backbone:
 
 
 def _inputs(network: Backbone, cond: Any) -> _Inputs:
-    if cond is None and network.num_classes:
-        cond = torch.arange(BATCH) % network.num_classes
+    if cond is None and network.conditioning.classes:
+        cond = torch.arange(BATCH) % network.conditioning.classes
     x, tangent_x = torch.randn(2, BATCH, *network.sample_shape, dtype=torch.float64)
     t, tangent_t = torch.rand(BATCH, dtype=torch.float64) * 0.8 + 0.1, torch.rand(BATCH, dtype=torch.float64)
     r = t + 0.05 if network.takes_end_time else None
