@@ -40,6 +40,7 @@ from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
+from flowanchor.text.base import Tokens
 
 
 class RoutedExperts(WanExperts):
@@ -257,7 +258,10 @@ def facm_loss(student: Backbone, teacher: Backbone | None, engine: Any, setting:
     guidance = Guidance(1.75, 0.125, 1.0)
     field = DataVelocity() if teacher is None else CheckpointVelocity.of_network(teacher, guidance)
     objective = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor(), ConsistencyShortcut())
-    cond = torch.randn(setting.batch, *setting.text) if setting.text else torch.randint(0, 10, (setting.batch,))
+    if setting.text:
+        cond: Any = Tokens(torch.randn(setting.batch, *setting.text))
+    else:
+        cond = torch.randint(0, 10, (setting.batch,))
     batch = Batch(torch.randn(setting.batch, *student.sample_shape), cond)
     noise, t = torch.randn_like(batch.x1), torch.rand(setting.batch)
 

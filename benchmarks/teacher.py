@@ -39,7 +39,7 @@ def velocity(low: bool, together: bool, batch: int = 1, depth: int = 4, **size: 
     def step() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             if together:
-                first, second = _side_by_side(network, x, Question(t), labels, network.null_condition(labels))
+                first, second = _side_by_side(network, x, Question(t), labels, network.conditioning.null(labels))
                 second + 1.75 * (first - second)
             else:
                 guidance.velocity(network, x, Question(t), labels, t)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.dit import DiT
@@ -16,6 +17,7 @@ from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.testing import check_backbone, examine_backbone
+from flowanchor.text.base import Tokens
 
 
 class Layer(nn.Module):
@@ -30,10 +32,9 @@ class Layer(nn.Module):
 class Net(Backbone):
     """Keeps every rule; each subclass below breaks one."""
 
-    num_classes = 4
-
     def __init__(self) -> None:
         super().__init__()
+        self.conditioning = Classes(4)
         self.sample_shape = (2, 3, 3)
         self.inlet, self.time = nn.Linear(18, 8), nn.Linear(1, 8)
         self.label = nn.Embedding(4, 8)
@@ -184,4 +185,4 @@ def test_wan_with_the_embeddings_of_a_text():
         in_channels=4, height=4, width=4, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=32,
         text_dim=8, freq_dim=16, text_len=5, tangent_smoothing=0,
     )  # fmt: skip
-    check_backbone(network, cond=torch.randn(3, 5, 8))
+    check_backbone(network, cond=Tokens(torch.randn(3, 5, 8)))

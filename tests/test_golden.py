@@ -37,6 +37,7 @@ from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling import ConsistencySampler, FlowSampler
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.text.base import Tokens
 
 FOLDER = Path(os.environ.get("FLOWANCHOR_GOLDEN", Path(__file__).parent / "golden"))
 INTERVALS = {"plain": PlainInterval, "expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval}
@@ -92,12 +93,12 @@ def check_wan(golden: Golden) -> None:
         (Path(folder) / "config.json").write_text(json.dumps(description))
         save_file(golden.group("state."), Path(folder) / "model.safetensors")
         network = load_model(folder).backbone
-    assert relative(-network.predict(x, t, context), golden["out.prediction"]) <= 1e-5
+    assert relative(-network.predict(x, t, Tokens(context)), golden["out.prediction"]) <= 1e-5
     assert relative(network.transformer()(x, golden["in.timestep"], padded(context, settings)).sample,
                     golden["out.prediction"]) <= 1e-5  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     dx = torch.randn(x.shape, generator=draw)
-    check_engines_in_float64(network.double().eval(), x, t, context.double(), dx, torch.ones_like(t))
+    check_engines_in_float64(network.double().eval(), x, t, Tokens(context.double()), dx, torch.ones_like(t))
 
 
 def padded(context: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from flowanchor.callbacks.progress import Progress
+from flowanchor.conditioning import Classes
+from flowanchor.data.base import FlowDataModule
+from flowanchor.data.lightning import LightningData
 from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Batch, ObjectiveResult
 from flowanchor.jvp import Full
@@ -22,6 +25,7 @@ from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.text.base import Tokens
 
 
 def network():
@@ -179,18 +183,29 @@ def test_the_networks_are_told_what_stands_for_no_condition(tmp_path):
     """The data's negative prompt reaches the student and a teacher beside it before the first step."""
     told = []
 
-    class Told(LightningDiT):
-        def set_null_context(self, embeddings):
-            told.append(embeddings.shape)
+    class Told(Classes):
+        def use_null(self, text):
+            told.append(text.tokens.shape)
 
     def told_network():
-        return Told(4, 2, 1, 16, 1, 2, num_classes=3, disable_label_dropout=True)
+        network = LightningDiT(4, 2, 1, 16, 1, 2, num_classes=3, disable_label_dropout=True)
+        network.conditioning = Told(3)
+        return network
 
-    class Data(pl.LightningDataModule):
-        null_condition = torch.zeros(3, 5)
+    class Data(FlowDataModule):
+        null_condition = Tokens(torch.zeros(3, 5))
+
+        def load(self):
+            return {}
+
+        def setup(self, stage=None):
+            pass
 
         def train_dataloader(self):
             return loader(count=1)
+
+        def val_dataloader(self):
+            return []
 
     module = make(CheckpointVelocity.of_network(told_network(), Guidance()))
     module.student = told_network()
@@ -198,5 +213,5 @@ def test_the_networks_are_told_what_stands_for_no_condition(tmp_path):
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(module, datamodule=Data())
+    trainer.fit(module, datamodule=LightningData(Data(1)))
     assert told == [(3, 5), (3, 5)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, StageContext, VelocityField
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
@@ -53,11 +54,11 @@ class Headed(Backbone):
     """Images [B, 3, 2, 2] with a head that returns whatever `ending` makes of them."""
 
     takes_end_time = True
-    condition_dropout = 0.1
 
     def __init__(self, ending: Any) -> None:
         super().__init__()
         self.sample_shape, self.ending = (3, 2, 2), ending
+        self.conditioning = Classes(9, dropout=0.1)
         self.blocks = nn.ModuleList([Layer()])
 
     def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
@@ -65,9 +66,6 @@ class Headed(Backbone):
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         return self.ending(tokens)
-
-    def null_condition(self, cond: Tensor) -> Tensor:
-        return torch.full_like(cond, 9)
 
 
 def facm(anchor: Any = None, shortcut: Any = None, interval: Any = None) -> ComposedObjective:

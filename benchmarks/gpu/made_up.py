@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from flowanchor.data.base import FlowDataModule
@@ -16,6 +17,7 @@ from flowanchor.interfaces import Backbone, Batch
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.text.base import Tokens
 
 
 class MadeUp(FlowDataModule):
@@ -42,8 +44,8 @@ class MadeUp(FlowDataModule):
         shape = (channels, frames, height, width) if text_len else (channels, size, size)
         self.latents = torch.randn(samples, *shape, generator=draw)
         if text_len:
-            self.cond = 0.1 * torch.randn(samples, text_len, text_dim, generator=draw)
-            self.null_condition = torch.zeros(text_len, text_dim)
+            self.cond: Any = Tokens(0.1 * torch.randn(samples, text_len, text_dim, generator=draw))
+            self.null_condition = Tokens(torch.zeros(text_len, text_dim))
         else:
             self.cond = torch.randint(0, num_classes, (samples,), generator=draw)
 
@@ -58,14 +60,14 @@ class MadeUp(FlowDataModule):
 
 
 class _Examples(Dataset):
-    def __init__(self, latents: Tensor, cond: Tensor) -> None:
+    def __init__(self, latents: Tensor, cond: Any) -> None:
         self.latents, self.cond = latents, cond
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        return Batch(self.latents[indices], self.cond[indices])
+        return Batch(self.latents[indices], tree_map(lambda part: part[indices], self.cond))
 
 
 def _somewhere(network: Backbone) -> Backbone:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.text.base import Tokens
 from gpu.record import Row
 
 CONF = Path(__file__).with_name("conf")
@@ -137,7 +138,7 @@ def forward_flops(network: str, batch: int, frames: int = 1) -> int:
     with shapes, torch.no_grad(), plainly, FlopCounterMode(display=False) as counter:
         made._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         labels = torch.zeros(batch, dtype=torch.int64)
-        cond = labels if network == "latents" else torch.empty(batch, 512, 4096)
+        cond = labels if network == "latents" else Tokens(torch.empty(batch, 512, 4096))
         made.predict(torch.empty(batch, *made.sample_shape), torch.empty(batch), cond, None)
     return counter.get_total_flops()
 

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 
@@ -89,15 +90,15 @@ class LightningDiT(Backbone):
         self.in_channels = in_channels
         self.learn_sigma = learn_sigma
         self.sample_shape = (in_channels, input_size, input_size)
-        self.num_classes = num_classes
-        self.has_null_class = class_dropout_prob > 0
-        self.condition_dropout = 0.0 if disable_label_dropout else class_dropout_prob
+        null = class_dropout_prob > 0
+        if num_classes:
+            self.conditioning = Classes(num_classes, null, 0.0 if disable_label_dropout else class_dropout_prob)
         self.takes_end_time = auxiliary_time_cond
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedding(hidden_size)
         self.r_embedder = TimeEmbedding(hidden_size) if auxiliary_time_cond else None
-        rows = num_classes + int(self.has_null_class)
+        rows = num_classes + int(null)
         self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
         self.feat_rope = RotaryPositions(hidden_size // num_heads, self.side) if use_rope else None
@@ -151,30 +152,14 @@ class LightningDiT(Backbone):
         """x [B, C, H, W], t [B], labels y [B], r [B] -> velocity [B, C, H, W]; drops labels in training mode."""
         return super().forward(x, t, y, r)
 
-    # --------------------------------------------------------------------------------------------------- condition
-
     def _labels(self, cond: Tensor | None, x: Tensor) -> Tensor:
         if cond is not None:
             return cond
-        if self.num_classes:
-            raise ConfigError(f"This {type(self).__name__} is conditioned on {self.num_classes} classes: pass labels.")
-        return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-
-    def null_condition(self, cond: Tensor | None) -> Tensor:
-        """Labels [B] -> the null class [B]."""
-        if not self.has_null_class or cond is None:
+        if self.conditioning.classes:
             raise ConfigError(
-                f"This {type(self).__name__} has no null class for guidance: set backbone.class_dropout_prob=0.1, "
-                "or the guidance scale to 1."
+                f"This {type(self).__name__} is conditioned on {self.conditioning.classes} classes: pass labels."
             )
-        return torch.full_like(cond, self.num_classes)
-
-    def drop_condition(self, cond: Tensor | None) -> Tensor | None:
-        """Each label becomes the null class with probability `condition_dropout`."""
-        if cond is None or self.condition_dropout <= 0:
-            return cond
-        dropped = torch.rand(cond.shape[0], device=cond.device) < self.condition_dropout
-        return torch.where(dropped, self.null_condition(cond), cond)
+        return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     # ---------------------------------------------------------------------------------------------- initialisation
 

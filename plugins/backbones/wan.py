@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.smoothing import smoothed
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
+from flowanchor.text.base import Tokens
 
 WAN_TIMESTEPS = 1000.0
 
@@ -47,7 +49,8 @@ def timesteps(t: Tensor) -> Tensor:
 
 
 class Wan(Backbone):
-    """Velocity network of Wan on latents [B, C, F, h, w]; an image is one frame. Conditioned on text [B, L, text_dim].
+    """Velocity network of Wan on latents [B, C, F, h, w]; an image is one frame. Conditioned on `Tokens`
+    [B, L, text_dim].
 
     Args:
         in_channels: of a latent (Wan 2.1 and A14B: 16; TI2V-5B: 48).
@@ -55,7 +58,7 @@ class Wan(Backbone):
         num_attention_heads, attention_head_dim, ffn_dim, num_layers, freq_dim, text_dim, patch_size, cross_attn_norm,
             qk_norm, eps, rope_max_seq_len: as in diffusers.
         text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
-        condition_dropout: share of prompts that training replaces by the negative prompt (`null_context`).
+        condition_dropout: share of prompts that training replaces by the negative prompt.
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
         tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
             averaged; 0: the exact one. An embedding of 1,000 timesteps turns within a step of 0.001 of t, and a
@@ -94,7 +97,8 @@ class Wan(Backbone):
         super().__init__()
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.text_len, self.text_dim = text_len, text_dim
-        self.condition_dropout = condition_dropout
+        self.conditioning = Text(Tokens(torch.zeros(1, text_dim)), {"tokens": text_len}, condition_dropout)
+        self.size_steps = self.patch_size[1:]
         self.takes_end_time = auxiliary_time_cond
         self.tangent_smoothing = float(tangent_smoothing)
         self.sample_shape = (in_channels, frames, height, width)
@@ -123,8 +127,6 @@ class Wan(Backbone):
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, in_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
-        self.null_context: Tensor
-        self.register_buffer("null_context", torch.zeros(1, text_dim), persistent=False)
         self.adapted = lora is not None and lora.get("rank") is not None
         if self.adapted:
             add_adapters(self, cast(Mapping[str, Any], lora))
@@ -151,7 +153,7 @@ class Wan(Backbone):
 
     # ----------------------------------------------------------------------------------------------------- stages
 
-    def embed(self, x: Tensor, t: Tensor, cond: Tensor, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+    def embed(self, x: Tensor, t: Tensor, cond: Tokens | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, F, h, w], t [B], text [B, L, text_dim], r [B] -> tokens [B, N, D] and the context.
 
         Context: what the time adds to the head [B, D] and to every block [B, 6, D]; text [B, text_len, D], rotary
@@ -232,42 +234,17 @@ class Wan(Backbone):
             t, turns.repeat(2), self.tangent_smoothing,
         )  # fmt: skip
 
-    # --------------------------------------------------------------------------------------------------- condition
-
-    def _padded(self, cond: Tensor | None, x: Tensor) -> Tensor:
+    def _padded(self, cond: Tokens | None, x: Tensor) -> Tensor:
         """Text [B, L, text_dim] -> [B, text_len, text_dim], zeros behind it."""
-        if cond is None:
-            raise ConfigError("Wan is conditioned on text: pass embeddings [B, L, text_dim] (zeros: no prompt).")
-        if cond.ndim != 3 or cond.shape[-1] != self.text_dim or cond.shape[1] > self.text_len:
+        if not isinstance(cond, Tokens):
+            raise ConfigError("Wan is conditioned on text: pass Tokens([B, L, text_dim]) (zeros: no prompt).")
+        text = cond.tokens
+        if text.ndim != 3 or text.shape[-1] != self.text_dim or text.shape[1] > self.text_len:
             raise ConfigError(
-                f"Text embeddings of shape {tuple(cond.shape)} do not fit this Wan, which reads [B, up to "
+                f"Text embeddings of shape {tuple(text.shape)} do not fit this Wan, which reads [B, up to "
                 f"{self.text_len}, {self.text_dim}]: encode the prompts with the text encoder that it was trained with."
             )
-        return functional.pad(cond, (0, 0, 0, self.text_len - cond.shape[1])).to(x.dtype)
-
-    def set_null_context(self, embeddings: Tensor) -> None:
-        """The embeddings [L, text_dim] of the negative prompt, which guidance and condition dropout use."""
-        self.null_context = embeddings.to(self.null_context.device)
-
-    def null_condition(self, cond: Tensor) -> Tensor:
-        """Text [B, L, D] -> the negative prompt's [B, L', D], L' = L, or longer where the negative prompt is."""
-        missing = max(cond.shape[1] - self.null_context.shape[0], 0)
-        null = functional.pad(self.null_context.to(cond), (0, 0, 0, missing))
-        return null.expand(cond.shape[0], *null.shape)
-
-    def stack_conditions(self, first: Tensor, second: Tensor) -> Tensor:
-        """Both batches of text in one, [B + B', L, D], the shorter padded with zeros."""
-        length = max(first.shape[1], second.shape[1])
-        return torch.cat([functional.pad(text, (0, 0, 0, length - text.shape[1])) for text in (first, second)])
-
-    def drop_condition(self, cond: Tensor) -> Tensor:
-        """Each prompt becomes the negative one with probability `condition_dropout`."""
-        if self.condition_dropout <= 0:
-            return cond
-        null = self.null_condition(cond)
-        cond = functional.pad(cond, (0, 0, 0, null.shape[1] - cond.shape[1]))
-        dropped = torch.rand(cond.shape[0], device=cond.device) < self.condition_dropout
-        return torch.where(dropped[:, None, None], null, cond)
+        return functional.pad(text, (0, 0, 0, self.text_len - text.shape[1])).to(x.dtype)
 
     # ---------------------------------------------------------------------------------------------- initialisation
 

@@ -17,6 +17,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.stages import is_unit, through
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.text.base import Tokens
 
 BOUNDARY = 0.875  # noise level, as released for text-to-video
 
@@ -42,10 +43,10 @@ class WanExperts(Backbone):
         self.high, self.low = (Wan.from_preset(preset, **settings) for _ in range(2))
         self.blocks = nn.ModuleList(_Pair(*pair) for pair in zip(self.high.blocks, self.low.blocks, strict=True))
         self.sample_shape, self.patch_size = self.high.sample_shape, self.high.patch_size
-        self.text_dim, self.text_len = self.high.text_dim, self.high.text_len
+        self.size_steps = self.high.size_steps
+        self.conditioning = self.low.conditioning = self.high.conditioning  # they are asked alike
         self.takes_end_time = self.high.takes_end_time
         self.tangent_smoothing = self.high.tangent_smoothing
-        self.condition_dropout = self.high.condition_dropout
         self.initialise()
 
     def expert(self, t: Tensor) -> Wan:
@@ -74,7 +75,7 @@ class WanExperts(Backbone):
 
     # ----------------------------------------------------------------------------------------------------- stages
 
-    def embed(self, x: Tensor, t: Tensor, cond: Tensor, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+    def embed(self, x: Tensor, t: Tensor, cond: Tokens, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         expert = self.expert(t.detach())
         tokens, context = expert.embed(x, t, cond, r)
         # The table of its head belongs to no stage of this network, so it comes along.
@@ -101,21 +102,6 @@ class WanExperts(Backbone):
     def initialise_stage(self, index: int) -> None:
         self.high.initialise_stage(index)
         self.low.initialise_stage(index)
-
-    # --------------------------------------------------------------------------------------------------- condition
-
-    def set_null_context(self, embeddings: Tensor) -> None:
-        self.high.set_null_context(embeddings)
-        self.low.set_null_context(embeddings)
-
-    def null_condition(self, cond: Tensor) -> Tensor:
-        return self.high.null_condition(cond)
-
-    def stack_conditions(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.high.stack_conditions(first, second)
-
-    def drop_condition(self, cond: Tensor) -> Tensor:
-        return self.high.drop_condition(cond)
 
 
 class _Pair(nn.Module):

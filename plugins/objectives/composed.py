@@ -106,7 +106,7 @@ class ComposedObjective(Objective):
         if t is None:
             t, end = self.draw(x1.shape[0], x1.device)
         if student.training:
-            cond = student.drop_condition(cond)  # once: every branch must see the same labels
+            cond = student.conditioning.dropped(cond)  # once: every branch must see the same labels
         times = like(t, x1)
         x_t = ((1 - times) * noise + times * x1).to(x1.dtype)  # times are float32 also where samples are bfloat16
         flow = x1 - noise

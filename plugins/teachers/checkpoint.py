@@ -98,15 +98,15 @@ class CheckpointVelocity(VelocityField):
 
     def check(self, student: Backbone) -> None:
         """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
-        for what, name in (("sample_shape", "samples of shape {}"), ("num_classes", "{} classes")):
-            theirs, ours = getattr(self.network, what), getattr(student, what)
-            same = theirs[:1] == ours[:1] if what == "sample_shape" and self.network.any_size else theirs == ours
-            if not same:
-                raise CheckpointError(
-                    f"The teacher {self.path} was trained on {name.format(theirs)}, "
-                    f"this student has {name.format(ours)}: choose the data and the "
-                    "backbone.in_channels/input_size/num_classes that the teacher was trained with."
-                )
+        told = [(network.sample_shape, network.conditioning.described()) for network in (self.network, student)]
+        (their_shape, theirs), (our_shape, ours) = told
+        if their_shape[:1] != our_shape[:1] or not self.network.any_size and their_shape != our_shape:
+            theirs, ours = f"samples of shape {their_shape}", f"samples of shape {our_shape}"
+        if theirs != ours:
+            raise CheckpointError(
+                f"The teacher {self.path} was trained on {theirs}, this student has {ours}: choose the data and the "
+                "backbone.in_channels/input_size/num_classes that the teacher was trained with."
+            )
 
 
 def keeps_low(dtype: str, precision: str | int | None) -> bool:

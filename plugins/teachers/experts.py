@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
@@ -73,7 +74,8 @@ class ExpertsVelocity(VelocityField):
             return torch.where(like(early, x), first, second)
         out = torch.empty_like(flow)
         for expert, mine in ((high, early), (low, ~early)):
-            out[mine] = expert(x[mine], t[mine], cond[mine], flow[mine], student, interval)
+            inputs = tree_map(lambda part, rows=mine: part[rows], (x, t, cond, flow))
+            out[mine] = expert(*inputs, student, interval)
         return out
 
     def sides(self, t: Tensor) -> tuple[bool, bool]:

@@ -46,7 +46,7 @@ class SelfVelocity(VelocityField):
             return flow
         if cond is None:
             raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
-        null = student.null_condition(cond)
+        null = student.conditioning.null(cond)
         question = interval.anchor(t)
 
         def ask(cond: Any) -> Tensor:
@@ -56,13 +56,13 @@ class SelfVelocity(VelocityField):
         guided = unconditional + self.guidance_scale * (flow - unconditional)
         if self.mix:
             guided = guided + self.mix * (ask(cond) - unconditional)
-        dropped = (cond == null).reshape(t.shape[0], -1).all(1)
+        dropped = student.conditioning.is_null(cond)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
         return torch.where(like(inside, flow), guided, flow)
 
     def check(self, student: Backbone) -> None:
         """Raise `ConfigError` where the student's null class is never trained."""
-        if (self.guidance_scale != 1 or self.mix) and student.condition_dropout <= 0:
+        if (self.guidance_scale != 1 or self.mix) and student.conditioning.dropout <= 0:
             raise ConfigError(
                 "teacher=self takes the unconditional velocity from the student's null class, which is never trained "
                 "here: set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from flowanchor.checkpoints.generator import Generator as _Generator
+    from flowanchor.generation.opened import OpenedModel as _OpenedModel
 
 __version__ = "0.1.0"
 
@@ -26,11 +26,11 @@ def load(
     codec: _Mapping[str, _Any] | None = None,
     text_encoder: _Mapping[str, _Any] | None = None,
     dtype: _Any = None,
-) -> _Generator:
+) -> _OpenedModel:
     """Open a trained model for sampling: `flowanchor.load(PATH).sample([0, 1, 2], steps=2)`.
 
-    See `flowanchor.checkpoints.generator.load` for the arguments.
+    See `flowanchor.generation.opened.load` for the arguments.
     """
-    from flowanchor.checkpoints.generator import load as open_model  # PyTorch is imported on first use
+    from flowanchor.generation.opened import load as open_model  # PyTorch is imported on first use
 
     return open_model(path_or_repo, ema=ema, device=device, codec=codec, text_encoder=text_encoder, dtype=dtype)

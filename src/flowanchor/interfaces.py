@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from flowanchor.conditioning import Conditioning, NoCondition
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """What a data module yields: samples in the network's own space, and what they are conditioned on."""
 
     x1: Tensor  # [B, *], pixels in [-1, 1] or normalised latents
-    cond: Tensor | None = None  # labels [B] (int64), text embeddings [B, L, D], or None
+    cond: Any = None  # labels [B] (int64), a named tuple of text (`flowanchor.conditioning.Text`), or None
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone
@@ -64,15 +64,16 @@ class Backbone(nn.Module, ABC):
     blocks: nn.ModuleList
     sample_shape: tuple[int, ...]  # shape of one sample, without the batch
     any_size: bool = False  # whether samples of other sizes, with the same channels, fit too
-    num_classes: int = 0  # 0: not class-conditional
+    size_steps: tuple[int, int] = (1, 1)  # of which height and width of such a size must be multiples
+    conditioning: Conditioning  # what it is conditioned on beside the time; `NoCondition` unless a constructor sets it
     takes_end_time: bool = False  # whether `r` has an embedder of its own
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
-    condition_dropout: float = 0.0  # share of conditions that `drop_condition` replaces in training
     initialised_by_stage: bool = False  # whether `initialise` alone says what the first weights are
     pending: Any = None  # weights (name -> tensor) that a network without values is to be filled with
 
     def __init__(self) -> None:
         super().__init__()
+        self.conditioning = NoCondition()
         # Drawn before any weight is, so that it is the same whether or not the weights get their values right away.
         self.initial_seed = int(torch.randint(2**62, (), device="cpu"))
 
@@ -152,31 +153,13 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """`predict`, with condition dropout in training mode."""
-        return self.predict(x, t, self.drop_condition(cond) if self.training else cond, r)
+        return self.predict(x, t, self.conditioning.dropped(cond) if self.training else cond, r)
 
     def at_times(self, t: Tensor | None) -> Hashable:
         """Told the times [B] of a training batch where the host has them, before it is asked about them, and None
         afterwards. Returns which of its computations they take, where that is a choice: the host need not wait for the
         device to make it, and a graph of the step is captured for each (`Objective.phase`)."""
         return None
-
-    def set_null_context(self, embeddings: Tensor) -> None:  # noqa: B027 - labels have a class of their own for it
-        """Told the embeddings [L, D] that stand for no condition (of the negative prompt), where the data has any."""
-
-    def null_condition(self, cond: Any) -> Any:
-        """The unconditional counterpart of a batch of conditions (same shape)."""
-        raise ConfigError(
-            f"{type(self).__name__} has no unconditional branch, so guidance cannot be used with it: "
-            "set teacher.guidance_scale=1 (or sampler.guidance_scale=1)."
-        )
-
-    def stack_conditions(self, first: Any, second: Any) -> Any:
-        """Two batches of conditions as one of `B + B'` samples."""
-        return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, first, second)
-
-    def drop_condition(self, cond: Any) -> Any:
-        """Replace a random share of the conditions by the null condition (for guidance). Default: none."""
-        return cond
 
 
 # -------------------------------------------------------------------------------------------------------- tangents
@@ -467,6 +450,16 @@ class Sampler(ABC):
     @abstractmethod
     def nfe(self) -> int | None:
         """Velocity evaluations per sample; None where the solver decides by itself."""
+
+    @property
+    def network_calls(self) -> int | None:
+        """Calls of the network per sample: guidance makes two of an evaluation."""
+        return self.nfe
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        return type(self).__name__
 
 
 class Posterior(NamedTuple):

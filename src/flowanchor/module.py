@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints.consolidated import FORMAT
+from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.cuda import CudaGraphs, Graphs
@@ -106,11 +107,11 @@ class FlowModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
         self._steps = None
-        null = getattr(data_of(self.trainer), "null_condition", None)
-        if null is not None:
+        data = data_of(self.trainer)
+        if isinstance(data, FlowDataModule) and data.null_condition is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):
-                    network.set_null_context(null)
+                    network.conditioning.use_null(data.null_condition)
 
     def _decide_on_graphs(self) -> None:
         reason = why_not(self.trainer, self.compile_options)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from flowanchor.callbacks.sample_grid import SampleGrid
 from flowanchor.codecs.identity import Identity
 from flowanchor.codecs.kl import KLCodec
+from flowanchor.conditioning import Classes
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, StageContext
@@ -29,7 +30,9 @@ class Dot(Backbone):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
-        self.sample_shape, self.num_classes = (1, 6, 6), classes
+        self.sample_shape, self.classes = (1, 6, 6), classes
+        if classes:
+            self.conditioning = Classes(classes)
         self.level = nn.Parameter(torch.zeros(()))
         self.calls_in_training_mode = 0
 
@@ -38,7 +41,7 @@ class Dot(Backbone):
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         t, cond = context.carried[0], context.fixed[0]
-        aim = self.level + (0.0 if cond is None else (cond / max(1, self.num_classes - 1)).view(-1, 1, 1, 1))
+        aim = self.level + (0.0 if cond is None else (cond / max(1, self.classes - 1)).view(-1, 1, 1, 1))
         return (aim - tokens) / (1 - t.view(-1, 1, 1, 1)).clamp(min=1e-3)  # jumps to the level, from any time
 
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:

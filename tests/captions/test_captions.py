@@ -24,7 +24,7 @@ from flowanchor.captions.files import CaptionFile, CaptionManifest
 from flowanchor.captions.sources import HEADER, open_captions
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.text.base import TextEncoder
+from flowanchor.text.base import TextEncoder, Tokens
 
 SIZES = {"wide": (48, 32), "tall": (32, 48), "square": (40, 40)}  # width, height
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ class Letters(TextEncoder):
 
     def encode(self, prompts):
         return [
-            torch.tensor([[ord(c), i, 1, 0] for i, c in enumerate(p)], dtype=torch.float32).reshape(-1, 4)
+            Tokens(torch.tensor([[ord(c), i, 1, 0] for i, c in enumerate(p)], dtype=torch.float32).reshape(-1, 4))
             for p in prompts
         ]
 

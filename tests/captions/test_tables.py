@@ -13,7 +13,7 @@ import pytest
 from flowanchor.captions.sources import open_captions, read_captions
 from flowanchor.captions.tables import read_lines, read_rows
 from flowanchor.errors import DataError
-from flowanchor.sampling.prompts import read_prompts
+from flowanchor.generation.prompts import read_prompts
 
 BOM = b"\xef\xbb\xbf"
 

@@ -15,10 +15,10 @@ import torch
 
 import flowanchor
 from flowanchor.checkpoints.consolidated import write_consolidated
-from flowanchor.checkpoints.generator import Generator
 from flowanchor.checkpoints.huggingface import write_folder
 from flowanchor.checkpoints.sharded import write_sharded
 from flowanchor.errors import FlowAnchorError
+from flowanchor.generation.opened import OpenedModel
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 SIZES = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
@@ -84,7 +84,7 @@ FORMS: dict[str, Callable[[Path, dict[str, Any]], Path]] = {
 
 def use(path: Path) -> torch.Tensor:
     """Open a file and draw one image with it."""
-    model: Generator = flowanchor.load(path)
+    model: OpenedModel = flowanchor.load(path)
     return model.sample(num_samples=1)
 
 

@@ -15,14 +15,14 @@ TYPED = "what a user typed, composed by Hydra"
 ALLOWED: dict[str, dict[str, str]] = {
     "instantiate": {
         "flowanchor/codecs/load.py": TYPED,
+        "flowanchor/generation/prompts.py": TYPED,
+        "flowanchor/generation/samplers.py": TYPED,
         "flowanchor/metrics/evaluator.py": TYPED,
         "flowanchor/programs/convert.py": TYPED,
         "flowanchor/programs/encode.py": TYPED,
         "flowanchor/programs/encode_captions.py": TYPED,
         "flowanchor/programs/evaluate.py": TYPED,
         "flowanchor/programs/train.py": TYPED,
-        "flowanchor/sampling/generate.py": TYPED,
-        "flowanchor/sampling/prompts.py": TYPED,
         "flowanchor/testing/__main__.py": TYPED,
     },
     "import_module": {

@@ -11,8 +11,8 @@ import torch
 from flowanchor.checkpoints import initialise_student, load_model, read_checkpoint
 from flowanchor.checkpoints.load import find_checkpoint
 from flowanchor.errors import CheckpointError
+from flowanchor.generation.samplers import build_sampler
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
-from flowanchor.sampling import build_sampler
 
 SIZES = {
     "input_size": 4,

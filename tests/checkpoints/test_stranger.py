@@ -19,11 +19,11 @@ from flowanchor.checkpoints.importing import Choices
 from flowanchor.checkpoints.inspection import inspect_file
 from flowanchor.codecs.load import load_codec
 from flowanchor.errors import CheckpointError, FlowAnchorError
+from flowanchor.generation.prompts import load_text_encoder
+from flowanchor.generation.samplers import build_sampler
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.programs.evaluate import load_data
-from flowanchor.sampling import build_sampler
-from flowanchor.sampling.prompts import load_text_encoder
 
 _spec = importlib.util.spec_from_file_location("strangers", Path(__file__).with_name("strangers.py"))
 assert _spec is not None and _spec.loader is not None

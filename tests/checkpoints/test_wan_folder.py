@@ -14,10 +14,11 @@ from flowanchor.checkpoints.wan_folder import diffusers_names, read_wan
 from flowanchor.codecs.load import load_codec
 from flowanchor.deferred import defer_loading, is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.generation.prompts import load_text_encoder
+from flowanchor.generation.samplers import build_sampler
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
-from flowanchor.sampling import build_sampler
-from flowanchor.sampling.prompts import load_text_encoder
+from flowanchor.text.base import Tokens
 
 SMALL = {
     "in_channels": 4, "height": 8, "width": 6, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64,
@@ -57,7 +58,7 @@ def test_networks_of_other_patches(patch, tmp_path):
     network.transformer().save_pretrained(tmp_path)
     opened = load_model(tmp_path).backbone
     assert all(size % one == 0 for size, one in zip(opened.sample_shape[1:], patch, strict=True))
-    x, t, text = torch.randn(1, *network.sample_shape), torch.tensor([0.4]), torch.randn(1, 3, 12)
+    x, t, text = torch.randn(1, *network.sample_shape), torch.tensor([0.4]), Tokens(torch.randn(1, 3, 12))
     with torch.no_grad():
         assert torch.equal(opened(x, t, text), network(x, t, text)) and opened(x, t, text).any()
 
@@ -112,7 +113,7 @@ def test_deferred_weights_are_read_later(network, folder):
 def test_a_student_with_a_second_embedder_starts_from_it(network, folder):
     student = Wan(**SMALL, auxiliary_time_cond=True)
     initialise_student(student, folder)
-    x, t, text = torch.randn(2, 4, 1, 8, 6), torch.rand(2), torch.randn(2, 3, 12)
+    x, t, text = torch.randn(2, 4, 1, 8, 6), torch.rand(2), Tokens(torch.randn(2, 3, 12))
     with torch.no_grad():
         torch.testing.assert_close(student(x, t, text, t), network(x, t, text))
 
@@ -133,7 +134,7 @@ def test_two_experts_are_one_network(network, folder):
     (folder.parent / "model_index.json").write_text(json.dumps(index))
     pair = load_model(folder.parent).backbone
     assert isinstance(pair, WanExperts) and pair.boundary == 0.9
-    x, text = torch.randn(2, 4, 1, 8, 6), torch.randn(2, 3, 12)
+    x, text = torch.randn(2, 4, 1, 8, 6), Tokens(torch.randn(2, 3, 12))
     with torch.no_grad():
         for expert, t in ((network, 0.05), (other, 0.5)):
             times = torch.full((2,), t)

@@ -19,10 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
 from flowanchor.checkpoints import load_model
+from flowanchor.conditioning import batch_of
 from flowanchor.programs.convert import main
 from flowanchor.sampling import ConsistencySampler
 from flowanchor.sampling.noise import renoiser, sample_noise
-from flowanchor.text.base import pad_embeddings
+from flowanchor.text.base import Tokens
 from flowanchor.text.umt5 import UMT5
 
 BACKBONE = {
@@ -137,7 +138,7 @@ def drawn(folder):
 @pytest.mark.parametrize("name", STUDENTS)
 def test_diffusers_alone_draws_our_images_seed_for_seed(folder, drawn, base, name):
     model = load_model(folder / f"{name}.ckpt")
-    text = pad_embeddings(UMT5(str(base), max_length=12, dtype="float32").encode(PROMPTS))
+    text = batch_of(UMT5(str(base), max_length=12, dtype="float32").encode(PROMPTS))
     indices, shape = range(FIRST, FIRST + 2), (16, (FRAMES[name] + 3) // 4, 8, 6)
     noise, fresh = sample_noise(SEED, indices, shape).float(), renoiser(SEED, indices, shape, "cpu")
     vae = AutoencoderKLWan.from_pretrained(base / "vae")
@@ -163,12 +164,12 @@ def test_diffusers_alone_draws_our_images_seed_for_seed(folder, drawn, base, nam
 def test_an_embedder_of_the_end_time_is_not_lost(folder, drawn):
     """Without it the network is another one, and the test above would not hold by chance."""
     model = load_model(folder / "auxiliary.ckpt")
-    x, t, text = torch.randn(2, *SIZE), torch.tensor([0.0, 0.6]), torch.randn(2, 12, 24)
+    x, t, text = torch.randn(2, *SIZE), torch.tensor([0.0, 0.6]), Tokens(torch.randn(2, 12, 24))
     folded = WanTransformer3DModel.from_pretrained(folder / "auxiliary/transformer")
     with torch.no_grad():
         expected = model.backbone(x, t, text, torch.ones(2))
-        torch.testing.assert_close(-folded(x, 1000 * (1 - t), text).sample, expected, rtol=1e-5, atol=1e-5)
-        plain = -model.backbone.transformer()(x, 1000 * (1 - t), text).sample
+        torch.testing.assert_close(-folded(x, 1000 * (1 - t), text.tokens).sample, expected, rtol=1e-5, atol=1e-5)
+        plain = -model.backbone.transformer()(x, 1000 * (1 - t), text.tokens).sample
     assert (plain - expected).norm() > 0.01 * expected.norm()
 
 
@@ -215,10 +216,10 @@ def test_adapters_are_added_to_the_weights_beside_them(folder, base, tmp_path):
     torch.save(content, path)
     run(f"checkpoint={path}", f"output={tmp_path}/out", "format=diffusers", f"pipeline={base}")
     stock = WanTransformer3DModel.from_pretrained(tmp_path / "out/transformer")
-    x, text = torch.randn(1, *SIZE), torch.randn(1, 12, 24)
+    x, text = torch.randn(1, *SIZE), Tokens(torch.randn(1, 12, 24))
     with torch.no_grad():
         expected = load_model(path).backbone(x, torch.tensor([0.4]), text)
-        torch.testing.assert_close(-stock(x, torch.tensor([600.0]), text).sample, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(-stock(x, torch.tensor([600.0]), text.tokens).sample, expected, rtol=1e-5, atol=1e-5)
         plain = load_model(folder / "plain.ckpt").backbone(x, torch.tensor([0.4]), text)
     assert (plain - expected).norm() > 0.01 * expected.norm()
 

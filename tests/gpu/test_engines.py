@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flowanchor.conditioning import Classes
 from flowanchor.interfaces import Backbone, Question, StageContext
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
 
@@ -77,7 +78,7 @@ class Dropping(nn.Module):
 class DroppingNet(Backbone):
     def __init__(self, dim: int = 32) -> None:
         super().__init__()
-        self.sample_shape, self.num_classes = (6, 3), 10
+        self.sample_shape, self.conditioning = (6, 3), Classes(10)
         self.inward, self.time, self.outward = nn.Linear(3, dim), nn.Linear(1, dim), nn.Linear(dim, 3)
         self.blocks = nn.ModuleList(Dropping(dim) for _ in range(2))
 

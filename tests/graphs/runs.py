@@ -27,6 +27,7 @@ from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.teachers.data import DataVelocity
+from flowanchor.text.base import Tokens
 
 CONF = str(Path(next(iter(flowanchor.conf.__path__))).resolve())
 WAN = {
@@ -70,9 +71,9 @@ def batch_for(network: Backbone, size: int = 4, seed: int = 3, length: int = 5) 
     """Random samples; a text network gets texts of `length`."""
     generator = torch.Generator().manual_seed(seed)
     x1 = torch.randn(size, *network.sample_shape, generator=generator)
-    if network.num_classes:
-        return Batch(x1, torch.arange(size) % network.num_classes)
-    return Batch(x1, torch.randn(size, length, WAN["text_dim"], generator=generator))
+    if network.conditioning.classes:
+        return Batch(x1, torch.arange(size) % network.conditioning.classes)
+    return Batch(x1, Tokens(torch.randn(size, length, WAN["text_dim"], generator=generator)))
 
 
 class Record(pl.Callback):

@@ -44,6 +44,7 @@ def wan() -> dict[str, list[float]]:
     from flowanchor.plugins.backbones.wan import Wan
     from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
     from flowanchor.sampling.guidance import Guidance
+    from flowanchor.text.base import Tokens
 
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
@@ -53,13 +54,14 @@ def wan() -> dict[str, list[float]]:
     for network in (teacher, student):
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    teacher.set_null_context(torch.randn(5, 8, dtype=torch.float64))
+    teacher.conditioning.use_null(Tokens(torch.randn(5, 8, dtype=torch.float64)))
     velocity = CheckpointVelocity.of_network(teacher, Guidance(2.0))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     losses, norms = [], []
     for step in range(20):
         torch.manual_seed(step)
-        batch = Batch(torch.randn(4, 4, 1, 4, 6, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64))
+        x1, text = torch.randn(4, 4, 1, 4, 6, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64)
+        batch = Batch(x1, Tokens(text))
         noise = torch.randn_like(batch.x1)
         objective.at_step(step)
         result = objective(student, batch, velocity, Chain(), noise, *objective.draw(4, torch.device("cpu")))

@@ -81,7 +81,7 @@ def test_backbone_satisfies_the_contract(target, monkeypatch):
         tokens = block(tokens, context)
     torch.testing.assert_close(net(x, t, labels), net.head(tokens, context))
     assert net(x, t, labels).shape == (2, *net.sample_shape)
-    for changed in (net(x, 2 - t, labels), net(x, t, labels.flip(0)), net(x, t, net.null_condition(labels))):
+    for changed in (net(x, 2 - t, labels), net(x, t, labels.flip(0)), net(x, t, net.conditioning.null(labels))):
         assert (changed - net(x, t, labels)).abs().max() > 1e-4
 
     v, step = torch.randn_like(x), 1e-6
@@ -90,7 +90,7 @@ def test_backbone_satisfies_the_contract(target, monkeypatch):
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
 
     net.train()
-    dropped = torch.stack([net.drop_condition(torch.ones(1000, dtype=torch.long)) == net.num_classes]).float().mean()
+    dropped = (net.conditioning.dropped(torch.ones(1000, dtype=torch.long)) == 4).float().mean()
     assert 0.05 < dropped < 0.15
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from flowanchor.checkpoints import load_model
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.programs.launch import prepare
+from flowanchor.text.base import Tokens
 
 SMALL = [
     "backbone.preset=nano", "backbone.num_layers=2", "backbone.attention_head_dim=12", "backbone.ffn_dim=32",
@@ -150,7 +151,7 @@ def test_one_expert_after_the_other_becomes_one_network(command, weights, lora):
     command("sample", "checkpoint=pair.safetensors", "prompt=colour number 3", "num_samples=1", "hydra.run.dir=drawn")
     assert (folder / "drawn" / "grid.png").is_file()
     pair = load_model("pair.safetensors").backbone
-    x, text = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 3, 384)
+    x, text = torch.randn(1, 4, 1, 4, 4), Tokens(torch.randn(1, 3, 384))
     for name, t in zip(HALVES, ([0.0], [0.5]), strict=True):
         alone = load_model(f"outputs/train/{name}").backbone
         with torch.no_grad():

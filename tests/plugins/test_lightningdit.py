@@ -122,19 +122,19 @@ def test_learn_sigma_drops_the_second_half():
 def test_label_dropout_in_training_only():
     network = awake(LightningDiT(**TINY, class_dropout_prob=1.0))
     x, t, y = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 1])
-    null = network.null_condition(y)
+    null = network.conditioning.null(y)
     assert torch.equal(null, torch.tensor([5, 5]))
     assert torch.equal(network.train()(x, t, y), network.predict(x, t, null))
     assert not torch.equal(network.eval()(x, t, y), network.predict(x, t, null))
     kept = awake(LightningDiT(**TINY, class_dropout_prob=1.0, disable_label_dropout=True)).train()
     assert torch.equal(kept(x, t, y), kept.predict(x, t, y))
-    assert kept.condition_dropout == 0 and kept.y_embedder.embedding_table.weight.shape[0] == 6
+    assert kept.conditioning.dropout == 0 and kept.y_embedder.embedding_table.weight.shape[0] == 6
 
 
 def test_label_dropout_share():
     network = LightningDiT(**TINY, class_dropout_prob=0.1)
     torch.manual_seed(0)
-    dropped = network.drop_condition(torch.zeros(20_000, dtype=torch.long)) == 5
+    dropped = network.conditioning.dropped(torch.zeros(20_000, dtype=torch.long)) == 5
     assert abs(dropped.float().mean().item() - 0.1) < 0.01
 
 
@@ -143,7 +143,7 @@ def test_unconditional_network():
     assert network.y_embedder is None
     assert network(torch.randn(2, 3, 4, 4), torch.rand(2), None).shape == (2, 3, 4, 4)
     with pytest.raises(ConfigError, match="no null class"):
-        network.null_condition(None)
+        network.conditioning.null(None)
 
 
 def test_time_is_embedded_in_float32_under_autocast():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, Point, StageContext
 from flowanchor.jvp import Full
@@ -259,14 +260,13 @@ def test_dropped_labels_are_the_same_for_every_branch():
             seen.append(cond.clone())
             return super().embed(x, t, cond, r)
 
-        def drop_condition(self, cond):
-            return torch.where(torch.rand(cond.shape[0]) < 0.5, 9, cond)
-
+    network = Labelled()
+    network.conditioning = Classes(9, dropout=0.5)
     batch, noise, t = batch_of(16)
-    facm()(Labelled().train(), batch, DataVelocity(), Full(), noise, t)
+    facm()(network.train(), batch, DataVelocity(), Full(), noise, t)
     assert torch.equal(seen[0], seen[1]) and 0 < (seen[0] == 9).sum() < 16
     seen.clear()
-    facm()(Labelled().eval(), batch, DataVelocity(), Full(), noise, t)
+    facm()(network.eval(), batch, DataVelocity(), Full(), noise, t)
     assert (seen[0] == 0).all()
 
 

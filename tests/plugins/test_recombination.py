@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flowanchor.errors import ConfigError
+from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Batch, Point
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -28,7 +29,6 @@ from flowanchor.plugins.objectives.weights.none import NoWeight
 from flowanchor.plugins.objectives.weights.power import PowerWeight
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.sampling import ConsistencySampler, MeanFlowSampler
-from flowanchor.sampling.generate import check_sampler
 from flowanchor.testing import Answers
 
 INTERVALS = {"expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval, "plain": PlainInterval}

@@ -23,6 +23,7 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity, keeps_low
 from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
+from flowanchor.text.base import Tokens
 
 DIT: dict[str, Any] = {
     "input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5,
@@ -50,7 +51,10 @@ def velocity(network: Backbone, precision: str = "bf16-mixed", dtype: str = "flo
     """A guided velocity, as a training of this precision asks for it."""
     draw = torch.Generator().manual_seed(1)
     x, t = torch.randn(3, *network.sample_shape, generator=draw), torch.tensor([0.2, 0.6, 0.9])
-    cond = torch.randint(0, 5, (3,), generator=draw) if network.num_classes else torch.randn(3, 6, 12, generator=draw)
+    if network.conditioning.classes:
+        cond = torch.randint(0, 5, (3,), generator=draw)
+    else:
+        cond = Tokens(torch.randn(3, 6, 12, generator=draw))
     field = CheckpointVelocity.of_network(network, Guidance(1.75, 0.125, 1.0))
     field.low = keeps_low(dtype, precision)
     if field.low:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Question
@@ -13,6 +14,7 @@ from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.wan import PRESETS, Wan, _exact
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.text.base import Tokens
 
 SMALL = {
     "in_channels": 4, "height": 8, "width": 6, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64,
@@ -34,16 +36,16 @@ def filled(**settings):
 @pytest.fixture
 def inputs():
     torch.manual_seed(1)
-    return torch.randn(3, 4, 1, 8, 6), torch.tensor([0.0, 0.31, 1.7]), torch.randn(3, 5, 12)
+    return torch.randn(3, 4, 1, 8, 6), torch.tensor([0.0, 0.31, 1.7]), Tokens(torch.randn(3, 5, 12))
 
 
 @pytest.mark.parametrize("frames, height, width", [(1, 8, 6), (3, 4, 10)])
 def test_prediction_is_the_negative_of_diffusers(frames, height, width):
     network = filled()
-    x, t, text = torch.randn(3, 4, frames, height, width), torch.tensor([0.0, 0.31, 1.7]), torch.randn(3, 5, 12)
+    x, t, text = torch.randn(3, 4, frames, height, width), torch.tensor([0.0, 0.31, 1.7]), Tokens(torch.randn(3, 5, 12))
     stock = network.transformer()
     with torch.no_grad():
-        theirs = stock(x, 1000 * (1 - t), functional.pad(text, (0, 0, 0, 4))).sample
+        theirs = stock(x, 1000 * (1 - t), functional.pad(text.tokens, (0, 0, 0, 4))).sample
         torch.testing.assert_close(network(x, t, text), -theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -62,14 +64,14 @@ def test_the_anchor_half_is_negative_timesteps(inputs):
     network, t = filled(), torch.tensor([0.2, 0.5, 0.9])
     stock = network.transformer()
     with torch.no_grad():
-        theirs = stock(x, -1000 * (1 - t), functional.pad(text, (0, 0, 0, 4))).sample
+        theirs = stock(x, -1000 * (1 - t), functional.pad(text.tokens, (0, 0, 0, 4))).sample
         ours = network(x, ExpandedInterval().anchor(t).t, text)
     assert (ours + theirs).norm() <= 1e-3 * theirs.norm()  # float32: 2 - t loses digits of a time near 0
 
 
 def test_tangent_in_float64_against_differences_and_every_engine(inputs):
     network = filled(auxiliary_time_cond=True).double()
-    x, t, text = (value.double() for value in inputs)
+    x, t, text = tree_map(torch.Tensor.double, inputs)
     dx, dt, r, dr = torch.randn_like(x), torch.ones_like(t), t / 2, torch.full_like(t, 0.5)
 
     def answer(engine):
@@ -99,7 +101,7 @@ def test_smoothed_tangent_is_that_of_a_network_with_averaged_waves(inputs, monke
     """Values and gradients stay; each engine's tangent is the derivative along sinusoids averaged over nearby times."""
     h = 0.004
     exact, smooth = filled().double(), filled(tangent_smoothing=h).double()
-    x, t, text = (value.double() for value in inputs)
+    x, t, text = tree_map(torch.Tensor.double, inputs)
     dx, dt = torch.randn_like(x), torch.ones_like(t)
 
     def answer(network, engine):
@@ -167,9 +169,9 @@ def test_bfloat16_tangent(inputs):
 def test_zeros_behind_a_prompt_change_nothing_and_a_longer_one_is_refused(inputs):
     x, t, text = inputs
     network = filled()
-    assert torch.equal(network(x, t, text), network(x, t, functional.pad(text, (0, 0, 0, 3))))
+    assert torch.equal(network(x, t, text), network(x, t, Tokens(functional.pad(text.tokens, (0, 0, 0, 3)))))
     with pytest.raises(ConfigError, match=r"up to 9, 12\]"):
-        network(x, t, functional.pad(text, (0, 0, 0, 5)))
+        network(x, t, Tokens(functional.pad(text.tokens, (0, 0, 0, 5))))
 
 
 @pytest.mark.parametrize("length", [2, 7])
@@ -177,11 +179,11 @@ def test_guidance_with_a_negative_prompt_of_another_length(inputs, length, monke
     x, t, text = inputs
     network = filled()
     negative = torch.randn(length, 12)
-    network.set_null_context(negative)
+    network.conditioning.use_null(Tokens(negative))
     from flowanchor.sampling import guidance
 
     with torch.no_grad():
-        conditional, unconditional = network(x, t, text), network(x, t, negative.expand(3, -1, -1))
+        conditional, unconditional = network(x, t, text), network(x, t, Tokens(negative.expand(3, -1, -1)))
         wanted = unconditional + 2.5 * (conditional - unconditional)
         field = Guidance(2.5, 0.0, 2.0)
         torch.testing.assert_close(field.velocity(network, x, Question(t), text, t), wanted)
@@ -192,10 +194,11 @@ def test_guidance_with_a_negative_prompt_of_another_length(inputs, length, monke
 def test_dropped_prompts_become_the_negative_one(inputs):
     x, t, text = inputs
     network = filled(condition_dropout=1.0).train()
-    network.set_null_context(torch.randn(7, 12))
+    negative = torch.randn(7, 12)
+    network.conditioning.use_null(Tokens(negative))
     with torch.no_grad():
-        torch.testing.assert_close(network(x, t, text), network.predict(x, t, network.null_context.expand(3, -1, -1)))
-        network.condition_dropout = 0.0
+        torch.testing.assert_close(network(x, t, text), network.predict(x, t, Tokens(negative.expand(3, -1, -1))))
+        network.conditioning.dropout = 0.0
         assert torch.equal(network(x, t, text), network.predict(x, t, text))
 
 

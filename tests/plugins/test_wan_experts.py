@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from flowanchor.checkpoints import initialise_student
 from flowanchor.errors import ConfigError
@@ -27,6 +28,7 @@ from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.plugins.teachers.experts import ExpertsVelocity
 from flowanchor.sampling import ConsistencySampler
 from flowanchor.sampling.guidance import Guidance
+from flowanchor.text.base import Tokens
 
 SMALL = {
     "in_channels": 4, "height": 8, "width": 6, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64,
@@ -47,7 +49,7 @@ def pair():
 @pytest.fixture
 def inputs():
     torch.manual_seed(1)
-    return torch.randn(3, 4, 1, 8, 6), torch.randn(3, 5, 12)
+    return torch.randn(3, 4, 1, 8, 6), Tokens(torch.randn(3, 5, 12))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_batch_with_times_of_both_is_refused(pair, inputs):
 @pytest.mark.parametrize("t, asked, idle", [([0.01, 0.05, 0.1], "high.", "low."), ([0.3, 0.6, 0.9], "low.", "high.")])
 def test_engines_agree_and_the_other_expert_gets_no_gradient(pair, inputs, t, asked, idle):
     network = pair.double()
-    x, text = (value.double() for value in inputs)
+    x, text = tree_map(torch.Tensor.double, inputs)
     t = torch.tensor(t, dtype=torch.float64)
     found = []
     for engine in (Full(), Chain(), Chain(False)):
@@ -141,7 +143,8 @@ class TestTeacher:
             stock.save_pretrained(tmp_path / name)
         field = ExpertsVelocity(str(tmp_path / "transformer"), str(tmp_path / "transformer_2"))
         for expert in (field.high, field.low):
-            expert.network.set_null_context(torch.randn(2, 12, generator=torch.Generator().manual_seed(7)))
+            negative = torch.randn(2, 12, generator=torch.Generator().manual_seed(7))
+            expert.network.conditioning.use_null(Tokens(negative))
         return field
 
     def wanted(self, teacher, x, text):
@@ -149,7 +152,9 @@ class TestTeacher:
         for i, t in enumerate(self.T):
             expert, scale = (teacher.high, 4.0) if 1 - t >= 0.875 else (teacher.low, 3.0)
             told = Question(t[None])
-            rows.append(Guidance(scale).velocity(expert.network, x[i : i + 1], told, text[i : i + 1], t[None]))
+            rows.append(
+                Guidance(scale).velocity(expert.network, x[i : i + 1], told, Tokens(text.tokens[i : i + 1]), t[None])
+            )
         return torch.cat(rows)
 
     @pytest.mark.parametrize("sharded", [False, True])

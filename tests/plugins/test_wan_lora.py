@@ -19,6 +19,7 @@ from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lora import ADAPTER, is_adapter, merged
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.programs.convert import main as convert
+from flowanchor.text.base import Tokens
 
 SMALL = {
     "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
@@ -61,7 +62,7 @@ def inputs():
     return (
         x,
         torch.tensor([0.2, 0.7]).double(),
-        torch.randn(2, 4, 12).double(),
+        Tokens(torch.randn(2, 4, 12).double()),
         torch.randn_like(x),
         torch.ones(2).double(),
     )
@@ -118,8 +119,12 @@ def test_the_stock_network_has_the_adapters_merged(adapted, inputs):
     x, t, text, *_ = inputs
     stock = adapted.float().transformer()
     with torch.no_grad():
-        theirs = -stock(x.float(), 1000 * (1 - t.float()), torch.nn.functional.pad(text, (0, 0, 0, 2)).float()).sample
-        torch.testing.assert_close(adapted(x.float(), t.float(), text.float()), theirs, rtol=1e-4, atol=1e-5)
+        theirs = -stock(
+            x.float(), 1000 * (1 - t.float()), torch.nn.functional.pad(text.tokens, (0, 0, 0, 2)).float()
+        ).sample
+        torch.testing.assert_close(
+            adapted(x.float(), t.float(), Tokens(text.tokens.float())), theirs, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_a_run_saves_adapters_alone_and_goes_on(training, base, tmp_path):
         torch.testing.assert_close(rest["weights"][name], value, rtol=1e-5, atol=1e-6, msg=name)
     model = load_model(tmp_path / "half.ckpt", ema="none")
     start = load_model(base).backbone
-    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), torch.randn(2, 4, 12)
+    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), Tokens(torch.randn(2, 4, 12))
     with torch.no_grad():
         assert (model.backbone(x, t, text) - start(x, t, text)).abs().max() > 1e-5, "it was trained"
         for name, p in start.state_dict().items():
@@ -201,6 +206,6 @@ def test_what_is_published_needs_no_base(adapters, tmp_path, monkeypatch, words)
     (tmp_path / "base.safetensors").rename(tmp_path / "gone.safetensors")
     found = load_model(words[-1].removeprefix("output=") if "one" in words[-1] else "hub")
     assert not found.sources
-    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), torch.randn(2, 4, 12)
+    x, t, text = torch.randn(2, 1, 1, 8, 8), torch.rand(2), Tokens(torch.randn(2, 4, 12))
     with torch.no_grad():
         assert torch.equal(found.backbone(x, t, text), before(x, t, text))

@@ -206,7 +206,7 @@ def test_releases_of_sit_and_dit(convert, name):
     convert("checkpoint=release.pt", "output=a.safetensors", f"backbone={name}")
     model = load_model("a.safetensors")
     assert isinstance(model.backbone, getattr(module, network)) and model.kind == "flow"
-    assert model.backbone.num_classes == 1000 and model.backbone.has_null_class
+    assert model.backbone.conditioning.classes == 1000 and model.backbone.conditioning.has_null
     assert type(model.interval).__name__ == "PlainInterval"
     assert model.config["sampler"]["_target_"].endswith("FlowSampler")
     assert model.config["codec"]["statistics"]["multiplier"] == 0.18215

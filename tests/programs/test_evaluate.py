@@ -15,13 +15,12 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from flowanchor.checkpoints import load_model
-from flowanchor.codecs.identity import Identity
 from flowanchor.data.images import ArrayImages
 from flowanchor.errors import ConfigError
+from flowanchor.generation.generator import Generator
 from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.programs.evaluate import evaluate
 from flowanchor.programs.launch import prepare
-from flowanchor.sampling import build_sampler, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("tiny_checkpoint", Path(__file__).with_name("tiny_checkpoint.py"))
@@ -82,9 +81,10 @@ def test_every_line_says_what_it_is(report, run):
 def test_scores_are_those_of_the_images(report, place, config, run, nfe):
     """Generated here in one piece, with another batch size, and scored from memory."""
     cfg, model = config(), load_model(run)
-    sampler = build_sampler(cfg.sampler, model).with_nfe(nfe)
+    generator = Generator.of(model, cfg.sampler)
+    generator.sampler = generator.sampler.with_nfe(nfe)
     labels = torch.arange(600) % 10
-    images = torch.cat(list(generate(model.backbone, model.interval, sampler, Identity(), labels, 0, 200)))
+    images = torch.cat(list(generator.draw(model.backbone.conditioning.request(600, classes=labels), 0, 200)))
     with np.load(place / "out" / "samples" / f"nfe{nfe}.npz") as saved:
         assert np.abs(saved["images"].astype(int) - images.numpy().astype(int)).max() <= 1
         assert saved["labels"].tolist() == labels.tolist()

@@ -13,6 +13,7 @@ from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.sampling.precision import asking, state_dtype
+from flowanchor.text.base import Tokens
 
 WAN = {
     "preset": "nano", "in_channels": 4, "height": 8, "width": 8, "text_dim": 12, "num_layers": 2,
@@ -75,10 +76,9 @@ def test_it_draws_nearly_the_same(checkpoint):
     path, _ = checkpoint
     exact, low = flowanchor.load(path), flowanchor.load(path, dtype=torch.bfloat16)
     assert low.backbone.state_dict().keys() == exact.backbone.state_dict().keys()
-    text = hasattr(exact.backbone, "text_dim")
-    cond = torch.randn(6, 5, 12) if text else torch.arange(6)
+    cond = torch.arange(6) if exact.backbone.conditioning.classes else Tokens(torch.randn(6, 5, 12))
     noise = torch.randn(6, *exact.backbone.sample_shape)
-    from flowanchor.sampling import build_sampler
+    from flowanchor.generation.samplers import build_sampler
 
     drawn = []
     for model in (exact, low):

@@ -11,14 +11,15 @@ from torch import nn
 
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
+from flowanchor.generation.generator import Generator
+from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
-from flowanchor.sampling import ConsistencySampler, FlowSampler, generate
+from flowanchor.sampling import ConsistencySampler, FlowSampler
 from flowanchor.sampling.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS
-from flowanchor.sampling.generate import check_sampler
 from flowanchor.sampling.noise import sample_noise
 
 
@@ -108,13 +109,11 @@ class Counter(nn.Module):
         self.network, self.calls = network, 0
         self.sample_shape = network.sample_shape
         self.takes_end_time = network.takes_end_time
+        self.conditioning = network.conditioning
 
     def predict(self, *args):
         self.calls += 1
         return self.network.predict(*args)
-
-    def null_condition(self, cond):
-        return self.network.null_condition(cond)
 
 
 def transformer(**settings):
@@ -180,13 +179,12 @@ def test_second_time_reaches_the_network():
 
 @pytest.mark.parametrize("sampler", [ConsistencySampler(2), FlowSampler(4, guidance_scale=1.5)], ids=lambda s: s.label)
 def test_same_seed_same_images_whatever_the_batch_size(sampler):
-    network, labels = transformer(hidden_size=64, num_heads=4), torch.arange(37) % 3
+    network = transformer(hidden_size=64, num_heads=4)
 
     def draw(batch_size, start=0, count=37):
-        chunks = generate(
-            network, ExpandedInterval(), sampler, Identity(), labels[start : start + count], 5, batch_size, start=start
-        )
-        return torch.cat(list(chunks)).numpy()
+        generator = Generator(network, ExpandedInterval(), sampler, Identity())
+        request = network.conditioning.request(37).part(start, start + count)
+        return torch.cat(list(generator.draw(request, 5, batch_size, first=start))).numpy()
 
     whole = draw(37)
     assert whole.shape == (37, 4, 4, 1) and whole.dtype == np.uint8 and whole.std() > 1

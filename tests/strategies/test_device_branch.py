@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.interfaces import Backbone, Batch
@@ -31,6 +32,7 @@ from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies import ChainJVPStrategy, chain_jvp
 from flowanchor.strategies.chain_jvp import average_plain_gradients
 from flowanchor.strategies.sharding import shard_backbone
+from flowanchor.text.base import Tokens
 
 from .pretended import as_on_a_gpu, cuda_without_a_card
 
@@ -84,13 +86,17 @@ def step(student: Backbone, teacher: Backbone, engine: Any, device: str = "cpu",
     """A loss of FACM with a guided teacher."""
     draw = torch.Generator().manual_seed(1)
     x1, noise = torch.randn(2, 2, *student.sample_shape, generator=draw).to(device)
-    text = student.num_classes == 0
-    cond = torch.randn(2, 6, 12, generator=draw) if text else torch.randint(0, 5, (2,), generator=draw)
+    if student.conditioning.classes:
+        cond = torch.randint(0, 5, (2,), generator=draw)
+    else:
+        cond = Tokens(torch.randn(2, 6, 12, generator=draw))
     t = torch.tensor([0.2, 0.7]).to(device)
     objective = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor(), ConsistencyShortcut())
     velocity = CheckpointVelocity.of_network(teacher, Guidance(1.75, 0.125, 1.0))
     with torch.autocast(device, torch.bfloat16, enabled=low):
-        return objective(student, Batch(x1, cond.to(device)), velocity, engine, noise, t).loss
+        return objective(
+            student, Batch(x1, tree_map(lambda part: part.to(device), cond)), velocity, engine, noise, t
+        ).loss
 
 
 @pytest.fixture

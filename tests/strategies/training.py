@@ -49,6 +49,7 @@ from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.programs.launch import prepare
 from flowanchor.strategies import ChainJVPStrategy
 from flowanchor.strategies.sharding import shard_backbone
+from flowanchor.text.base import Tokens
 
 NETWORK = {
     "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 24, "depth": 3, "num_heads": 2,
@@ -141,7 +142,7 @@ class Captions(DigitsDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         text = torch.randn(10, 5, WAN["text_dim"], generator=torch.Generator().manual_seed(1))
-        return Batch(batch.x1[:, :, None], text[batch.cond])
+        return Batch(batch.x1[:, :, None], Tokens(text[batch.cond]))
 
 
 def network(deferred: bool = False, wan: str = "", lora: dict[str, Any] | None = None, **settings: Any) -> Any:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.text.base import pad_embeddings
 from flowanchor.text.minilm import MiniLM
 from flowanchor.text.umt5 import UMT5
 
@@ -55,7 +54,7 @@ def test_umt5_is_the_pipelines_own_encoding(pipeline):
     for prompt in PROMPTS:
         with torch.no_grad():
             theirs = WanPipeline._get_t5_prompt_embeds(Parts(), [prompt], max_sequence_length=16)
-        ours = torch.nn.functional.pad(pad_embeddings(encoder.encode([prompt])), (0, 0, 0, 16))[:, :16]
+        ours = torch.nn.functional.pad(encoder.encode([prompt])[0].tokens[None], (0, 0, 0, 16))[:, :16]
         assert torch.equal(ours, theirs), prompt
 
 
@@ -63,13 +62,14 @@ def test_an_embedding_does_not_depend_on_the_other_prompts(pipeline):
     for encoder in (UMT5(str(pipeline), max_length=16, dtype="float32"), MiniLM()):
         together = encoder.encode(PROMPTS)
         for prompt, embedding in zip(PROMPTS, together, strict=True):
-            assert torch.equal(encoder.encode([prompt])[0], embedding)
+            assert torch.equal(encoder.encode([prompt])[0].tokens, embedding.tokens)
 
 
 def test_the_folder_of_the_encoder_alone_finds_its_tokenizer(pipeline):
     encoder = UMT5(str(pipeline / "text_encoder"), dtype="float32", max_length=16)
     assert torch.equal(
-        encoder.encode(["a fox"])[0], UMT5(str(pipeline), dtype="float32", max_length=16).encode(["a fox"])[0]
+        encoder.encode(["a fox"])[0].tokens,
+        UMT5(str(pipeline), dtype="float32", max_length=16).encode(["a fox"])[0].tokens,
     )
     assert encoder.fingerprint() == UMT5(str(pipeline), dtype="float32", max_length=16).fingerprint()
     assert encoder.fingerprint() != UMT5(str(pipeline), dtype="float32", max_length=8).fingerprint()
@@ -78,8 +78,8 @@ def test_the_folder_of_the_encoder_alone_finds_its_tokenizer(pipeline):
 def test_a_long_prompt_is_cut_and_the_cut_is_shown(pipeline):
     encoder = UMT5(str(pipeline), max_length=4, dtype="float32")
     with pytest.warns(UserWarning, match="6 tokens and 4 are read; cut off: 'seven red'"):
-        found = encoder.encode(["a handwritten the seven red"])[0]
-    assert torch.equal(found, encoder.encode(["a handwritten the"])[0]) and found.shape == (4, 24)
+        found = encoder.encode(["a handwritten the seven red"])[0].tokens
+    assert torch.equal(found, encoder.encode(["a handwritten the"])[0].tokens) and found.shape == (4, 24)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode(["a handwritten the"])
@@ -95,14 +95,9 @@ def test_minilm_is_transformers_bert():
     tokens = AutoTokenizer.from_pretrained(folder)("a handwritten seven", return_tensors="pt")
     with torch.no_grad():
         theirs = AutoModel.from_pretrained(folder)(**tokens).last_hidden_state[0]
-    ours = MiniLM().encode(["a handwritten seven"])[0]
+    ours = MiniLM().encode(["a handwritten seven"])[0].tokens
     torch.testing.assert_close(ours, theirs)
     assert MiniLM().width == 384
-
-
-def test_padding():
-    padded = pad_embeddings([torch.ones(2, 3), torch.ones(4, 3)])
-    assert padded.shape == (2, 4, 3) and padded[0, 2:].abs().sum() == 0 and padded.sum() == 18
 
 
 def test_bad_folders(pipeline, tmp_path):

@@ -11,16 +11,19 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.codecs.identity import Identity
+from flowanchor.conditioning import Conditioning, Text
+from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
+from flowanchor.generation.generator import Generator
 from flowanchor.interfaces import Codec, Sampler
 from flowanchor.reporting.grids import join, labelled_grid, save_picture
+from flowanchor.request import Request, Texts
 
 
 class SampleGrid(pl.Callback):
@@ -100,9 +103,8 @@ class SampleGrid(pl.Callback):
         # A sharded network needs all of its ranks to run; any other draws on the first one alone.
         if not (_sharded(pl_module.student) or trainer.is_global_zero):
             return
-        labels = self._labels(trainer, pl_module)
-        names = None if labels is None else self._names(trainer, labels)
-        images = self.images(trainer, pl_module, labels)
+        request, names = self._request(trainer, pl_module)
+        images = self.images(trainer, pl_module, request)
         if not trainer.is_global_zero:
             return
         titles = [f"{nfe} step{'s' if nfe > 1 else ''}" for nfe in images]
@@ -116,16 +118,14 @@ class SampleGrid(pl.Callback):
                 logger.log_image("samples", [picture], step=step)
 
     def images(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, labels: Tensor | None
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: Request
     ) -> dict[int, np.ndarray[Any, Any]]:
         """NFE -> uint8 [N, H, W, C]. Leaves weights, mode and random state as it found them."""
-        from flowanchor.sampling import generate
-
         student: Any = pl_module.student
+        interval: Any = pl_module.objective.interval  # type: ignore[union-attr]
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         device = pl_module.device
         training = student.training
-        count = None if labels is not None else self.max_classes * self.per_class
         self.codec.to(device)
         drawn = {}
         # Sharded in mixed precision, the parameters are gathered in bfloat16 and need activations to match.
@@ -135,33 +135,29 @@ class SampleGrid(pl.Callback):
             try:
                 with ema.swapped(pl_module) if ema is not None else nullcontext(), precision():
                     for nfe, sampler in self.samplers.items():
-                        chunks = generate(
-                            student, pl_module.objective.interval, sampler, self.codec, labels, seed=self.seed,  # type: ignore[union-attr,arg-type]
-                            batch_size=self.batch_size, device=device, num_samples=count,
-                        )  # fmt: skip
-                        drawn[nfe] = torch.cat(list(chunks)).numpy()
+                        generator = Generator(student, interval, sampler, self.codec, strict=False)
+                        drawn[nfe] = torch.cat(list(generator.draw(request, self.seed, self.batch_size))).numpy()
             finally:
                 student.train(training)
                 self.codec.to("cpu")  # a large one leaves the device to the training
         return drawn
 
-    def _labels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        prompts = getattr(data_of(trainer), "fixed_prompts", None)
-        if prompts is not None:  # texts of the data, the same ones every time
-            found: Tensor = prompts(self.max_classes)[1]
-            return found.repeat_interleave(self.per_class, dim=0)
-        classes = int(pl_module.student.num_classes)  # type: ignore[union-attr,arg-type]
-        if classes == 0:
-            return None
-        rows = min(classes, self.max_classes)
-        return (torch.arange(rows) * classes // rows).repeat_interleave(self.per_class)
-
-    def _names(self, trainer: pl.Trainer, labels: Tensor) -> list[str]:
-        prompts = getattr(data_of(trainer), "fixed_prompts", None)
-        if prompts is not None:
-            return list(prompts(self.max_classes)[0])
-        known = getattr(data_of(trainer), "class_names", None) or ()
-        return [str(known[i]) if i < len(known) else str(i) for i in labels[:: self.per_class].tolist()]
+    def _request(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Request, list[str]]:
+        """What is drawn, the same every time, and the names of the rows."""
+        data, rows, columns = data_of(trainer), self.max_classes, range(self.per_class)
+        ours = isinstance(data, FlowDataModule)
+        conditioning: Conditioning = pl_module.student.conditioning  # type: ignore[union-attr,assignment]
+        if isinstance(conditioning, Text) and ours:
+            known = data.fixed_prompts(rows)
+            prompts = [prompt for prompt in known for _ in columns]
+            return Texts(conditioning, len(prompts), prompts, known=known), list(known)
+        if not conditioning.classes:
+            return conditioning.request(rows * self.per_class), []
+        rows = min(conditioning.classes, rows)
+        shown = [row * conditioning.classes // rows for row in range(rows)]
+        names = data.class_names if ours else ()
+        request = conditioning.request(rows * self.per_class, [label for label in shown for _ in columns])
+        return request, [names[label] if label < len(names) else str(label) for label in shown]
 
 
 def _sharded(network: Any) -> bool:

@@ -172,7 +172,7 @@ class CaptionEncoder:
         if not latents:
             raise DataError(f"No image for {file.file} could be read (the first: {unreadable[0]}): check data.root.")
         captions = [self.source.captions[row] for row in rows]
-        embeddings = [[text.to(DTYPES[self.dtype]) for text in self.text.encode(texts)] for texts in captions]
+        embeddings = [[text.tokens.to(DTYPES[self.dtype]) for text in self.text.encode(texts)] for texts in captions]
         names = [self.source.names[row] for row in rows]
         shard = write_file(self.out / file.file, torch.cat(latents), embeddings, names, captions)
         finished = FinishedShard(shard, tuple(unreadable), {}, self._stamp(file))
@@ -205,7 +205,7 @@ class CaptionEncoder:
             return None
         unreadable = [*self.unreadable, *(name for shard in finished for name in shard.unreadable)]
         self._check(unreadable)
-        embeddings = self.text.encode([negative])[0]
+        embeddings = self.text.encode([negative])[0].tokens
         with disk_space(self.out / NEGATIVE):
             write_tensors(self.out / NEGATIVE, {"text": embeddings.contiguous()})
         from flowanchor.captions.files import CaptionFile

@@ -58,6 +58,11 @@ class LoadedModel:
     step: int
     sources: dict[str, str] = field(default_factory=dict)  # the sha256 of what lies elsewhere: adapters' base
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.backbone.parameters()).device
+
     def record(self) -> dict[str, Any]:
         """Which weights these are, for a record of what was done with them."""
         place = str(Path(self.path).resolve())

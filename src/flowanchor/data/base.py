@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class FlowDataModule(ABC):
         num_classes: 0 where the network gets no labels.
         class_names: one per class.
         mirror: whether mirrored copies are trained on, too.
+        null_condition: what stands for no text, the condition of one sample; None: labels, or nothing.
         random_views: whether what is shown of a sample is drawn anew in every pass (`EpochBatchSampler.views`).
         trainer: who trains on it; None: nobody, as in an evaluation.
     """
@@ -47,6 +49,7 @@ class FlowDataModule(ABC):
     class_names: tuple[str, ...] = ()
     mirror: bool = False
     random_views: bool = False
+    null_condition: Any = None
     trainer: Any = None
 
     def __init__(
@@ -61,6 +64,10 @@ class FlowDataModule(ABC):
         self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
         self.drop_last, self.repeat, self.seed = drop_last, repeat, seed
         self._images: dict[str, ImageSet] = {}
+
+    def fixed_prompts(self, count: int) -> Mapping[str, Any]:
+        """The first different captions, `count` at most, each with its condition; empty for data without text."""
+        return {}
 
     @abstractmethod
     def load(self) -> dict[str, ImageSet]:

@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.captions.files import CaptionFile, CaptionManifest, read_negative
+from flowanchor.conditioning import batch_of
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import no_images
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
-from flowanchor.text.base import pad_embeddings
+from flowanchor.text.base import Tokens
 
 
 class CaptionedDataModule(FlowDataModule):
-    """`Batch(latents [B, C, F, h, w], text [B, L, D])`, every batch of one size, over all processes.
+    """`Batch(latents [B, C, F, h, w], Tokens [B, L, D])`, every batch of one size, over all processes.
 
     In a pass each sample is shown once, with one of its captions, drawn anew each time; of every size the samples that
     do not fill a global batch are left out, others in every pass. Texts are padded with zeros, at least to the length
@@ -73,28 +73,28 @@ class CaptionedDataModule(FlowDataModule):
                     f"data.{name}={getattr(self, name)}, but {self.root}/manifest.json says {theirs}: use "
                     f"data.{name}={theirs}."
                 )
-        self.null_condition: Tensor = read_negative(self.root)
+        self.null_condition = Tokens(read_negative(self.root))
         self._examples: CaptionBatches | None = None
 
-    def fixed_prompts(self, count: int) -> tuple[list[str], Tensor]:
-        """The first different captions of the data, `count` at most, and their embeddings [N, L, D]."""
+    def fixed_prompts(self, count: int) -> dict[str, Tokens]:
+        """The first different captions of the data, `count` at most, with their embeddings [L, D]."""
         examples = self.examples("train")
         assert isinstance(examples, CaptionBatches)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tokens] = {}
         for file in examples.files:
             for row, captions in enumerate(file.texts()):
                 if len(found) == count:
                     break
                 if captions[0] not in found:
-                    found[captions[0]] = file.text(row, 0)
-        return list(found), pad_embeddings(list(found.values()), len(self.null_condition))
+                    found[captions[0]] = Tokens(file.text(row, 0))
+        return found
 
     def load(self) -> dict[str, ImageSet]:
         raise no_images()
 
     def examples(self, split: str) -> Dataset:
         if self._examples is None:
-            self._examples = CaptionBatches(self.root, self.manifest, self.seed, len(self.null_condition))
+            self._examples = CaptionBatches(self.root, self.manifest, self.seed, self.null_condition)
         return self._examples
 
     def _train_order(self) -> EpochBatchSampler:
@@ -116,10 +116,10 @@ class CaptionedDataModule(FlowDataModule):
 class CaptionBatches(Dataset):
     """Samples of all files, under the indices of `EpochBatchSampler(views=True)`."""
 
-    def __init__(self, root: Path, manifest: CaptionManifest, seed: int, shortest: int) -> None:
+    def __init__(self, root: Path, manifest: CaptionManifest, seed: int, null: Tokens) -> None:
         self.files = [CaptionFile(root / shard.file, shard.count) for shard in manifest.shards]
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in manifest.shards])])
-        self.seed, self.shortest = seed, shortest
+        self.seed, self.null = seed, null
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -132,8 +132,8 @@ class CaptionBatches(Dataset):
             file, row = self.files[place], sample - int(self.starts[place])
             latents.append(file.latents([row]))
             caption = np.random.default_rng((self.seed, number_of_pass, sample)).integers(file.captions(row))
-            texts.append(file.text(row, int(caption)))
-        return Batch(torch.cat(latents), pad_embeddings(texts, self.shortest))
+            texts.append(Tokens(file.text(row, int(caption))))
+        return Batch(torch.cat(latents), batch_of(texts, self.null))
 
 
 class GroupedSampler(EpochBatchSampler):

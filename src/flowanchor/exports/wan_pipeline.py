@@ -15,9 +15,9 @@ from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import CheckpointError
 from flowanchor.exports.base_pipeline import INDEX, BasePipeline
 from flowanchor.exports.pipeline_card import pipeline_card
+from flowanchor.generation.samplers import check_sampler
 from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.generate import check_sampler
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -13,29 +13,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowanchor.base.paths import from_here
+from flowanchor.checkpoints import LoadedModel, load_model
+from flowanchor.checkpoints.trusted import build
+from flowanchor.conditioning import Text
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError, FlowAnchorError
+from flowanchor.generation.generator import Generator, sample_shape
+from flowanchor.generation.prompts import read_prompts
+from flowanchor.generation.samplers import sampler_settings
 from flowanchor.interfaces import Codec, Sampler
 from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.metrics.partial_results import PartialResults
 from flowanchor.metrics.presentation import finite_or_none, quality_plot, results_table
-from flowanchor.metrics.protocol import make_labels, parse_nfe
+from flowanchor.metrics.protocol import parse_nfe
 from flowanchor.metrics.reference import Shape, open_reference
 from flowanchor.metrics.repeats import mean_line, repeated_seed
 from flowanchor.metrics.storage import write_whole
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_dtype
 from flowanchor.programs.commands import evaluate as main
-from flowanchor.programs.conditions import Conditions
-from flowanchor.programs.evaluation import Draw, Evaluation, WatchedCodec, sampler_label
+from flowanchor.programs.evaluation import Draw, Evaluation
 from flowanchor.programs.next_step import command
 from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_program_record
 from flowanchor.reporting.runs import find_runs
-from flowanchor.sampling.generate import sampler_settings
-from flowanchor.sampling.prompts import sample_shape
-
-if TYPE_CHECKING:
-    from flowanchor.checkpoints import LoadedModel
+from flowanchor.request import Request, make_labels
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
@@ -43,31 +44,29 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 
     Of several processes the first one does; the others return None.
     """
-    from flowanchor.checkpoints import load_model
-    from flowanchor.codecs.load import load_codec
-    from flowanchor.sampling import build_sampler
-
     budgets = check_settings(cfg)
     processes = Processes.join(cfg.device)
     console = Console(quiet=not processes.first)
     model = load_model(
         cfg.checkpoint, cfg.ema_profile, processes.device, choose_dtype(cfg.dtype), base_of_adapters(cfg)
     )
-    sampler = build_sampler(cfg.sampler, model)
-    samplers = [sampler if nfe is None else sampler.with_nfe(nfe) for nfe in budgets]
-    codec = load_codec(model, cfg.get("codec")).to(processes.device)
-    conditions = Conditions(cfg, model, processes.device)
-    shape = sample_shape(model.backbone, cfg.size, codec.downsampling)
+    listed = None if cfg.prompts is None else read_prompts(cfg.prompts)
+    requests = [
+        model.backbone.conditioning.request(
+            cfg.num_samples, None, listed, cfg.negative, cfg.protocol, repeated_seed(cfg.seed, repeat)
+        )
+        for repeat in range(cfg.repeats)
+    ]
+    generator = Generator.of(model, cfg.sampler, cfg.get("codec"), cfg.get("text_encoder"))
+    samplers = [generator.sampler if nfe is None else generator.sampler.with_nfe(nfe) for nfe in budgets]
     with processes.first_alone():
-        evaluator = build_evaluator(cfg, model, codec, processes.device)
-    if evaluator.metric.reads_prompts and conditions.prompts is None:
+        evaluator = build_evaluator(cfg, model, generator.codec, processes.device)
+    if evaluator.metric.reads_prompts and listed is None:
         raise ConfigError("metric=t2i compares images with prompts, and this network reads none: use metric=inception.")
     floor_n = evaluator.floor_size(cfg.num_samples)
-    key = identity(cfg, model, codec, evaluator, conditions) if processes.first else None
+    key = identity(cfg, model, generator, evaluator, requests[0]) if processes.first else None
     store = PartialResults(folder, processes.agree(key))
-    run = Evaluation(
-        cfg, model, WatchedCodec(codec), evaluator, processes, store, folder, console, floor_n, conditions, shape
-    )
+    run = Evaluation(cfg, model, generator, requests, evaluator, processes, store, folder, console, floor_n)
     if cfg.num_samples < evaluator.metric.biased_below:
         console.print(
             f"{evaluator.label} of {cfg.num_samples:,} samples is biased upwards: compare it with the same number "
@@ -128,13 +127,14 @@ def measure_all(run: Evaluation, samplers: list[Sampler], console: Console) -> l
     with _progress(console) as progress:
         for sampler in samplers:
             lines = []
-            for draw in draws(run.cfg, sampler, run.conditions.labels is not None, run.model):
+            for repeat, request in enumerate(run.requests):
+                draw = Draw(sampler, repeated_seed(run.cfg.seed, repeat), repeat, request)
                 line = processes.agree(run.finished(draw) if processes.first else None)
                 if line is not None:
                     console.print(f"{draw.name}: measured by an earlier run (restart=true measures again)")
                 else:
                     which = f", set {draw.repeat + 1} of {run.cfg.repeats}" if run.cfg.repeats > 1 else ""
-                    name = f"{sampler_label(sampler)}, NFE {sampler.nfe}{which}{whose}"
+                    name = f"{sampler.label}, NFE {sampler.nfe}{which}{whose}"
                     task = progress.add_task(name, total=None)
 
                     def show(done: int, total: int, task: Any = task) -> None:
@@ -147,16 +147,6 @@ def measure_all(run: Evaluation, samplers: list[Sampler], console: Console) -> l
             if lines:
                 results.append(mean_line(lines))
     return results
-
-
-def draws(cfg: DictConfig, sampler: Sampler, labelled: bool, model: LoadedModel) -> list[Draw]:
-    """The independent sets of one line: `repeats` of them, the first with the seed itself."""
-    found = []
-    for repeat in range(cfg.repeats):
-        seed = repeated_seed(cfg.seed, repeat)
-        labels = make_labels(cfg.protocol, cfg.num_samples, model.backbone.num_classes, seed) if labelled else None
-        found.append(Draw(sampler, seed, repeat, labels))
-    return found
 
 
 def check_settings(cfg: DictConfig) -> list[int | None]:
@@ -181,7 +171,7 @@ def build_evaluator(cfg: DictConfig, model: LoadedModel, codec: Codec, device: s
     """The metric with its reference: the one that is named (no data is looked for then), or the data's train split."""
     shape = image_shape(model, codec, cfg.size)
     if cfg.reference is None:
-        if hasattr(model.backbone, "text_dim"):
+        if isinstance(model.backbone.conditioning, Text):
             raise ConfigError(
                 "A network of text has no images of its own to be compared with: add reference=FOLDER of images "
                 "(metric=t2i, metric=inception, or metric=random to try the program)."
@@ -206,10 +196,13 @@ def image_shape(model: LoadedModel, codec: Codec, size: str | None = None) -> Sh
 
 
 def identity(
-    cfg: DictConfig, model: LoadedModel, codec: Codec, evaluator: Evaluator, conditions: Conditions
+    cfg: DictConfig, model: LoadedModel, generator: Generator, evaluator: Evaluator, request: Request
 ) -> dict[str, Any]:
     """Everything that a line of the report depends on, but its sampler's number of evaluations."""
     named = ("num_samples", "protocol", "seed", "batch_size", "save_samples")
+    prompts = request.identity()
+    if prompts is not None and generator.encoder is not None:
+        prompts.append(generator.encoder.fingerprint())
     return {
         **{name: cfg[name] for name in named},
         "metric": OmegaConf.to_container(cfg.metric, resolve=True),
@@ -217,10 +210,10 @@ def identity(
         "checkpoint": model.digest,
         **({"sources": model.sources} if model.sources else {}),
         "ema": model.ema,
-        "codec": [codec.fingerprint(), OmegaConf.to_container(cfg.codec) if cfg.get("codec") else None],
+        "codec": [generator.codec.fingerprint(), OmegaConf.to_container(cfg.codec) if cfg.get("codec") else None],
         "extractor": evaluator.extractor_digest,
         "reference": evaluator.source.digest,
-        "prompts": conditions.identity(),
+        "prompts": prompts,
         "size": cfg.size,
         "dtype": cfg.dtype,
     }
@@ -228,8 +221,6 @@ def identity(
 
 def load_data(cfg: DictConfig, model: LoadedModel, drawn: Shape) -> FlowDataModule:
     """The data of the training run, unless the command line names another; `data_overrides` change single settings."""
-    from flowanchor.checkpoints.trusted import build
-
     chosen = cfg.get("data")
     named = model.config.get("data") or {} if chosen is None else OmegaConf.to_container(chosen, resolve=True)
     settings: dict[str, Any] = dict(named)  # type: ignore[arg-type]

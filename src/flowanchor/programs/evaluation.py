@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from flowanchor.checkpoints import LoadedModel
 from flowanchor.errors import DataError
-from flowanchor.interfaces import Codec, Sampler
+from flowanchor.generation.generator import Generator
+from flowanchor.generation.sample_file import SampleFile
+from flowanchor.generation.samplers import sampler_settings
+from flowanchor.interfaces import Sampler
 from flowanchor.metrics.collected import Collected, Range, Wanted, remaining, share
 from flowanchor.metrics.evaluator import Evaluator, Scores
 from flowanchor.metrics.partial_results import PartialResults, merge
-from flowanchor.metrics.sample_file import SampleFile
-from flowanchor.programs.conditions import Conditions
 from flowanchor.programs.processes import Processes
-from flowanchor.sampling.generate import sampler_settings
-
-if TYPE_CHECKING:
-    from flowanchor.checkpoints import LoadedModel
-
-
-class WatchedCodec(Codec):
-    """A codec that notes the first image of the last batch that is not finite; `None`: all are."""
-
-    def __init__(self, codec: Codec) -> None:
-        super().__init__()
-        self.codec = codec
-        self.broken: int | None = None
-
-    def decode(self, latents: Tensor) -> Tensor:
-        images = self.codec.decode(latents)
-        finite = images.isfinite().flatten(1).all(1)
-        self.broken = None if bool(finite.all()) else int((~finite).nonzero()[0])
-        return images
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.codec.encode(images)
+from flowanchor.request import Request
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A set of samples: by which sampler, from which noise and labels."""
+    """A set of samples: by which sampler, from which noise, of what."""
 
     sampler: Sampler
     seed: int
-    repeat: int = 0
-    labels: Tensor | None = None
+    repeat: int
+    request: Request
 
     @property
     def name(self) -> str:
@@ -65,15 +47,14 @@ class Evaluation:
 
     cfg: DictConfig
     model: LoadedModel
-    codec: WatchedCodec
+    generator: Generator
+    requests: list[Request]  # one for each independent set
     evaluator: Evaluator
     processes: Processes
     store: PartialResults
     folder: Path
     console: Console
     floor_n: int | None
-    conditions: Conditions
-    shape: tuple[int, ...]  # of one sample in the network's space
     floor: Scores | None = None  # known to the first process
 
     def __post_init__(self) -> None:
@@ -109,7 +90,7 @@ class Evaluation:
             for chunk, first in self._chunks(draw, (start, stop), mine):
                 if file is not None:
                     file.write(first, chunk)
-                texts = self.conditions.texts(first, first + len(chunk))
+                texts = draw.request.texts(first, first + len(chunk))
                 mine.add(first, self.evaluator.look(chunk.permute(0, 3, 1, 2), texts))
                 on_images(mine.n, total)
                 if mine.n - saved >= cfg.save_every:
@@ -132,9 +113,9 @@ class Evaluation:
             )
         scores = self.evaluator.score_collected(found)
         line = {
-            "sampler": sampler_label(sampler),
+            "sampler": sampler.label,
             "nfe": sampler.nfe,
-            "network_calls": getattr(sampler, "network_calls", sampler.nfe),
+            "network_calls": sampler.network_calls,
             **scores.as_dict(),
             "fd_at_floor_n": None if self.floor_n is None else self.evaluator.frechet_of_prefix(found),
             "floor": None if self.floor is None else self.floor.fd,
@@ -176,37 +157,33 @@ class Evaluation:
             "sampler": sampler_settings(cfg.sampler, model),
             "num_samples": cfg.num_samples,
             "protocol": cfg.protocol,
-            "prompts": self.conditions.settings(),
+            "prompts": self._prompts(),
             "dtype": cfg.dtype or "float32",
             "seed": cfg.seed,
             "repeats": cfg.repeats,
             "batch_size": cfg.batch_size,
         }
 
-    def _chunks(self, draw: Draw, part: Range, timed: Collected) -> Any:
-        """Images of a range, uint8 [b, H, W, C], each chunk with its first index; raises `DataError` for a NaN."""
-        from flowanchor.sampling import generate
+    def _prompts(self) -> dict[str, Any] | None:
+        request = self.requests[0]
+        listed = request.names()
+        if not listed:
+            return None
+        content = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+        used = min(len(listed), request.n)
+        return {"file": str(Path(self.cfg.prompts)), "n": used, "hash": content[:12], "negative": self.cfg.negative}
 
-        (start, stop), cfg, model = part, self.cfg, self.model
-        conditions = self.conditions.labelled(draw.labels)
-        for first in range(start, stop, cfg.batch_size):
-            last = min(first + cfg.batch_size, stop)
+    def _chunks(self, draw: Draw, part: Range, timed: Collected) -> Iterator[tuple[Tensor, int]]:
+        """Images of a range, uint8 [b, H, W, C], each chunk with its first index; raises `DataError` for a NaN."""
+        (first, stop), cfg = part, self.cfg
+        generator = replace(self.generator, sampler=draw.sampler)
+        chunks = generator.draw(draw.request.part(first, stop), draw.seed, cfg.batch_size, cfg.size, first)
+        while first < stop:
             started = perf_counter()
-            chunks = generate(
-                model.backbone, model.interval, draw.sampler, self.codec, conditions.of(first, last), draw.seed,
-                cfg.batch_size, self.processes.device, last - first, first, self.shape,
-            )  # fmt: skip
             chunk = next(chunks)
             timed.seconds += perf_counter() - started
-            if self.codec.broken is not None:
-                index = first + self.codec.broken
-                asked = f"seed {draw.seed}{conditions.named(index)}, NFE {draw.sampler.nfe}"
-                raise DataError(
-                    f"Sample {index} ({asked}) is not finite: "
-                    "the weights have diverged, or the codec overflows; try an earlier checkpoint, or "
-                    "codec.dtype=float32."
-                )
             yield chunk, first
+            first += len(chunk)
 
     def _save(self, name: str, mine: Collected, file: SampleFile | None) -> None:
         if file is not None:
@@ -215,20 +192,14 @@ class Evaluation:
 
     def _sample_path(self, draw: Draw) -> Path:
         repeat = f"-r{draw.repeat}" if draw.repeat else ""
-        return self.folder / "samples" / f"nfe{draw.sampler.nfe or sampler_label(draw.sampler)}{repeat}.npz"
+        return self.folder / "samples" / f"nfe{draw.sampler.nfe or draw.sampler.label}{repeat}.npz"
 
     def _sample_file(self, draw: Draw) -> SampleFile | None:
         if not self.cfg.save_samples:
             return None
-        stored = self.conditions.labelled(draw.labels).stored()
-        return SampleFile(self._sample_path(draw), self.cfg.num_samples, stored)
-
-
-def sampler_label(sampler: Sampler) -> str:
-    """What a table calls it."""
-    return getattr(sampler, "label", type(sampler).__name__)
+        return SampleFile(self._sample_path(draw), self.cfg.num_samples, draw.request.numbers())
 
 
 def line_name(sampler: Sampler) -> str:
     """Names the files of one line of the report."""
-    return f"{sampler_label(sampler)}-nfe{sampler.nfe}"
+    return f"{sampler.label}-nfe{sampler.nfe}"

@@ -23,6 +23,7 @@ from flowanchor.codecs.load import adopt_statistics, check_codec
 from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
+from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone
 from flowanchor.jvp.compatibility import compile_options
 from flowanchor.module import FlowModule
@@ -35,7 +36,6 @@ from flowanchor.programs.resuming import EarlierPart
 from flowanchor.programs.run_identity import RunIdentity
 from flowanchor.programs.score import check_score, measure_score
 from flowanchor.provenance import check_same_run
-from flowanchor.sampling.generate import check_sampler
 from flowanchor.strategies.abilities import abilities
 
 
@@ -149,7 +149,7 @@ def check_samples(cfg: DictConfig, student: Backbone, data: Any) -> None:
             f"The backbone takes samples of {taken} and the data has {given}: leave out backbone.in_channels and "
             "backbone.input_size, which then follow data.channels and data.size."
         )
-    classes = cfg.backbone.get("num_classes", student.num_classes or data.num_classes)  # 0: may ignore labels
+    classes = cfg.backbone.get("num_classes", student.conditioning.classes or data.num_classes)  # 0: may ignore labels
     if classes != data.num_classes:
         raise ConfigError(
             f"The backbone has {classes} classes and the data {data.num_classes}: leave out "

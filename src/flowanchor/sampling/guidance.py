@@ -56,7 +56,7 @@ class Guidance:
                 "training, or sampler.guidance_scale=1 in sampling."
             )
         inside = (t >= self.low) & (t <= self.high)
-        null = network.null_condition(cond)
+        null = network.conditioning.null(cond)
         if is_sharded(network):
             conditional, unconditional = _side_by_side(network, x, told, cond, null)
         else:
@@ -70,7 +70,7 @@ class Guidance:
 
 def _side_by_side(network: Backbone, x: Tensor, told: Question, cond: Any, null: Any) -> tuple[Tensor, Tensor]:
     """The network under two conditions in one call."""
-    both = network.stack_conditions(cond, null)
+    both = network.conditioning.stack(cond, null)
     twice = Question(torch.cat([told.t, told.t]), None if told.r is None else torch.cat([told.r, told.r]))
     first, second = _asked(network, torch.cat([x, x]), twice, both).chunk(2)
     return first, second

@@ -101,8 +101,8 @@ def _awake(network: Backbone) -> Backbone:
 
 
 def _inputs(network: Backbone, cond: Any) -> _Inputs:
-    if cond is None and network.num_classes:
-        cond = torch.arange(BATCH) % network.num_classes
+    if cond is None and network.conditioning.classes:
+        cond = torch.arange(BATCH) % network.conditioning.classes
     x, dx = torch.randn(2, BATCH, *network.sample_shape, dtype=torch.float64)
     t, dt = torch.rand(BATCH, dtype=torch.float64) * 0.8 + 0.1, torch.rand(BATCH, dtype=torch.float64)
     if not network.takes_end_time:

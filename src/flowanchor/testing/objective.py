@@ -120,9 +120,9 @@ def small_student(takes_end_time: bool = False) -> LightningDiT:
 def _random(student: Backbone) -> Batch:
     generator = torch.Generator().manual_seed(1)
     x1 = torch.randn(4, *student.sample_shape, generator=generator)
-    labels = torch.arange(4) % max(student.num_classes, 1)
+    labels = torch.arange(4) % max(student.conditioning.classes, 1)
     device = next(student.parameters()).device
-    return Batch(x1.to(device), labels.to(device) if student.num_classes else None)
+    return Batch(x1.to(device), labels.to(device) if student.conditioning.classes else None)
 
 
 def _outcome(run: Any, parameters: list[torch.nn.Parameter]) -> dict[str, Tensor | None]:

@@ -1,15 +1,22 @@
-"""What a text encoder is, and how a batch is made of embeddings of different lengths."""
+"""What a text encoder is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
+class Tokens(NamedTuple):
+    """The text of an encoder that gives one embedding per token; of a batch, zeros fill up the shorter ones."""
+
+    tokens: Tensor  # [L, D] of one text, [B, L, D] of a batch
+
+
 class TextEncoder(nn.Module, ABC):
-    """A frozen network from prompts to one embedding per token.
+    """A frozen network (or several) from prompts to what a network of text is conditioned on.
 
     Attributes:
         name: as in `text_encoder=<name>`.
@@ -22,21 +29,13 @@ class TextEncoder(nn.Module, ABC):
     max_length: int = 512
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Prompts -> for each its embeddings [L, width], float32 on the CPU, L its own number of tokens (no padding).
+    def encode(self, prompts: Sequence[str]) -> list[Any]:
+        """Prompts -> for each a named tuple of tensors, float32 on the CPU, whose fields the encoder chooses: `Tokens`
+        [L, width], L its own number of tokens (no padding), or several such sequences, masks [L], vectors [D].
 
-        An embedding depends on its prompt alone, not on the others of the call.
+        It depends on its prompt alone, not on the others of the call.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash (hex) of all that decides the embeddings: weights, tokenizer and settings."""
-
-
-def pad_embeddings(embeddings: Sequence[Tensor], shortest: int = 0) -> Tensor:
-    """Embeddings [L_i, D] -> [B, L, D], `L` the longest or `shortest`, zeros behind each: Wan reads them unmasked."""
-    longest = max(shortest, *(embedding.shape[0] for embedding in embeddings))
-    out = embeddings[0].new_zeros(len(embeddings), longest, embeddings[0].shape[1])
-    for row, embedding in zip(out, embeddings, strict=True):
-        row[: embedding.shape[0]] = embedding
-    return out

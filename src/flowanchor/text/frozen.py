@@ -16,7 +16,7 @@ from torch import Tensor
 from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.text.base import TextEncoder
+from flowanchor.text.base import TextEncoder, Tokens
 from flowanchor.weights import check_finite
 
 KEPT = 64  # embeddings of prompts, 8 MB each at most for UMT5
@@ -103,11 +103,11 @@ class FrozenEncoder(TextEncoder):
         return tokenizer
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str]) -> list[Tokens]:
         for prompt in prompts:  # data sets repeat themselves: a few embeddings are kept
             if prompt not in self._known:
                 self._known[prompt] = self._encode(prompt)
-        found = [self._known[prompt] for prompt in prompts]
+        found = [Tokens(self._known[prompt]) for prompt in prompts]
         while len(self._known) > KEPT:
             self._known.pop(next(iter(self._known)))
         return found

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 
@@ -35,8 +36,8 @@ class TinyConv(Backbone):
         if width % 8:
             raise ConfigError(f"backbone.width={width} does not divide into 8 groups: choose a multiple of 8.")
         self.sample_shape = (channels, size, size)
-        self.num_classes = num_classes
-        self.condition_dropout = class_dropout_prob if num_classes else 0.0
+        if num_classes:
+            self.conditioning = Classes(num_classes, null=class_dropout_prob > 0, dropout=class_dropout_prob)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None  # the last one is the null class
@@ -60,15 +61,6 @@ class TinyConv(Backbone):
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """[B, width, H, W] -> velocity [B, C, H, W]; zero before training."""
         return self.out(nn.functional.silu(self.norm(tokens)))
-
-    def null_condition(self, cond: Tensor) -> Tensor:
-        return torch.full_like(cond, self.num_classes) if self.condition_dropout else super().null_condition(cond)
-
-    def drop_condition(self, cond: Tensor | None) -> Tensor | None:
-        if cond is None or not self.condition_dropout:
-            return cond
-        dropped = torch.rand(cond.shape[0], device=cond.device) < self.condition_dropout
-        return torch.where(dropped, self.num_classes, cond)
 
 
 class FilmBlock(nn.Module):

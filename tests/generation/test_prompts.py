@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from flowanchor.checkpoints import load_model
-from flowanchor.checkpoints.generator import Generator
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
+from flowanchor.generation.generator import Generator, sample_shape
+from flowanchor.generation.opened import OpenedModel
+from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling import ConsistencySampler, generate
-from flowanchor.sampling.prompts import encode_prompts, load_text_encoder, sample_shape
+from flowanchor.sampling import ConsistencySampler
 from flowanchor.text.minilm import MiniLM
 
 SMALL = {
@@ -37,24 +38,30 @@ def network():
     return network.eval()
 
 
+def asked(network, prompts, negative=None):
+    return network.conditioning.request(len(prompts), prompts=prompts, negative=negative)
+
+
 def test_prompts_and_the_negative_one(encoder, network):
-    found = encode_prompts(encoder, network, ["a red fox", "seven"], "an ugly picture of something")
-    assert found.shape[0] == 2 and torch.equal(found[1, :3], encoder.encode(["seven"])[0])
-    assert torch.equal(network.null_context, encoder.encode(["an ugly picture of something"])[0])
-    assert found.shape[1] == len(network.null_context), "long enough for guidance"
+    found = asked(network, ["a red fox", "seven"], "an ugly picture of something").cond(0, 2, encoder).tokens
+    assert found.shape[0] == 2 and torch.equal(found[1, :3], encoder.encode(["seven"])[0].tokens)
+    null = network.conditioning.null_text.tokens
+    assert torch.equal(null, encoder.encode(["an ugly picture of something"])[0].tokens)
+    assert found.shape[1] == len(null), "long enough for guidance"
 
 
 def test_a_prompt_that_is_too_long_for_the_network_is_cut(encoder, network):
     prompt = "a handwritten seven " * 5
     with pytest.warns(UserWarning, match="reads 12 tokens of a prompt; the rest of 'a handwritten seven a"):
-        texts = encode_prompts(encoder, network, [prompt, "a two"], None)
-    assert texts.shape == (2, 12, 384) and torch.equal(texts[0], encoder.encode([prompt])[0][:12])
-    assert network(torch.randn(2, 3, 1, 8, 8), torch.tensor([0.1, 0.5]), texts).isfinite().all()
+        found = asked(network, [prompt, "a two"]).cond(0, 2, encoder)
+    assert found.tokens.shape == (2, 12, 384)
+    assert torch.equal(found.tokens[0], encoder.encode([prompt])[0].tokens[:12])
+    assert network(torch.randn(2, 3, 1, 8, 8), torch.tensor([0.1, 0.5]), found).isfinite().all()
 
 
 def test_an_encoder_of_another_width_is_refused(encoder):
     with pytest.raises(ConfigError, match="384 channels and the network reads 12"):
-        encode_prompts(encoder, Wan(**{**SMALL, "text_dim": 12}), ["x"], None)
+        asked(Wan(**{**SMALL, "text_dim": 12}), ["x"]).cond(0, 1, encoder)
 
 
 @pytest.mark.parametrize(
@@ -76,20 +83,29 @@ def test_bad_sizes(network, size, message):
 
 
 def test_images_of_text_and_of_other_sizes(encoder, network):
-    text = encode_prompts(encoder, network, ["one", "two", "three"], None)
-    arguments = (network, ExpandedInterval(), ConsistencySampler(2), Identity())
-    images = torch.cat(list(generate(*arguments, text, 0, 2, num_samples=3, shape=(3, 1, 4, 6))))
+    generator = Generator(network, ExpandedInterval(), ConsistencySampler(2), Identity(), encoder)
+    three = asked(network, ["one", "two", "three"])
+
+    def draw(request, first=0):
+        return torch.cat(list(generator.draw(request, 0, 2, (4, 6), first)))
+
+    images = draw(three)
     assert images.shape == (3, 4, 6, 3) and images.dtype == torch.uint8
-    alone = torch.cat(list(generate(*arguments, text[2:], 0, 2, num_samples=1, start=2, shape=(3, 1, 4, 6))))
+    alone = draw(three.part(2, 3), 2)
     assert (images[2].int() - alone[0].int()).abs().max() <= 1, "an image depends on its own prompt and index"
-    other = torch.cat(list(generate(*arguments, text[:1], 0, 2, num_samples=1, start=2, shape=(3, 1, 4, 6))))
-    assert not torch.equal(images[2], other[0])
+    assert not torch.equal(images[2], draw(three.part(0, 1), 2)[0])
+    encoded = three.encoded(encoder)
+    generator.encoder = None
+    assert (images.int() - draw(encoded).int()).abs().max() <= 1, "the encoder is not needed any more"
+    with pytest.raises(ConfigError, match="text_encoder=NAME"):
+        draw(three)
 
 
-def test_videos_cannot_be_written_as_images(encoder, network):
-    text = encode_prompts(encoder, network, ["one"], None)
+def test_videos_cannot_be_written_as_images(encoder):
+    video = Wan(**SMALL, frames=5).eval()
+    generator = Generator(video, ExpandedInterval(), ConsistencySampler(1), Identity(), encoder)
     with pytest.raises(ConfigError, match="5 frames"):
-        list(generate(network, ExpandedInterval(), ConsistencySampler(1), Identity(), text, 0, 1, shape=(3, 5, 4, 4)))
+        list(generator.draw(asked(video, ["one"]), 0, 1))
 
 
 @pytest.fixture
@@ -103,7 +119,7 @@ def generator(training, tmp_path):
         "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
         "text_encoder": {"_target_": "flowanchor.text.minilm.MiniLM", "max_length": 4},
     }
-    return Generator(**{**vars(model), "config": config})
+    return OpenedModel(**{**vars(model), "config": config})
 
 
 def test_a_generator_needs_prompts_and_an_encoder_that_fits(generator):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowanchor.metrics.sample_file import SampleFile
+from flowanchor.generation.sample_file import SampleFile
 
 
 def chunks(count, size=50, side=4):

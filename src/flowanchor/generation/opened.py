@@ -6,10 +6,9 @@ images = model.sample([0, 1, 2], steps=2, seed=0)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import fields
 from functools import cached_property
-from numbers import Integral
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,30 +19,27 @@ from torch import Tensor
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.checkpoints.huggingface import local_folder
 from flowanchor.checkpoints.load import LoadedModel, load_model
+from flowanchor.codecs.load import load_codec
+from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
+from flowanchor.generation.generator import Generator
+from flowanchor.generation.prompts import load_text_encoder
+from flowanchor.generation.samplers import build_sampler
 from flowanchor.interfaces import Codec
+from flowanchor.text.base import TextEncoder
 
 
-class Generator(LoadedModel):
+class OpenedModel(LoadedModel):
     """A trained network that can be sampled, with its interval, sampler and codec."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.backbone.parameters()).device
 
     @cached_property
     def codec(self) -> Codec:
         """From the network's samples to images; its weights are read on first use."""
-        from flowanchor.codecs.load import load_codec
-
         return load_codec(self).to(self.device)
 
     @cached_property
-    def text_encoder(self) -> Any:
+    def text_encoder(self) -> TextEncoder:
         """From prompts to what a network of text is asked with; its weights are read on first use."""
-        from flowanchor.sampling.prompts import load_text_encoder
-
         return load_text_encoder(self).to(self.device)
 
     def sample(
@@ -73,58 +69,26 @@ class Generator(LoadedModel):
             ConfigError: labels out of range, nothing that says how many, a sampler of the wrong kind.
             DataError: an image that is not finite.
         """
-        from flowanchor.sampling import build_sampler, generate
-        from flowanchor.sampling.prompts import encode_prompts, sample_shape
-
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"seed={seed!r} must be a whole number, 0 or more.")
-        chosen: Tensor | None
-        if prompts is not None:
-            if not hasattr(self.backbone, "text_dim"):
-                raise ConfigError("This network is not conditioned on text: leave out prompts.")
-            listed = [prompts] * (num_samples or 1) if isinstance(prompts, str) else list(prompts)
-            chosen, count = encode_prompts(self.text_encoder, self.backbone, listed, negative), len(listed)
-        elif hasattr(self.backbone, "text_dim"):
-            raise ConfigError("This network is conditioned on text: give prompts.")
-        elif negative is not None:
-            raise ConfigError("This network is not conditioned on text: leave out negative.")
-        else:
-            chosen, count = self._labels(labels, num_samples)
-        chunks = generate(
-            self.backbone,
-            self.interval,
-            build_sampler({"steps": steps, **sampler}, self),
-            self.codec,
-            chosen,
-            seed,
-            batch_size,
-            self.device,
-            count,
-            shape=sample_shape(self.backbone, size, self.codec.downsampling),
-            finite=True,
-        )
-        return torch.cat(list(chunks))
+        listed = [prompts] * (num_samples or 1) if isinstance(prompts, str) else prompts
+        classes = list(labels) if isinstance(labels, Iterator) else labels
+        count = _how_many(classes if listed is None else listed, num_samples)
+        conditioning = self.backbone.conditioning
+        request = conditioning.request(count, classes, listed, negative)
+        encoder = self.text_encoder if isinstance(conditioning, Text) else None
+        asked = build_sampler({"steps": steps, **sampler}, self)
+        generator = Generator(self.backbone, self.interval, asked, self.codec, encoder)
+        return torch.cat(list(generator.draw(request, seed, batch_size, size)))
 
-    def _labels(self, labels: Any, num_samples: int | None) -> tuple[Tensor | None, int]:
-        classes = self.backbone.num_classes
-        if isinstance(labels, Iterator):
-            labels = list(labels)
-        if isinstance(labels, Integral) or isinstance(labels, Tensor) and labels.ndim == 0:
-            labels = [int(labels)] * (1 if num_samples is None else num_samples)
-        count = num_samples if labels is None else len(labels)
-        if count is None or count < 1 or (num_samples is not None and count != num_samples):
-            raise ConfigError("How many images? Give labels, one per image, or num_samples, not two different numbers.")
-        if not classes:
-            if labels is not None:
-                raise ConfigError("This network was trained without classes: leave out labels and give num_samples.")
-            return None, count
-        try:
-            chosen = torch.arange(count) % classes if labels is None else torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError):  # texts, lists of unequal length
-            chosen = torch.empty(0, 0)
-        if chosen.dim() != 1 or chosen.is_floating_point() or not bool(((0 <= chosen) & (chosen < classes)).all()):
-            raise ConfigError(f"labels must be whole numbers between 0 and {classes - 1}, one per image.")
-        return chosen.long(), count
+
+def _how_many(given: Any, num_samples: int | None) -> int:
+    """As many as are given one by one, else `num_samples`; a single label is repeated."""
+    listed = isinstance(given, Sized) and not (isinstance(given, Tensor) and given.ndim == 0)
+    count = len(given) if listed else num_samples if given is None else num_samples or 1
+    if count is None or count < 1 or (listed and num_samples not in (None, count)):
+        raise ConfigError("How many images? Give labels, one per image, or num_samples, not two different numbers.")
+    return count
 
 
 def load(
@@ -135,7 +99,7 @@ def load(
     text_encoder: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     initialise_from: str | Path | Mapping[str, str] | None = None,
-) -> Generator:
+) -> OpenedModel:
     """Open a model for sampling.
 
     Args:
@@ -174,4 +138,4 @@ def load(
         if chosen:
             chosen = {key: str(value) if isinstance(value, PurePath) else value for key, value in chosen.items()}
             values["config"] = {**values["config"], part: {**own, **chosen}}
-    return Generator(**values)
+    return OpenedModel(**values)

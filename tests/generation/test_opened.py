@@ -12,12 +12,13 @@ import torch
 import flowanchor
 import flowanchor.codecs.identity
 from flowanchor.checkpoints.consolidated import write_consolidated
-from flowanchor.checkpoints.generator import Generator
 from flowanchor.checkpoints.sharded import write_sharded
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.generation.generator import Generator
+from flowanchor.generation.opened import OpenedModel
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling import ConsistencySampler, generate
+from flowanchor.sampling import ConsistencySampler
 
 SIZES = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 TARGET = "flowanchor.plugins.backbones.lightningdit.LightningDiT"
@@ -51,16 +52,14 @@ def file(tmp_path) -> Path:
 
 
 def drawn(labels, seed=0, steps=2):
-    chunks = generate(
-        network(), ExpandedInterval(), ConsistencySampler(steps), flowanchor.codecs.identity.Identity(),
-        torch.tensor(labels), seed, 100,
-    )  # fmt: skip
-    return torch.cat(list(chunks))
+    made, sampler = network(), ConsistencySampler(steps)
+    generator = Generator(made, ExpandedInterval(), sampler, flowanchor.codecs.identity.Identity())
+    return torch.cat(list(generator.draw(made.conditioning.request(len(labels), labels), seed, 100)))
 
 
 def test_images_are_those_of_the_programs(file):
     model = flowanchor.load(file)
-    assert isinstance(model, Generator) and model.kind == "shortcut" and model.step == 7
+    assert isinstance(model, OpenedModel) and model.kind == "shortcut" and model.step == 7
     images = model.sample([0, 1, 2, 1], seed=5)
     assert images.dtype == torch.uint8 and images.shape == (4, 4, 4, 1)
     assert torch.equal(images, drawn([0, 1, 2, 1], seed=5))

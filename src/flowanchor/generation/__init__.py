@@ -1,0 +1,1 @@
+"""Who draws: a generator asks a network for a request, and gives images."""

@@ -1,0 +1,59 @@
+"""The sampler of a model: the one of its training, or another, checked against what the network has learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flowanchor.checkpoints.trusted import build
+from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Interval, Sampler
+
+
+def build_sampler(settings: Any, model: Any) -> Sampler:
+    """A sampler from a config group, checked against what the loaded model was trained for.
+
+    A group without `_target_` (`sampler=from_checkpoint`) takes the sampler that the checkpoint was trained with, and
+    lays the settings that are not null over it.
+    """
+    chosen = _given(settings)
+    if "_target_" in chosen:  # the user's own choice
+        from hydra.utils import instantiate  # a model is opened and sampled without Hydra
+
+        sampler: Sampler = instantiate(chosen, _convert_="all")
+    else:
+        own = model.config.get("sampler")
+        if not own:
+            raise ConfigError(
+                f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=40 "
+                "sampler.guidance_scale=4."
+            )
+        sampler = build(own, "sampler", model.path, chosen)
+    check_sampler(sampler, model.kind, model.interval)
+    return sampler
+
+
+def sampler_settings(settings: Any, model: Any) -> dict[str, Any]:
+    """What `build_sampler` builds from, for a record: the checkpoint's settings under those that were chosen."""
+    chosen = _given(settings)
+    return chosen if "_target_" in chosen else {**(model.config.get("sampler") or {}), **chosen}
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    typed: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else dict(settings)
+    return {key: value for key, value in typed.items() if value is not None}
+
+
+def check_sampler(sampler: Sampler, kind: str, interval: Interval) -> None:
+    """Raise `ConfigError` for a sampler that asks the network what it never learned."""
+    if sampler.needs_end and not interval.tells_end:
+        raise ConfigError(
+            f"sampler=meanflow asks for averages between any two times, and {type(interval).__name__} cannot tell the "
+            "network where they end: use sampler=consistency, or train with objective/interval=auxiliary."
+        )
+    if sampler.kind == "shortcut" and kind == "flow":
+        raise ConfigError(
+            "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, "
+            "or distil it first with objective=facm teacher=checkpoint teacher.checkpoint=PATH."
+        )
