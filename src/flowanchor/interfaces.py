@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -527,3 +528,7 @@ class Codec(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Hash (hex) of all that decides the raw latents: weights and settings, not the statistics."""
         return self.name
+
+    def save(self, path: Path) -> None:
+        """Write its weights into a file that its `weights` reads, to be published beside a network."""
+        raise ConfigError("with_codec=true: this network draws pixels and has no codec to publish: leave it out.")
