@@ -17,7 +17,7 @@ from flowanchor.base.files import replacing, save_torch
 from flowanchor.base.plain import plain
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.description import KINDS
-from flowanchor.checkpoints.fit import compare, describe_misfit
+from flowanchor.checkpoints.fit import compare
 from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
 from flowanchor.checkpoints.summary import count, fit_lines, listed, network_lines
 from flowanchor.errors import CheckpointError, FlowAnchorError
@@ -120,7 +120,7 @@ def _described(file: ForeignFile, choices: Choices) -> DescribedWeights:
         backbone = _inferred(file, weights, choices)
     fit = compare(weights, backbone, file.path)
     if not fit.complete:
-        raise CheckpointError(f"{file.path} ({ema}) {describe_misfit(fit)}: see python src/convert.py inspect=FILE.")
+        raise CheckpointError(f"{file.path} ({ema}) {fit.misfit()}: see python src/convert.py inspect=FILE.")
     kind = _kind(file, backbone, choices)
     interval = choices.interval or _interval(kind, backbone)
     if interval not in INTERVALS:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.checkpoints.fit import by
+from flowanchor.checkpoints.fit import sides
 from flowanchor.errors import CheckpointError
 
 PACKAGE = "flowanchor.plugins.backbones"
@@ -66,7 +66,7 @@ def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
         )
     shape = weights[name].shape
     if len(shape) != dims:
-        raise CheckpointError(f"{name} has shape {by(shape)}, and {dims} dimensions were expected.")
+        raise CheckpointError(f"{name} has shape {sides(shape)}, and {dims} dimensions were expected.")
     return shape
 
 

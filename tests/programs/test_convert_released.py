@@ -22,7 +22,9 @@ from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.programs.convert import main
 
-_spec = importlib.util.spec_from_file_location("released", Path(__file__).parents[1] / "checkpoints" / "released.py")
+_spec = importlib.util.spec_from_file_location(
+    "released", Path(__file__).parents[1] / "plugins" / "formats" / "released.py"
+)
 assert _spec is not None and _spec.loader is not None
 released = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(released)

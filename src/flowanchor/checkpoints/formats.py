@@ -11,7 +11,7 @@ from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.checkpoints.format import Format
 from flowanchor.checkpoints.registry import registered
 from flowanchor.checkpoints.sharded import is_sharded
-from flowanchor.checkpoints.trusted import build
+from flowanchor.checkpoints.trusted import brief, build
 from flowanchor.errors import CheckpointError, FlowAnchorError
 
 
@@ -51,4 +51,5 @@ def _made(target: str) -> Iterator[Format]:
     try:
         yield build({"_target_": target}, "format", "An option of format")
     except FlowAnchorError as error:  # a stranger's package must not stop those who do not use it
-        rank_zero_warn(f"The format {target} is left out, because {error}")
+        why = brief(error.__cause__ or error)
+        rank_zero_warn(f"The format {target} is left out ({why}): repair its package, or uninstall it.")
