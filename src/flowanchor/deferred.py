@@ -1,7 +1,7 @@
-"""Networks whose parameters get their values later, one stage at a time: no process ever holds the whole network.
+"""Where the weights of a network come from, one stage at a time, so that no process ever needs to hold it whole.
 
     with parameters_on_meta():
-        network = LightningDiT(...)         # shapes only
+        network = MyBackbone(...)           # shapes only
     shard_backbone(network, mesh)           # each process now owns a part of every parameter
     materialise(network, device)            # the part gets its values: drawn, or read from `network.pending`
 
@@ -10,15 +10,73 @@ The values are, bit for bit, those that one process draws which builds the netwo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flowanchor.interfaces import Backbone
 from flowanchor.weights import copy_weights, local, own_part
+
+
+class StagedWeights(nn.Module):
+    """A network whose weights come stage by stage: drawn, read from a file, or borrowed from another checkpoint.
+
+    A network of one's own calls `initialise` last in its constructor; it may override `initialise_stage`, which sets
+    the first values, and `borrowed`.
+
+    Attributes:
+        initial_seed: of the first values, drawn before any of them is, so that it is the same whether or not the
+            weights get their values right away.
+        initialised_by_stage: whether `initialise` alone says what the first values are.
+        pending: weights that a network without values is to be filled with.
+    """
+
+    initialised_by_stage: bool = False
+    pending: Mapping[str, Tensor] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial_seed = int(torch.randint(2**62, (), device="cpu"))
+
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The children of each stage, in the order in which the stages are walked."""
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Give every parameter its first value, stage by stage; a constructor calls it last.
+
+        Each stage draws from a stream of its own, so that a process which holds one stage at a time draws what a
+        process that holds them all does.
+        """
+        self.initialised_by_stage = True
+        for index in range(len(self.stage_modules())):
+            with self.stage_randomness(index):
+                self.initialise_stage(index)
+
+    def initialise_stage(self, index: int) -> None:
+        """Set every parameter of `stage_modules()[index]`; index 0 also those that belong to no stage.
+
+        Here: PyTorch's own initialisation of each layer, by its `reset_parameters`.
+        """
+        for module in self.stage_modules()[index]:
+            for layer in module.modules():
+                reset = getattr(layer, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+
+    @contextmanager
+    def stage_randomness(self, index: int) -> Iterator[None]:
+        """Within it the CPU's random numbers are those of this network's stage `index`; afterwards as they were."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.initial_seed + index)
+            yield
+
+    def borrowed(self) -> set[str]:
+        """Names in the state dict of frozen weights that another checkpoint holds (what adapters stand beside): they
+        are not saved with a run, and read from there again."""
+        return set()
 
 
 @contextmanager
@@ -43,7 +101,7 @@ _loading_deferred = ContextVar("loading_deferred", default=False)
 
 @contextmanager
 def defer_loading() -> Iterator[None]:
-    """Within it `load_model` builds networks without values: their weights stay in the file (`Backbone.pending`)."""
+    """Within it `load_model` builds networks without values: their weights stay in the file, as `pending`."""
     token = _loading_deferred.set(True)
     try:
         yield
@@ -62,7 +120,7 @@ def is_deferred(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def materialise(backbone: Backbone, device: torch.device) -> None:
+def materialise(backbone: StagedWeights, device: torch.device) -> None:
     """Give a deferred network, sharded or not, its values: those of `pending`, and drawn ones for what it lacks."""
     pending, backbone.pending = backbone.pending, None
     backbone._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
@@ -75,7 +133,7 @@ def materialise(backbone: Backbone, device: torch.device) -> None:
         copy_weights(pending, {name: t for name, t in backbone.state_dict().items() if name in pending})
 
 
-def _stages(backbone: Backbone) -> list[list[nn.Module]]:
+def _stages(backbone: StagedWeights) -> list[list[nn.Module]]:
     """All modules by stage; those that belong to none go with the first."""
     stages = [[inner for module in stage for inner in module.modules()] for stage in backbone.stage_modules()]
     known = {module for stage in stages for module in stage}
@@ -83,7 +141,7 @@ def _stages(backbone: Backbone) -> list[list[nn.Module]]:
     return stages
 
 
-def _draw_stage(backbone: Backbone, index: int, modules: list[nn.Module]) -> None:
+def _draw_stage(backbone: StagedWeights, index: int, modules: list[nn.Module]) -> None:
     """Draw one stage whole, on the CPU, and keep this process' part of it."""
     slots = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     whole: dict[int, nn.Parameter] = {}

@@ -16,15 +16,16 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowanchor.conditioning import Conditioning, NoCondition
+from flowanchor.deferred import StagedWeights
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
 
@@ -54,11 +55,11 @@ class StageContext(NamedTuple):
     fixed: tuple[Any, ...] = ()
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(StagedWeights, ABC):
     """A velocity network as a chain of stages: `embed`, then each of `blocks`, then `head`.
 
     That is all that tangent engines and sharding strategies need: they walk the stages, and no layer is rewritten.
-    A stage must return a new tensor (never change its input in place).
+    A stage must return a new tensor (never change its input in place). Where its weights come from: `StagedWeights`.
     """
 
     blocks: nn.ModuleList
@@ -68,14 +69,10 @@ class Backbone(nn.Module, ABC):
     conditioning: Conditioning  # what it is conditioned on beside the time; `NoCondition` unless a constructor sets it
     takes_end_time: bool = False  # whether `r` has an embedder of its own
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
-    initialised_by_stage: bool = False  # whether `initialise` alone says what the first weights are
-    pending: Any = None  # weights (name -> tensor) that a network without values is to be filled with
 
     def __init__(self) -> None:
         super().__init__()
         self.conditioning = NoCondition()
-        # Drawn before any weight is, so that it is the same whether or not the weights get their values right away.
-        self.initial_seed = int(torch.randint(2**62, (), device="cpu"))
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
@@ -101,35 +98,6 @@ class Backbone(nn.Module, ABC):
                 outer.append(child)
         return [before, *([block] for block in self.blocks), after]
 
-    def initialise(self) -> None:
-        """Give every parameter its first value, stage by stage; a constructor calls it last.
-
-        Each stage draws from a stream of its own, so that a process which holds one stage at a time draws what a
-        process that holds them all does (`flowanchor.deferred`).
-        """
-        self.initialised_by_stage = True
-        for index in range(len(self.stage_modules())):
-            with self.stage_randomness(index):
-                self.initialise_stage(index)
-
-    def initialise_stage(self, index: int) -> None:
-        """Set every parameter of `stage_modules()[index]`; index 0 also those that belong to no stage.
-
-        Here: PyTorch's own initialisation of each layer, by its `reset_parameters`.
-        """
-        for module in self.stage_modules()[index]:
-            for layer in module.modules():
-                reset = getattr(layer, "reset_parameters", None)
-                if callable(reset):
-                    reset()
-
-    @contextmanager
-    def stage_randomness(self, index: int) -> Iterator[None]:
-        """Within it the CPU's random numbers are those of this network's stage `index`; afterwards as they were."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.initial_seed + index)
-            yield
-
     def float32_modules(self) -> list[nn.Module]:
         """Modules whose parameters and arithmetic stay in float32 when the rest is bfloat16 (time, modulation)."""
         return []
@@ -138,11 +106,6 @@ class Backbone(nn.Module, ABC):
         """Small trained parameters that a sharding strategy leaves whole, as they are stored: those that must stay in
         float32 and belong to no module of their own."""
         return []
-
-    def borrowed(self) -> set[str]:
-        """Names in the state dict of frozen weights that another checkpoint holds (what adapters stand beside): they
-        are not saved with a run, and read from there again."""
-        return set()
 
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
@@ -503,3 +466,7 @@ class Codec(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Hash (hex) of all that decides the raw latents: weights and settings, not the statistics."""
         return self.name
+
+    def save(self, path: Path) -> None:
+        """Write its weights into a file that its `weights` reads, to be published beside a network."""
+        raise ConfigError("with_codec=true: this network draws pixels and has no codec to publish: leave it out.")

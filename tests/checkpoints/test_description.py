@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import flowanchor
 from flowanchor.checkpoints import initialise_student, load_model, read_checkpoint
-from flowanchor.checkpoints.importing import Choices
+from flowanchor.checkpoints.format import Choices
 from flowanchor.checkpoints.inspection import inspect_file
 from flowanchor.checkpoints.resuming import check_resumable
 from flowanchor.errors import CheckpointError

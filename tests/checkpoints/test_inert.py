@@ -14,9 +14,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from flowanchor.checkpoints.foreign import read_foreign
 from flowanchor.checkpoints.inert import Inert, plain, read_inert
 from flowanchor.errors import CheckpointError
+from flowanchor.plugins.formats.authors_file import read_foreign
 
 
 def test_what_releases_hold_comes_back_as_plain_values(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowanchor.checkpoints import initialise_student, load_model, read_checkpoint
-from flowanchor.checkpoints.load import find_checkpoint
+from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.errors import CheckpointError
 from flowanchor.generation.samplers import build_sampler
 from flowanchor.plugins.backbones.lightningdit import LightningDiT

@@ -12,7 +12,8 @@ import torch
 
 from flowanchor.base.files import replace, superseded, unfinished
 from flowanchor.checkpoints import initialise_student, latest_checkpoint, load_model, read_checkpoint
-from flowanchor.checkpoints.load import file_digest, find_checkpoint
+from flowanchor.checkpoints.digest import file_digest
+from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.sharded import (
     INDEX,
     META,

@@ -11,7 +11,7 @@ import torch
 from flowanchor.base.files import superseded
 from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.checkpoints.lightning import RunCheckpointIO
-from flowanchor.checkpoints.load import read_checkpoint
+from flowanchor.checkpoints.read import read_checkpoint
 from flowanchor.checkpoints.sharded import is_sharded, write_sharded
 from flowanchor.checkpoints.soundness import damage, readable, refuse_damaged, sound_checkpoint
 from flowanchor.errors import CheckpointError

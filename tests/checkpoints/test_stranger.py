@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from flowanchor.checkpoints import initialise_student, load_model, read_checkpoint
-from flowanchor.checkpoints.importing import Choices
+from flowanchor.checkpoints.format import Choices
 from flowanchor.checkpoints.inspection import inspect_file
 from flowanchor.codecs.load import load_codec
 from flowanchor.errors import CheckpointError, FlowAnchorError

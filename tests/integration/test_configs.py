@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from flowanchor.checkpoints.formats import formats
 from flowanchor.errors import FlowAnchorError
 from flowanchor.programs.launch import prepare
 
@@ -17,7 +18,7 @@ PROGRAMS = sorted(path.stem for path in CONF.glob("*.yaml"))
 OPTIONS = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in sorted(CONF.rglob("*.yaml"))
-    if path.parent != CONF and path.parent.name not in ("hydra", "metric")
+    if path.parent != CONF and path.parent.name not in ("hydra", "metric", "format")
 ]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -69,6 +70,16 @@ def test_every_option_builds(group):
             assert instantiate(node, _convert_="all") is not None, option
         except InstantiationException as error:
             assert isinstance(error.__cause__, FlowAnchorError) and "add " in str(error.__cause__), option
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "format").glob("*.yaml")))
+def test_every_format_of_weights_builds(name):
+    """By its option, for writing; without arguments, for reading, under the name that its option has."""
+    from hydra.utils import instantiate
+
+    made = instantiate(compose_job("convert", [f"format={name}", "codec=sd_vae"]).format, _convert_="all")
+    assert made.name == name and made.suffix is not None and type(made)().name == name
+    assert name in [one.name for one in formats()]
 
 
 def test_every_experiment_is_known():

@@ -94,6 +94,53 @@ def test_backbone_satisfies_the_contract(target, monkeypatch):
     assert 0.05 < dropped < 0.15
 
 
+def test_its_format_writes_and_is_opened_in_place(target, tmp_path, monkeypatch, capsys):
+    import torch
+    from hydra.core.global_hydra import GlobalHydra
+
+    from flowanchor.checkpoints import initialise_student, load_model
+    from flowanchor.errors import CheckpointError
+    from flowanchor.programs.convert import main as convert
+
+    monkeypatch.syspath_prepend(str(target))
+    monkeypatch.chdir(tmp_path)
+    from flowanchor_example.tiny_conv import TinyConv
+
+    def run(*words: str) -> str:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["src/convert.py", *words])
+        convert()
+        return capsys.readouterr().out
+
+    sizes = {"channels": 3, "size": 6, "num_classes": 4, "width": 16, "depth": 2}
+    network = TinyConv(**sizes)
+    torch.nn.init.normal_(network.out.weight)
+    interval = {"_target_": "flowanchor.plugins.objectives.intervals.plain.PlainInterval"}
+    backbone = {"_target_": "flowanchor_example.tiny_conv.TinyConv", **sizes}
+    meta = {
+        "format": 1,
+        "kind": "flow",
+        "step": 3,
+        "config": {"backbone": backbone, "objective": {"interval": interval}},
+    }
+    weights = {f"student.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "flowanchor": meta}, "a.ckpt")
+    run("checkpoint=a.ckpt", "output=a.npz", "format=tiny_conv_npz")
+    model = load_model("a.npz")
+    assert type(model.backbone) is TinyConv and len(model.digest) == 12
+    student = TinyConv(**sizes)
+    initialise_student(student, "a.npz")
+    for found in (model.backbone, student):
+        assert all(torch.equal(value, network.state_dict()[name]) for name, value in found.state_dict().items())
+    assert "matched      19 of 19 names and shapes" in run("inspect=a.npz")
+    run("checkpoint=a.npz", "output=back.safetensors", "dtype=bfloat16")
+    assert load_model("back.safetensors").config["backbone"] == backbone
+
+    Path("empty.npz").write_bytes(b"no arrays")
+    with pytest.raises(CheckpointError, match="empty.npz is not a checkpoint that can be read safely"):
+        load_model("empty.npz")
+
+
 def test_shortcut_is_zero_where_the_identity_holds(target, monkeypatch):
     import torch
 

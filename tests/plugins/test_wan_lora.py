@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.consolidated import write_consolidated
-from flowanchor.checkpoints.load import file_digest
+from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.sources import identify, weight_settings
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Question

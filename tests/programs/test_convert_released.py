@@ -22,7 +22,9 @@ from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.programs.convert import main
 
-_spec = importlib.util.spec_from_file_location("released", Path(__file__).parents[1] / "checkpoints" / "released.py")
+_spec = importlib.util.spec_from_file_location(
+    "released", Path(__file__).parents[1] / "plugins" / "formats" / "released.py"
+)
 assert _spec is not None and _spec.loader is not None
 released = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(released)
@@ -156,7 +158,7 @@ def changed(**replaced):
         (changed(**{"head.weight": torch.zeros(1)}), [], "has the unknown head.weight"),
         (changed(**{"blocks.1.attn.proj.bias": torch.zeros(3)}), [], "another shape of blocks.1.attn.proj.bias 3, wan"),
         (released.extracted(RAW), ["dtype=int8"], "dtype=int8 is not known"),
-        (released.extracted(RAW), ["format=onnx"], "format=onnx is not known: use one of flowanchor, authors, hugg"),
+        (released.extracted(RAW), ["format=onnx"], "'onnx' for format: choose one of authors, diffusers, flowa"),
         (released.extracted(RAW), ["backbone=lightningdit", "backbone.depth=3"], "sizes are read off the weights"),
         (released.extracted(RAW), ["num_heads=two"], "num_heads=two is not a whole number"),
     ],

@@ -17,7 +17,8 @@ from torch import Tensor
 from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.base.plain import read_json
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX, read_consolidated, write_consolidated
-from flowanchor.errors import CheckpointError
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Codec
 
 CONFIG, WEIGHTS, CARD, CODEC = "config.json", f"model{SUFFIX}", "README.md", f"codec{SUFFIX}"
 
@@ -53,7 +54,12 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 
 
 def write_folder(
-    folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any], ema: str, card: str, codec: Any = None
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    ema: str,
+    card: str,
+    codec: Codec | None = None,
 ) -> None:
     """Write such a folder in one move.
 
@@ -61,7 +67,7 @@ def write_folder(
         meta: what a checkpoint has under `flowanchor`: config, kind, step.
         ema: which weights these are.
         card: the text of README.md.
-        codec: a codec whose weights go along (it must have a `save`), or None.
+        codec: a codec whose weights go along, or None.
     """
     config = {key: _without_paths(meta["config"][key]) for key in _PUBLISHED if key in meta["config"]}
     config["objective"] = {"interval": meta["config"]["objective"]["interval"]}
@@ -71,9 +77,13 @@ def write_folder(
     partial = unfinished(folder)
     remove(partial)
     partial.mkdir(parents=True)
-    write_consolidated(partial / WEIGHTS, weights, described, ema)
     if codec is not None:
-        codec.save(partial / CODEC)
+        try:
+            codec.save(partial / CODEC)
+        except ConfigError:  # it has nothing to save
+            remove(partial)
+            raise
+    write_consolidated(partial / WEIGHTS, weights, described, ema)
     content = {"library_name": "flowanchor", "flowanchor": described}
     (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (partial / CARD).write_text(card, encoding="utf-8")

@@ -24,7 +24,7 @@ from flowanchor.interfaces import Backbone
 from flowanchor.weights import shape_of
 
 SLACK_TENSORS, SLACK_NUMBERS = 2_000, 20_000_000  # what any network may have beyond its weights: tables
-SAMPLE = 2**27  # numbers of one sample; a video of 81 frames in 720p has 5 million in the latent space of Wan
+SAMPLE = 2**27  # numbers of one sample; a video of 81 frames in 720p has 5 million in a latent space of 16 channels
 
 
 TOO_LARGE = "the network that is described is far larger than the weights in the file: do not use it."

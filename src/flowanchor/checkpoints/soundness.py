@@ -18,7 +18,8 @@ from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.seal import check_folder, check_seal, check_zip
 from flowanchor.base.torch_files import read_torch
 from flowanchor.checkpoints.consolidated import SUFFIX
-from flowanchor.checkpoints.load import is_ours, read_checkpoint
+from flowanchor.checkpoints.formats import in_place
+from flowanchor.checkpoints.read import is_ours, read_checkpoint
 from flowanchor.checkpoints.sharded import is_sharded, read_sharded
 from flowanchor.errors import CheckpointError
 
@@ -46,7 +47,7 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def refuse_damaged(path: Path) -> None:
     """Raise `CheckpointError` for a checkpoint, ours or a released one, that is not what was written."""
-    if is_sharded(path) or (path.is_file() and is_ours(path)):
+    if is_sharded(path) or (path.is_file() and in_place(path) is None and is_ours(path)):
         found = damage(path)
     else:  # of others only a zip has sums; their reader says what else is wrong
         found = check_zip(path) if zipfile.is_zipfile(path) else None

@@ -11,8 +11,11 @@ from typing import Any
 
 from hydra.utils import get_object
 
-from flowanchor.checkpoints.load import by_part, file_digest, find_checkpoint
+from flowanchor.checkpoints.adapters import by_part
+from flowanchor.checkpoints.digest import file_digest
+from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import VelocityField
 
 START = "initialise_from"
 
@@ -27,7 +30,8 @@ def weight_settings(config: Mapping[str, Any], own: Mapping[str, Any] | None = N
     """
     teacher = config.get("teacher") or {}
     target = ((own or config).get("teacher") or {}).get("_target_")
-    names = getattr(get_object(target), "weights_from", ()) if target else ()
+    kind = get_object(target) if target else None
+    names = kind.weights_from if isinstance(kind, type) and issubclass(kind, VelocityField) else ()
     found = {f"teacher.{name}": str(teacher[name]) for name in names if teacher.get(name)}
     return found | (by_part(START, config[START]) if config.get(START) else {})
 

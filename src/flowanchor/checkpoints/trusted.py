@@ -26,6 +26,7 @@ CONTRACTS = {
     "codec": ("flowanchor.interfaces", "Codec"),
     "text_encoder": ("flowanchor.text.base", "TextEncoder"),
     "data": ("flowanchor.data.base", "FlowDataModule"),
+    "format": ("flowanchor.checkpoints.format", "Format"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Trained networks as what other libraries open: folders of diffusers pipelines."""
+"""What other libraries open trained networks with."""

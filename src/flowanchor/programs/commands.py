@@ -4,6 +4,7 @@ completion wait for no library."""
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from typing import Any
 
@@ -25,7 +26,7 @@ train = program("train", unfinished="before its first step, so there is nothing 
 )
 sample = program("sample", doing="Drawing into")(_later("flowanchor.programs.sample", "sample"))
 evaluate = program("eval", doing="Evaluating in")(_later("flowanchor.programs.evaluate", "evaluate_run"))
-encode = program("encode", doing="Encoding; the log goes to")(_later("flowanchor.programs.encode", "encode"))
+_encode = program("encode", doing="Encoding; the log goes to")(_later("flowanchor.programs.encode", "encode"))
 report = program("report")(_later("flowanchor.programs.report", "report"))
 demo = program("demo", doing="The demo, in")(_later("flowanchor.programs.demo", "demo"))
 _convert = program("convert")(_later("flowanchor.programs.convert", "convert"))
@@ -36,3 +37,9 @@ def convert() -> None:
     if len(sys.argv) > 1 and sys.argv[1].isidentifier():
         sys.argv[1] = f"action={sys.argv[1]}"
     _convert()
+
+
+def encode() -> None:
+    """Its `format` is a plain setting, kept as `layout`: by the other name Hydra means the options of convert.py."""
+    sys.argv[1:] = [re.sub(r"^format=", "layout=", word) for word in sys.argv[1:]]
+    _encode()

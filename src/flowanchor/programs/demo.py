@@ -19,7 +19,7 @@ import flowanchor
 from flowanchor.base.files import write_json, write_whole
 from flowanchor.base.signals import Interrupted
 from flowanchor.checkpoints import read_checkpoint
-from flowanchor.checkpoints.load import file_digest
+from flowanchor.checkpoints.digest import file_digest
 from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
 from flowanchor.programs.commands import demo as main
 from flowanchor.reporting.demo_report import Demo

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowanchor.checkpoints.foreign import read_foreign
 from flowanchor.errors import CheckpointError
+from flowanchor.plugins.formats.authors_file import read_foreign
 
 _spec = importlib.util.spec_from_file_location("released", Path(__file__).with_name("released.py"))
 assert _spec is not None and _spec.loader is not None

@@ -5,36 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowanchor.checkpoints.outline import outline
+from flowanchor.checkpoints.fit import sides
 from flowanchor.errors import CheckpointError
-from flowanchor.interfaces import Backbone
-from flowanchor.weights import shape_of
 
 PACKAGE = "flowanchor.plugins.backbones"
 CLASSES = {"lightningdit": "lightningdit.LightningDiT", "sit": "sit.SiT", "dit": "dit.DiT"}
 
 # Heads of the released sizes, by hidden size: DiT's S, B, L, XL and LightningDiT's 1p0B, 1p6B.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How weights compare with the network that their names and shapes describe."""
-
-    matched: int
-    missing: tuple[str, ...]
-    unknown: tuple[str, ...]
-    reshaped: tuple[str, ...]  # name: shape there, shape wanted
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unknown or self.reshaped)
 
 
 def infer_backbone(
@@ -75,28 +58,6 @@ def infer_backbone(
     return {**config, **known}
 
 
-def compare(weights: Mapping[str, Tensor], config: Mapping[str, Any], source: object = "The description") -> Fit:
-    """Build the network of a file without values and compare name by name."""
-    return fit_of(outline(config, source, weights), weights)
-
-
-def fit_of(network: Backbone, weights: Mapping[str, Tensor]) -> Fit:
-    """Compare the names and shapes of a network, with or without values, with those of weights."""
-    ours = network.state_dict()
-    both = [key for key in ours if key in weights]
-    reshaped = [key for key in both if ours[key].shape != shape_of(weights, key)]
-    return Fit(
-        len(both) - len(reshaped),
-        tuple(key for key in ours if key not in weights),
-        tuple(key for key in weights if key not in ours),
-        tuple(f"{key} {_by(shape_of(weights, key))}, wanted {_by(ours[key].shape)}" for key in reshaped),
-    )
-
-
-def _by(shape: torch.Size) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
 def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
     if name not in weights:
         raise CheckpointError(
@@ -105,7 +66,7 @@ def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
         )
     shape = weights[name].shape
     if len(shape) != dims:
-        raise CheckpointError(f"{name} has shape {_by(shape)}, and {dims} dimensions were expected.")
+        raise CheckpointError(f"{name} has shape {sides(shape)}, and {dims} dimensions were expected.")
     return shape
 
 

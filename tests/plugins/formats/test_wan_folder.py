@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowanchor.checkpoints import initialise_student, load_model
-from flowanchor.checkpoints.load import file_digest, find_checkpoint
-from flowanchor.checkpoints.wan_folder import diffusers_names, read_wan
+from flowanchor.checkpoints.digest import file_digest
+from flowanchor.checkpoints.find import find_checkpoint
+from flowanchor.checkpoints.read import read_checkpoint
 from flowanchor.codecs.load import load_codec
 from flowanchor.deferred import defer_loading, is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
@@ -18,6 +19,7 @@ from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.generation.samplers import build_sampler
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
+from flowanchor.plugins.formats.wan_weights import diffusers_names
 from flowanchor.text.base import Tokens
 
 SMALL = {
@@ -159,7 +161,7 @@ def test_two_experts_of_different_sizes(folder):
 def test_a_file_that_the_index_lists_is_missing(folder):
     next(folder.glob("*-00002-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="lacks .*-00002-.*gated release"):
-        read_wan(folder)
+        read_checkpoint(folder)
 
 
 def test_a_pointer_of_git_lfs(folder):

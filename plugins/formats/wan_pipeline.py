@@ -5,37 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
+import diffusers
 import torch
 
 from flowanchor.base.files import flush, remove, replace, unfinished
-from flowanchor.base.plain import read_json
+from flowanchor.checkpoints.format import DescribedWeights
+from flowanchor.checkpoints.load import open_described
 from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import CheckpointError
-from flowanchor.exports.base_pipeline import INDEX, BasePipeline
-from flowanchor.exports.pipeline_card import pipeline_card
+from flowanchor.exports import flowanchor_scheduler
 from flowanchor.generation.samplers import check_sampler
+from flowanchor.interfaces import Backbone, Interval
 from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.backbones.wan_experts import WanExperts
+from flowanchor.plugins.formats.base_pipeline import INDEX, SCHEDULER, BasePipeline
+from flowanchor.plugins.formats.pipeline_card import pipeline_card
 from flowanchor.sampling import ConsistencySampler
 
-if TYPE_CHECKING:
-    from flowanchor.checkpoints import LoadedModel
-
-SCHEDULER = ["flowanchor_scheduler", "FlowAnchorScheduler"]  # file and class, as the index names them
 NETWORK = ["diffusers", "WanTransformer3DModel"]
 
 
-def is_exported(path: Path) -> bool:
-    """Whether a folder is such a pipeline."""
-    try:
-        return bool(read_json(path / INDEX).get("scheduler") == SCHEDULER)
-    except (OSError, CheckpointError, AttributeError):
-        return False
-
-
 def export_pipeline(
-    model: LoadedModel, base: BasePipeline, output: Path, dtype: torch.dtype | None = None, link: bool = False
+    given: DescribedWeights, base: BasePipeline, output: Path, dtype: torch.dtype | None = None, link: bool = False
 ) -> int:
     """Write the folder in one move; returns the number of parameters of its network or networks.
 
@@ -47,18 +41,19 @@ def export_pipeline(
     Raises `CheckpointError` for a network that is not a Wan on the latents and texts of this pipeline, `ConfigError`
     for one that is not distilled.
     """
-    networks = _networks(model)
-    _check(model, networks[0], base)
-    sampler = _sampler(model)
+    backbone, interval = open_described(given)
+    networks = _networks(backbone, given)
+    _check(given, networks[0], interval, base)
+    sampler = _sampler(given)
     partial = unfinished(output)
     remove(partial)
     partial.mkdir(parents=True)
-    base.place(partial, link, _statistics(model))
+    base.place(partial, link, _statistics(given))
     _write_scheduler(partial / "scheduler", sampler)
-    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": _version()}
+    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}
     index |= {**base.parts, "scheduler": SCHEDULER, "transformer": NETWORK, "transformer_2": [None, None]}
-    if len(networks) > 1:
-        index |= {"transformer_2": NETWORK, "boundary_ratio": cast(Any, model.backbone).boundary}
+    if isinstance(backbone, WanExperts):
+        index |= {"transformer_2": NETWORK, "boundary_ratio": backbone.boundary}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(pipeline_card(networks[0], sampler, SCHEDULER[0]), encoding="utf-8")
     size = 0
@@ -71,7 +66,7 @@ def export_pipeline(
     return size
 
 
-def stock_transformer(network: Any, dtype: torch.dtype | None = None) -> Any:
+def stock_transformer(network: Wan, dtype: torch.dtype | None = None) -> Any:
     """A stock `diffusers.WanTransformer3DModel` that answers as `network` does when its jumps go to the data.
 
     An embedder of the end time r adds the same to every time embedding while r = 1: it becomes part of that bias.
@@ -92,63 +87,54 @@ def stock_transformer(network: Any, dtype: torch.dtype | None = None) -> Any:
     return stock
 
 
-def _networks(model: LoadedModel) -> list[Any]:
+def _networks(backbone: Backbone, given: DescribedWeights) -> list[Wan]:
     """The Wan, or that of high and that of low noise."""
-    backbone: Any = model.backbone
-    if hasattr(backbone, "transformers"):
+    if isinstance(backbone, WanExperts):
         return [backbone.high, backbone.low]
-    if not hasattr(backbone, "transformer"):
-        raise CheckpointError(
-            f"{model.path} holds a {type(backbone).__name__}, and only a Wan becomes a diffusers pipeline: "
-            "use format=huggingface."
-        )
-    return [backbone]
+    if isinstance(backbone, Wan):
+        return [backbone]
+    raise CheckpointError(
+        f"{given.file} holds a {type(backbone).__name__}, and only a Wan becomes a diffusers pipeline: "
+        "use format=huggingface."
+    )
 
 
-def _check(model: LoadedModel, network: Any, base: BasePipeline) -> None:
-    check_sampler(ConsistencySampler(), model.kind, model.interval)
-    if network.takes_end_time and not model.interval.needs_end_time:
+def _check(given: DescribedWeights, network: Wan, interval: Interval, base: BasePipeline) -> None:
+    check_sampler(ConsistencySampler(), given.meta["kind"], interval)
+    if network.takes_end_time and not interval.needs_end_time:
         raise CheckpointError(
-            f"{model.path} embeds a second time, which its interval sets to the first one; no stock Wan can: train "
+            f"{given.file} embeds a second time, which its interval sets to the first one; no stock Wan can: train "
             "with objective/interval=auxiliary, or without backbone.auxiliary_time_cond."
         )
-    codec = str((model.config.get("codec") or {}).get("_target_", "")).rpartition(".")[2]
+    codec = str((given.meta["config"].get("codec") or {}).get("_target_", "")).rpartition(".")[2]
     if codec != "WanVAE":
         raise CheckpointError(
-            f"{model.path} draws samples for the codec {codec or 'of none'}, and a Wan pipeline decodes by Wan's VAE: "
+            f"{given.file} draws samples for the codec {codec or 'of none'}, and a Wan pipeline decodes by Wan's VAE: "
             "only a network trained with codec=wan_vae becomes one."
         )
     channels, width = base.config("vae").get("z_dim"), base.config("text_encoder").get("d_model")
     if (network.sample_shape[0], network.text_dim) != (channels, width):
         raise CheckpointError(
-            f"{model.path} draws latents of {network.sample_shape[0]} channels from texts of width {network.text_dim}, "
+            f"{given.file} draws latents of {network.sample_shape[0]} channels from texts of width {network.text_dim}, "
             f"and {base.folder} has {channels} and {width}: give the pipeline whose VAE and text encoder it was "
             "trained with."
         )
 
 
-def _statistics(model: LoadedModel) -> LatentStatistics | None:
+def _statistics(given: DescribedWeights) -> LatentStatistics | None:
     """Those of the run; None where it normalised by the VAE's own."""
-    settings = model.config["codec"].get("statistics")
+    settings = given.meta["config"]["codec"].get("statistics")
     return None if settings is None else LatentStatistics.read(settings)
 
 
-def _sampler(model: LoadedModel) -> ConsistencySampler:
+def _sampler(given: DescribedWeights) -> ConsistencySampler:
     """The sampler of the run, or the plainest one where that is of another kind."""
-    own = build(model.config["sampler"], "sampler", model.path) if model.config.get("sampler") else None
+    own = build(given.meta["config"]["sampler"], "sampler", given.file) if given.meta["config"].get("sampler") else None
     return own if isinstance(own, ConsistencySampler) else ConsistencySampler()
 
 
 def _write_scheduler(folder: Path, sampler: ConsistencySampler) -> None:
-    from flowanchor.exports import flowanchor_scheduler
-
     flowanchor_scheduler.FlowAnchorScheduler(
         timestep_shift=sampler.timestep_shift, grid=sampler.grid, boundaries=list(sampler.boundaries)
     ).save_pretrained(folder)
     shutil.copyfile(str(flowanchor_scheduler.__file__), folder / f"{SCHEDULER[0]}.py")
-
-
-def _version() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)

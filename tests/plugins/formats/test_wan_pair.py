@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.consolidated import write_consolidated
-from flowanchor.checkpoints.experts import join_experts
 from flowanchor.errors import CheckpointError
+from flowanchor.plugins.formats.wan_pair import join_experts
+from flowanchor.programs.convert import main as convert
 
 BOUNDED = {"overrides": ["objective.shortcut.boundaries=[0.125]"], "objective": "facm", "wan": "one", "validate": False}
 
@@ -28,10 +32,10 @@ def runs(training, tmp_path):
 
 
 def test_each_expert_answers_its_times(runs, tmp_path):
-    file, weights, meta, ema = join_experts(runs, "none")
-    write_consolidated(tmp_path / "pair.safetensors", weights, meta, ema)
+    joined = join_experts(runs, "none")
+    write_consolidated(tmp_path / "pair.safetensors", joined.weights, joined.meta, joined.ema)
     pair = load_model(tmp_path / "pair.safetensors").backbone
-    assert pair.boundary == 0.875 and str(file) == runs["low"]
+    assert pair.boundary == 0.875 and str(joined.file) == runs["low"]
     x, text = torch.randn(2, 1, 1, 8, 8), torch.randn(2, 4, 12)
     with torch.no_grad():
         for name, t in (("high", 0.1), ("low", 0.5)):
@@ -39,9 +43,16 @@ def test_each_expert_answers_its_times(runs, tmp_path):
             assert torch.equal(pair(x, torch.full((2,), t), text), alone(x, torch.full((2,), t), text))
 
 
+def test_other_names_than_those_of_the_experts(runs, tmp_path, monkeypatch, capsys):
+    words = [f"checkpoint={{high: {runs['high']}, other: {runs['low']}}}", f"output={tmp_path}/a.safetensors"]
+    monkeypatch.setattr(sys, "argv", ["src/convert.py", *words])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit):
+        convert()
+    assert "named high and low, not high, other" in capsys.readouterr().err
+
+
 def test_what_does_not_fit(runs):
-    with pytest.raises(CheckpointError, match="named high and low, not high, other"):
-        join_experts({"high": runs["high"], "other": runs["low"]})
     content = torch.load(runs["high"], weights_only=True)
     content["flowanchor"]["config"]["objective"]["shortcut"] = {"boundaries": []}
     torch.save(content, runs["high"])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowanchor.checkpoints.infer import compare, infer_backbone
+from flowanchor.checkpoints.fit import compare
 from flowanchor.errors import CheckpointError
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.formats.authors_sizes import infer_backbone
 
 _spec = importlib.util.spec_from_file_location("released", Path(__file__).with_name("released.py"))
 assert _spec is not None and _spec.loader is not None

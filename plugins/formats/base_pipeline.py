@@ -15,7 +15,16 @@ from flowanchor.errors import CheckpointError
 from flowanchor.latents.statistics import LatentStatistics
 
 INDEX = "model_index.json"
+SCHEDULER = ["flowanchor_scheduler", "FlowAnchorScheduler"]  # file and class of ours, as the index names them
 VAE = "AutoencoderKLWan"
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is a pipeline that was exported here."""
+    try:
+        return bool(read_json(path / INDEX).get("scheduler") == SCHEDULER)
+    except (OSError, CheckpointError, AttributeError):
+        return False
 
 
 @dataclass(frozen=True)

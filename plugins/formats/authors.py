@@ -1,21 +1,30 @@
-"""From a released file to a checkpoint of ours: its weights, and the configuration that the file does not hold."""
+"""The layout of the authors of FACM, and of LightningDiT, SiT and DiT: every variant is read, that of FACM written.
+
+Their evaluation reads `ema` where a file has no `emas`; their training starts a student from `ema`, and takes the
+teacher from there, where a file has no `step`. Both ask `load_state_dict` with `strict=False`, which would not notice
+missing names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flowanchor.base.files import replacing, save_torch
 from flowanchor.base.plain import plain
 from flowanchor.checkpoints.consolidated import FORMAT
-from flowanchor.checkpoints.foreign import ForeignFile
-from flowanchor.checkpoints.infer import CLASSES, Fit, compare, infer_backbone
-from flowanchor.errors import CheckpointError
+from flowanchor.checkpoints.description import KINDS
+from flowanchor.checkpoints.fit import compare
+from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
+from flowanchor.checkpoints.summary import count, fit_lines, listed, network_lines
+from flowanchor.errors import CheckpointError, FlowAnchorError
 from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.plugins.formats.authors_file import EXPORT, ForeignFile, read_foreign
+from flowanchor.plugins.formats.authors_sizes import CLASSES, infer_backbone
 
-KINDS = ("flow", "shortcut")
 _INTERVALS = "flowanchor.plugins.objectives.intervals"
 INTERVALS = {
     "plain": f"{_INTERVALS}.plain.PlainInterval",
@@ -38,30 +47,69 @@ _CODECS: dict[int, dict[str, Any]] = {
 _SD_SCALE = {"mean": [], "std": [], "multiplier": 0.18215}  # of SiT's and DiT's latents
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What a released file does not tell; None: inferred, or asked for where that is impossible."""
+class Authors(Format):
+    """`.pt` files of FACM, LightningDiT, SiT and DiT.
 
-    ema: str | None = None
-    backbone: str | None = None
-    kind: str | None = None
-    interval: str | None = None
-    num_heads: int | None = None
-    num_classes: int | None = None
-    codec: Mapping[str, Any] | None = None  # the entry of a configuration
+    Whatever else is a file is read here, too, and its reader says what is missing. Weights of one average are written
+    as `ema`, and the raw ones, where they are known, as `model`; a further entry of plain values keeps what the layout
+    has no place for (kind, step, configuration), so that reading the file back loses nothing.
+    """
+
+    name = "authors"
+    suffix = ".pt"
+    broad = True
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_file()
+
+    def read(self, path: Path, choices: Choices) -> DescribedWeights:
+        return _described(read_foreign(path), choices)
+
+    def inspect(self, path: Path, choices: Choices) -> Iterator[str]:
+        file = read_foreign(path)
+        yield f"{file.path}: {file.kind}"
+        trained = f"{file.objective or 'not told: kind=flow or kind=shortcut'}, step {file.step or 'not told'}"
+        yield f"  trained as   {trained}"
+        for name, weights in file.profiles.items():
+            yield f"  weights      {name}: {count(weights)}{' (the default)' if name == file.default else ''}"
+        if file.others:
+            yield f"  also holds   {', '.join(file.others)}"
+        yield from listed("of no profile", file.ignored)
+        _, weights = file.weights(choices.ema)
+        if any(key.startswith("decoder.") for key in weights):
+            yield f"  backbone     none: these are the weights of an autoencoder, for codec.weights={file.path}"
+            return
+        try:
+            backbone = infer_backbone(weights, choices.backbone, choices.num_heads, choices.num_classes)
+        except CheckpointError as error:
+            yield f"  backbone     {error}"
+            return
+        yield from network_lines(backbone)
+        try:
+            yield from fit_lines(compare(weights, backbone, file.path))
+        except FlowAnchorError as error:
+            yield f"  no match     {error}"
+            return
+        yield from _import_line(file, choices)
+
+    def write(self, given: DescribedWeights, output: Path) -> str:
+        """Raises `CheckpointError` for a network that theirs is not."""
+        target, meta = given.meta["config"]["backbone"].get("_target_"), given.meta
+        if ".lightningdit." not in str(target):
+            raise CheckpointError(
+                f"The authors' code knows LightningDiT alone, and this is a {target}: "
+                "use format=flowanchor or format=huggingface."
+            )
+        content: dict[str, Any] = {"ema": _whole(given.weights)}
+        if given.raw is not None and given.ema != "none":
+            content["model"] = _whole(given.raw)
+        content[EXPORT] = {"kind": meta["kind"], "step": int(meta["step"]), "ema": given.ema, "config": meta["config"]}
+        with replacing(output) as draft:
+            save_torch(draft, content)
+        return count(given.weights)
 
 
-@dataclass(frozen=True)
-class Imported:
-    """Weights with what is needed to open them alone; in the form that `write_consolidated` takes."""
-
-    weights: Mapping[str, Tensor]
-    meta: dict[str, Any]  # format, kind, step, config
-    ema: str
-    fit: Fit
-
-
-def import_foreign(file: ForeignFile, choices: Choices) -> Imported:
+def _described(file: ForeignFile, choices: Choices) -> DescribedWeights:
     """A released file as a checkpoint of ours; raises `CheckpointError` where it does not fit a network exactly."""
     ema, weights = file.weights(choices.ema)
     exported = plain((file.export or {}).get("config"), f"{file.path}: its description")
@@ -72,7 +120,7 @@ def import_foreign(file: ForeignFile, choices: Choices) -> Imported:
         backbone = _inferred(file, weights, choices)
     fit = compare(weights, backbone, file.path)
     if not fit.complete:
-        raise CheckpointError(f"{file.path} ({ema}) {describe_misfit(fit)}: see python src/convert.py inspect=FILE.")
+        raise CheckpointError(f"{file.path} ({ema}) {fit.misfit()}: see python src/convert.py inspect=FILE.")
     kind = _kind(file, backbone, choices)
     interval = choices.interval or _interval(kind, backbone)
     if interval not in INTERVALS:
@@ -97,17 +145,20 @@ def import_foreign(file: ForeignFile, choices: Choices) -> Imported:
             },
             "codec": _codec(backbone["in_channels"], choices.codec),
         }
-    return Imported(weights, {"format": FORMAT, "kind": kind, "step": file.step, "config": config}, ema, fit)
+    meta = {"format": FORMAT, "kind": kind, "step": file.step, "config": config}
+    return DescribedWeights(file.path, weights, meta, ema, file.profiles.get("none"))
 
 
-def describe_misfit(fit: Fit) -> str:
-    """In words, the first few of each kind."""
-    found = (("lacks", fit.missing), ("has the unknown", fit.unknown), ("has another shape of", fit.reshaped))
-    return ", ".join(
-        f"{what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        for what, keys in found
-        if keys
-    )
+def _import_line(file: ForeignFile, choices: Choices) -> Iterator[str]:
+    try:
+        _described(file, choices)
+    except FlowAnchorError as error:
+        yield f"  to import    {error}"
+    else:
+        names = ("backbone", "kind", "interval", "num_heads", "num_classes")
+        told = {"ema_profile": choices.ema, **{name: getattr(choices, name) for name in names}}
+        settings = "".join(f" {name}={value}" for name, value in told.items() if value is not None)
+        yield f"  to import    python src/convert.py checkpoint={file.path} output=NAME.safetensors{settings}"
 
 
 def _inferred(file: ForeignFile, weights: Mapping[str, Tensor], choices: Choices) -> dict[str, Any]:
@@ -159,3 +210,7 @@ def _codec(channels: int, chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     elif codec.get("name") == "sd_vae":
         codec["statistics"] = _SD_SCALE
     return codec
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weights[name].detach().clone() for name in weights}  # clone: no larger storage behind a view

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from flowanchor.checkpoints.description import described_network
-from flowanchor.checkpoints.load import find_checkpoint, read_checkpoint, select_weights
+from flowanchor.checkpoints.find import find_checkpoint
+from flowanchor.checkpoints.format import DescribedWeights
+from flowanchor.checkpoints.read import read_checkpoint, select_weights
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import Joined
 
@@ -17,15 +16,11 @@ PARTS = ("high", "low")
 ONE, TWO = "flowanchor.plugins.backbones.wan.Wan", "flowanchor.plugins.backbones.wan_experts.WanExperts"
 
 
-def join_experts(
-    paths: Mapping[str, str], ema: str | None = None
-) -> tuple[Path, Mapping[str, Tensor], dict[str, Any], str]:
-    """`{high: RUN, low: RUN}` -> the low-noise run's file; weights, description and average's name of both together.
+def join_experts(paths: Mapping[str, str], ema: str | None = None) -> DescribedWeights:
+    """`{high: RUN, low: RUN}` -> both together, under the low-noise run's file.
 
     Raises `CheckpointError` unless both are Wans of one size, distilled up to the same boundary.
     """
-    if set(paths) != set(PARTS):
-        raise CheckpointError(f"Two experts are named high and low, not {', '.join(map(str, paths))}.")
     files = {part: find_checkpoint(paths[part]) for part in PARTS}
     contents = {part: read_checkpoint(file) for part, file in files.items()}
     configs = {part: content["flowanchor"]["config"] for part, content in contents.items()}
@@ -58,7 +53,8 @@ def join_experts(
         raise CheckpointError(
             f"The experts keep different averages ({names['high']}, {names['low']}): name one of both."
         )
-    return files["low"], Joined({f"{part}.": weights for part, (_, weights) in chosen.items()}), meta, names["low"]
+    weights = Joined({f"{part}.": inner for part, (_, inner) in chosen.items()})
+    return DescribedWeights(files["low"], weights, meta, names["low"])
 
 
 def _boundaries(config: Mapping[str, Any]) -> tuple[float, ...]:

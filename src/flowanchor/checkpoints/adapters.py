@@ -1,0 +1,104 @@
+"""Weights that a checkpoint of adapters does not hold: the frozen ones of another checkpoint that they stand beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowanchor.checkpoints.digest import file_digest
+from flowanchor.checkpoints.find import find_checkpoint
+from flowanchor.checkpoints.outline import TooLarge, outline
+from flowanchor.checkpoints.read import read_checkpoint, select_weights
+from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Backbone
+from flowanchor.weights import Joined, Overlaid
+
+
+def outlined(
+    meta: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    file: Path,
+    elsewhere: str | Path | Mapping[str, str] | None = None,
+) -> tuple[Backbone, Mapping[str, Tensor], dict[str, str]]:
+    """The network without values, all of its weights, and the digests of those that adapters stand beside.
+
+    `elsewhere`: as in `whole_weights`.
+    """
+    settings = meta["config"]["backbone"]
+    try:
+        shapes = outline(settings, file, weights)
+    except TooLarge:
+        if not (elsewhere or meta["config"].get("initialise_from")):
+            raise
+        shapes = outline(settings, file, weights, _base(meta, file, elsewhere)[0])
+    return shapes, *whole_weights(shapes, weights, meta, file, elsewhere)
+
+
+def whole_weights(
+    backbone: Backbone,
+    weights: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    file: Path,
+    elsewhere: str | Path | Mapping[str, str] | None = None,
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The weights of a whole network: those of `file` and, where it holds adapters alone, those that they stand beside.
+
+    The latter are looked for where the run found them, or `elsewhere`, and are known by their digest.
+
+    Returns them, and the sha256 of each file of the latter by its setting. Raises `CheckpointError` where they are not
+    there, or are others than those that were trained with.
+    """
+    if all(name in weights for name in backbone.borrowed()):
+        if elsewhere:
+            raise ConfigError(f"{file} holds all its weights: leave out initialise_from={elsewhere}.")
+        return weights, {}
+    below, digests = _base(meta, file, elsewhere)
+    return Overlaid(weights, below), digests
+
+
+def _base(
+    meta: Mapping[str, Any], file: Path, elsewhere: str | Path | Mapping[str, str] | None
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The weights that the adapters of a run stand beside, and their digests."""
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    digests: dict[str, str] = {}
+    recorded = meta.get("sources") or {}
+    for name, typed in by_part("initialise_from", elsewhere or meta["config"].get("initialise_from")).items():
+        known = recorded.get(name) or {}
+        places = [typed] if elsewhere or not known else [typed, known["path"]]
+        base, digests[name] = _find_base(file, name, places, known.get("digest"))
+        parts[name.partition(".")[2]] = select_weights(read_checkpoint(base), None, base)[1]
+    return parts[""] if "" in parts else Joined({f"{part}.": inner for part, inner in parts.items()}), digests
+
+
+def by_part(setting: str, value: Any) -> dict[str, str]:
+    """A setting that names weights, or those of each part of a network: dotted name -> path."""
+    if isinstance(value, Mapping):
+        return {f"{setting}.{part}": str(path) for part, path in value.items()}
+    return {setting: "" if value is None else str(value)}
+
+
+def _find_base(file: Path, name: str, places: list[str], wanted: str | None) -> tuple[Path, str]:
+    """The first of the places that holds the weights of a digest, and that digest."""
+    others = []
+    for place in places:
+        try:
+            base = find_checkpoint(place) if place else None
+        except CheckpointError:
+            base = None
+        if base is not None:
+            digest = file_digest(base)
+            if wanted is None or digest == wanted:
+                return base, digest
+            others.append(f"{base} has sha256 {digest[:12]}")
+    reason = (
+        f"the weights that they adapt are not where the run found them ({places[0] or None})"
+        if not others
+        else f"the weights that they adapt have changed (sha256 {str(wanted)[:12]}; {', '.join(others)})"
+    )
+    raise CheckpointError(
+        f"{file} holds adapters alone, and {reason}: put them there again, or say where they are with {name}=PATH."
+    )
