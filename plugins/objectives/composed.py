@@ -114,22 +114,18 @@ class ComposedObjective(Objective):
 
         ask = _Asked(student, engine, self.interval, x_t, cond, self._anchor_question(t))
         target = at_least_float32(v)
-        terms: dict[str, TermResult] = {}
-        if self.shortcut is not None and not self.warming:
-            terms["shortcut"] = self.shortcut.loss(
-                ask, Point(x_t, t, torch.ones_like(t) if end is None else end, target)
-            )
-        if self.anchor is not None:
-            terms["anchor"] = self.anchor.loss(ask.anchored(), target, t)
-
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
-        if "anchor" in terms:
-            losses["anchor"] = self.anchor_weight * self._collect("anchor", terms["anchor"], diagnostics)
-        if ask.tangent is not None:
-            diagnostics["tangent_norm"] = ask.tangent.flatten(1).norm(dim=1).mean()
-        if "shortcut" in terms:
-            losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", terms["shortcut"], diagnostics)
+        jump: TermResult | None = None
+        if self.shortcut is not None and not self.warming:
+            jump = self.shortcut.loss(ask, Point(x_t, t, torch.ones_like(t) if end is None else end, target))
+        if self.anchor is not None:
+            term = self.anchor.loss(ask.anchored(), target, t)
+            losses["anchor"] = self.anchor_weight * self._collect("anchor", term, diagnostics)
+        if jump is not None:
+            if ask.tangent is not None:
+                diagnostics["tangent_norm"] = ask.tangent.flatten(1).norm(dim=1).mean()
+            losses["shortcut"] = self.shortcut_weight * self._collect("shortcut", jump, diagnostics)
         return ObjectiveResult(
             loss=torch.stack(list(losses.values())).sum(),
             terms={name: loss.detach() for name, loss in losses.items()},

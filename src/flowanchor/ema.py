@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -132,7 +132,7 @@ class EMA(pl.Callback):
         """Create the averages, on first need: by then the student is on its device, sharded and restored."""
         if self._shadows:
             return
-        parameters = self._averaged(pl_module.student)  # type: ignore[arg-type]
+        parameters = self._averaged(_student(pl_module))
         for profile in self.profiles:
             shadows = {name: local(p).detach().to(torch.float32, copy=True) for name, p in parameters.items()}
             if self._loaded is not None:
@@ -171,7 +171,7 @@ class EMA(pl.Callback):
         `verdict`: whether the step was made, where the host does not know a tensor [] of 1 or 0.
         """
         self._ensure(pl_module)
-        weights = [local(p).float() for p in self._parameters(pl_module.student)]  # type: ignore[arg-type]
+        weights = [local(p).float() for p in self._parameters(_student(pl_module))]
         if isinstance(verdict, Tensor):
             self._update_on_device(weights, verdict)
             return
@@ -222,7 +222,7 @@ class EMA(pl.Callback):
         if profile not in self.profiles:
             raise ConfigError(f"There is no average named {profile}: choose one of {', '.join(self.profiles)}.")
         self._ensure(pl_module)
-        weights = [local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+        weights = [local(p) for p in self._averaged(_student(pl_module)).values()]
         if self._raw is None:
             self._raw = [w.clone() for w in weights]
         torch._foreach_copy_(weights, list(self._shadows[profile].values()))
@@ -231,7 +231,7 @@ class EMA(pl.Callback):
     @torch.no_grad()
     def _swap_out(self, pl_module: pl.LightningModule) -> None:
         if self._raw is not None:
-            weights = [local(p) for p in self._averaged(pl_module.student).values()]  # type: ignore[arg-type]
+            weights = [local(p) for p in self._averaged(_student(pl_module)).values()]
             torch._foreach_copy_(weights, self._raw)
         self._raw = self._active = None
 
@@ -262,7 +262,7 @@ class EMA(pl.Callback):
     def _parts(self, pl_module: pl.LightningModule, profile: str) -> dict[str, Tensor]:
         """State dict of the student under a profile, sharded as the student is, sharing storage with what is kept."""
         self._ensure(pl_module)
-        student: nn.Module = pl_module.student  # type: ignore[assignment]
+        student = _student(pl_module)
         shadow_of = {id(p): self._shadows[profile][name] for name, p in self._averaged(student).items()}
         borrowed = student.borrowed() if isinstance(student, Backbone) else set()
         return {
@@ -286,7 +286,7 @@ class EMA(pl.Callback):
         keep = trainer.is_global_zero
         checkpoint["ema"] = {name: self._copied(self._parts(pl_module, name), keep) for name in self.profiles}
         if self._raw is not None:  # saved in the middle of a validation: the file must still hold the raw weights
-            names = self._averaged(pl_module.student)  # type: ignore[arg-type]
+            names = self._averaged(_student(pl_module))
             for (name, p), raw in zip(names.items(), self._raw, strict=True):
                 key = f"student.{name}"
                 if key in checkpoint["state_dict"]:
@@ -322,7 +322,7 @@ class EMA(pl.Callback):
         if not trainer.strategy.reduce_boolean_decision(all_finite(self.shadows())):
             rank_zero_warn(f"No snapshot of step {trainer.global_step} was written: the averages are not finite.")
             return
-        student: nn.Module = pl_module.student  # type: ignore[assignment]
+        student = _student(pl_module)
         averaged = {id(p) for p in self._averaged(student).values()}
         borrowed = student.borrowed() if isinstance(student, Backbone) else set()
         state = {name: v for name, v in student.state_dict(keep_vars=True).items() if name not in borrowed}
@@ -333,7 +333,7 @@ class EMA(pl.Callback):
             state = self.averages(pl_module, name, keep=trainer.is_global_zero)
             if trainer.is_global_zero:
                 path = self._folder(trainer) / f"{trainer.global_step:08d}_{name}.safetensors"
-                run = getattr(pl_module, "identity", {}).get("run")
+                run = pl_module.identity.get("run") if isinstance(pl_module, FlowModule) else None
                 save_snapshot(path, state, profile.sigma_rel, self.updates, copied, self.snapshot_dtype, run)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -351,3 +351,8 @@ class EMA(pl.Callback):
         due = self.snapshot_every is not None and self.updates and trainer.global_step % self.snapshot_every
         if due and not skipped_steps(pl_module):
             self._snapshot(trainer, pl_module)
+
+
+def _student(module: pl.LightningModule) -> Backbone:
+    """The network that a `FlowModule` trains."""
+    return cast(FlowModule, module).student

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 
+from flowanchor.module import FlowModule
+
 
 class Progress(RichProgressBar):
     """Shows steps of the whole run, elapsed time and time left, the loss with its terms, and images per second.
@@ -39,7 +41,7 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Losses and their terms, without the prefix, and the speed."""
         logged = trainer.callback_metrics
-        terms = {*trainer.progress_bar_metrics, *getattr(pl_module, "shown", ())}
+        terms = {*trainer.progress_bar_metrics, *(pl_module.shown if isinstance(pl_module, FlowModule) else ())}
         names = [n for n in logged if n == "train/loss" or (n in terms and n.startswith("train/"))]
         shown: dict[str, Any] = {n.removeprefix("train/"): float(logged[n]) for n in names}
         for name, label in (("val/loss", "val"), ("images_per_second", "img/s")):

@@ -25,7 +25,7 @@ from flowanchor.checkpoints.sharded import write_sharded
 from flowanchor.checkpoints.soundness import sound_checkpoint
 from flowanchor.deferred import is_deferred, materialise
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.module import TEACHER
+from flowanchor.module import TEACHER, FlowModule
 from flowanchor.strategies.abilities import Abilities
 from flowanchor.strategies.sharding import shard_backbone, unsharded_backbones
 from flowanchor.weights import copy_weights, dtype_of, shape_of
@@ -212,8 +212,9 @@ class ChainJVPStrategy(Abilities, ModelParallelStrategy):
         path = sound_checkpoint(Path(self.broadcast(str(checkpoint_path))))
         content = read_checkpoint(path)
         assert self.lightning_module is not None
-        elsewhere = getattr(self.lightning_module, "is_elsewhere", lambda key: key.startswith(TEACHER))
-        own = {k: v for k, v in self.lightning_module.state_dict().items() if not elsewhere(k)}
+        module = self.lightning_module
+        elsewhere = module.is_elsewhere if isinstance(module, FlowModule) else lambda key: key.startswith(TEACHER)
+        own = {k: v for k, v in module.state_dict().items() if not elsewhere(k)}
         stored = content["state_dict"]
         unfit = [name for name in own if name not in stored or shape_of(stored, name) != own[name].shape]
         if unfit:
