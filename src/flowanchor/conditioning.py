@@ -29,10 +29,12 @@ class Conditioning(ABC):
     Attributes:
         classes: how many there are; 0: it is not conditioned on classes.
         dropout: share of the conditions that training replaces by the null condition.
+        example: the arguments of `OpenedModel.sample` that a model card shows, beside how many.
     """
 
     classes: int = 0
     dropout: float = 0.0
+    example: str = ""
 
     @abstractmethod
     def described(self) -> str:
@@ -159,6 +161,8 @@ class Text(nn.Module, Conditioning):
             are filled up with zeros (False in a mask), others are alike in all texts.
         dropout: share of the texts that training replaces by the null one.
     """
+
+    example = 'prompts="a red fox in the snow", '
 
     def __init__(self, null: Any, longest: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__()

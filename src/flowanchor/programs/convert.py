@@ -204,7 +204,9 @@ def _write_folder(cfg: DictConfig, source: Source, output: Path) -> None:
     if cfg.metrics is not None:
         report = read_metrics(cfg.metrics, file_digest(source.file), source.ema)
     codec = _codec(cfg, source) if cfg.with_codec else None
-    card = model_card(cfg.name or output.name, source.meta, source.ema, report)
+    card = model_card(
+        cfg.name or output.name, source.meta, source.ema, report, source.weights, with_codec=codec is not None
+    )
     write_folder(output, source.weights, source.meta, source.ema, card, codec)
 
 
