@@ -267,8 +267,8 @@ class Text(nn.Module, Conditioning):
             raise ConfigError("This network is conditioned on text: give prompts instead of classes= (labels).")
         if not prompts:
             raise ConfigError(
-                'This network is conditioned on text: give prompts, prompt="what to draw" or prompts=FILE with one '
-                "per line."
+                "This network is conditioned on text: give prompts; to a program, add prompts=FILE with one per line, "
+                'or prompt="what to draw".'
             )
         return Texts(self, n, prompts, negative)
 
