@@ -98,7 +98,7 @@ def test_another_encoder_is_refused():
         (Classes(3), {"classes": [3]}, r"whole numbers between 0 and 2, for example classes=\[0,1\]"),
         (Classes(3), {"classes": ["cat"]}, "whole numbers between 0 and 2"),
         (Classes(3), {"classes": []}, "whole numbers between 0 and 2"),
-        (text(), {}, "give prompts, prompt="),
+        (text(), {}, "add prompts=FILE with one per line, or prompt="),
         (text(), {"classes": [1], "prompts": ["x"]}, "give prompts instead of classes="),
         (text(), {"prompts": ["x"], "protocol": "even"}, "protocol=balanced or protocol=random"),
     ],

@@ -49,7 +49,8 @@ class PublishedFolder(Format):
     def write(self, given: DescribedWeights, output: Path) -> str:
         report = None if self.metrics is None else read_metrics(self.metrics, file_digest(given.file), given.ema)
         codec = self._codec(given) if self.with_codec else None
-        card = model_card(self.title or output.name, given.meta, given.ema, report)
+        name = self.title or output.name
+        card = model_card(name, given.meta, given.ema, report, given.weights, with_codec=codec is not None)
         write_folder(output, given.weights, given.meta, given.ema, card, codec)
         return count(given.weights)
 

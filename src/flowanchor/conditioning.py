@@ -29,10 +29,12 @@ class Conditioning(ABC):
     Attributes:
         classes: how many there are; 0: it is not conditioned on classes.
         dropout: share of the conditions that training replaces by the null condition.
+        example: the arguments of `OpenedModel.sample` that a model card shows, beside how many.
     """
 
     classes: int = 0
     dropout: float = 0.0
+    example: str = ""
 
     @abstractmethod
     def described(self) -> str:
@@ -160,6 +162,8 @@ class Text(nn.Module, Conditioning):
         dropout: share of the texts that training replaces by the null one.
     """
 
+    example = 'prompts="a red fox in the snow", '
+
     def __init__(self, null: Any, longest: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__()
         self.kind, self.longest, self.dropout = type(null), dict(longest), dropout
@@ -263,8 +267,8 @@ class Text(nn.Module, Conditioning):
             raise ConfigError("This network is conditioned on text: give prompts instead of classes= (labels).")
         if not prompts:
             raise ConfigError(
-                'This network is conditioned on text: give prompts, prompt="what to draw" or prompts=FILE with one '
-                "per line."
+                "This network is conditioned on text: give prompts; to a program, add prompts=FILE with one per line, "
+                'or prompt="what to draw".'
             )
         return Texts(self, n, prompts, negative)
 

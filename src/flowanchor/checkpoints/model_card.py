@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from flowanchor.base.plain import read_json
+from flowanchor.checkpoints.outline import outline
+from flowanchor.checkpoints.registry import current_name, registered
 from flowanchor.errors import ConfigError
+from flowanchor.interfaces import Backbone
 
 # Columns of the table, where eval.py's report has them.
-_COLUMNS = {
-    "sampler": "sampler", "nfe": "NFE", "fid": "FID", "fd": "FD", "sfid": "sFID", "inception_score": "IS",
-    "kid": "KID", "precision": "precision", "recall": "recall", "n": "images", "protocol": "protocol", "seed": "seed",
+_SCORES = {
+    "fid": "FID", "fd": "FD", "sfid": "sFID", "inception_score": "IS", "kid": "KID", "precision": "precision",
+    "recall": "recall", "clip_score": "CLIP score",
 }  # fmt: skip
-_SCORES = ("fid", "fd", "sfid", "inception_score", "kid", "precision", "recall")
+_COLUMNS = {"sampler": "sampler", "nfe": "NFE", **_SCORES, "n": "images", "protocol": "protocol", "seed": "seed"}
 
 
 def read_metrics(path: str | Path, digest: str, ema: str) -> dict[str, Any]:
@@ -38,10 +42,23 @@ def read_metrics(path: str | Path, digest: str, ema: str) -> dict[str, Any]:
     return report
 
 
-def model_card(name: str, meta: Mapping[str, Any], ema: str, report: Mapping[str, Any] | None) -> str:
-    """The text; numbers come from `report` (`read_metrics`) alone."""
+def model_card(
+    name: str,
+    meta: Mapping[str, Any],
+    ema: str,
+    report: Mapping[str, Any] | None,
+    weights: Mapping[str, Tensor],
+    with_codec: bool = False,
+) -> str:
+    """The text; numbers come from `report` (`read_metrics`) alone.
+
+    Args:
+        meta, weights: of the network, as a checkpoint has them.
+        with_codec: whether the codec's weights are published with it.
+    """
     config = meta["config"]
     backbone, codec = config["backbone"], config.get("codec") or {}
+    network = outline(backbone, name, weights) if current_name(backbone["_target_"]) in registered("backbone") else None
     kind = "few-step shortcut (flow-anchored consistency)" if meta["kind"] == "shortcut" else "flow"
     front: dict[str, Any] = {"library_name": "flowanchor", "tags": ["image-generation", str(meta["kind"])]}
     if report is not None:
@@ -57,16 +74,11 @@ def model_card(name: str, meta: Mapping[str, Any], ema: str, report: Mapping[str
         "| | |",
         "|---|---|",
         f"| backbone | `{str(backbone.get('_target_')).removesuffix('.from_preset').rpartition('.')[2]}` |",
-        f"| samples | {_samples(backbone)} |",
+        f"| samples | {_samples(network)} |",
         f"| codec | {codec.get('name') or 'none: pixels'} |",
         f"| interval | `{config['objective']['interval']['_target_'].rpartition('.')[2]}` |",
         "",
-        "```python",
-        "import flowanchor",
-        "",
-        'model = flowanchor.load("path/of/this/folder")',
-        "images = model.sample(num_samples=8)  # uint8 [8, H, W, C]",
-        "```",
+        *_use(config, network, with_codec),
         "",
         "## Evaluation",
         "",
@@ -75,10 +87,26 @@ def model_card(name: str, meta: Mapping[str, Any], ema: str, report: Mapping[str
     return "\n".join(lines) + "\n"
 
 
-def _samples(backbone: Mapping[str, Any]) -> str:
-    channels, size = backbone.get("in_channels"), backbone.get("input_size")
-    classes = backbone.get("num_classes")
-    return f"{channels} x {size} x {size}, {f'{classes} classes' if classes else 'unconditional'}"
+def _samples(network: Backbone | None) -> str:
+    if network is None:
+        return "those of its plugin package"
+    return f"{' x '.join(map(str, network.sample_shape))}, {network.conditioning.described()}"
+
+
+def _use(config: Mapping[str, Any], network: Backbone | None, with_codec: bool) -> Iterator[str]:
+    """The call that draws images, with what must be given because it is not published."""
+    prompt = "" if network is None else network.conditioning.example
+    parts = ["sampler", "codec", *(["text_encoder"] if prompt else [])]
+    missing = [part for part in parts if not (config.get(part) or {}).get("_target_")]
+    if missing:
+        chosen = " ".join(f"{part}=NAME" for part in missing)
+        yield f"Its {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not known: choose, for example"
+        yield from ("", "```bash", f"flowanchor-sample checkpoint=path/of/this/folder {chosen}", "```")
+        return
+    elsewhere = [part for part in parts if "weights" in config[part] and not (part == "codec" and with_codec)]
+    given = "".join(f', {part}={{"weights": "path/of/its/weights"}}' for part in elsewhere)
+    yield from ("```python", "import flowanchor", "", f'model = flowanchor.load("path/of/this/folder"{given})')
+    yield from (f"images = model.sample({prompt}num_samples=8)  # uint8 [8, H, W, C]", "```")
 
 
 def _evaluation(report: Mapping[str, Any]) -> Iterator[str]:
