@@ -129,8 +129,8 @@ def test_a_set_is_what_it_always_was(name, processes, sources, command, monkeypa
         monkeypatch.setenv("RANK", str(process))
         folder = command("encode", *words)
     found = digests(folder / "set")
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
     if os.environ.get("WRITE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(golden | {name: found}, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(golden | {name: found}, indent=1) + "\n", encoding="utf-8")
     else:
         assert found == golden[name]
