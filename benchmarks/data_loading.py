@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from flowanchor.data.latents import LatentsDataModule
 from flowanchor.data.webdataset import WebDatasetDataModule
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.encoding.writers import open_writer, write_index
-from flowanchor.latents.statistics import LatentStatistics
 
 SHAPE, CLASSES, BATCH, WARM = (32, 16, 16), 1000, 256, 4
 BARS = {"data=latents": 3.0, "data=webdataset": 2.0}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
 from flowanchor.data.captioned import CaptionedDataModule
+from flowanchor.encoded.captions import NEGATIVE, CaptionManifest, write_file
 from flowanchor.errors import ConfigError, DataError
 
 COUNTS = {(4, 6): 11, (6, 4): 9, (2, 2): 1}

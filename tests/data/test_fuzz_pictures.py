@@ -15,10 +15,10 @@ import torch
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
-from flowanchor.captions.encoder import _Fitted, plan
-from flowanchor.captions.sources import TableSource
 from flowanchor.data.image_folder import FolderImages, ImageFolderDataModule
 from flowanchor.data.pictures import PIXELS, RATIO, SIDE, PictureError, open_picture, picture_size
+from flowanchor.encoding.caption_sources import TableSource
+from flowanchor.encoding.captions import _Fitted, plan
 from flowanchor.encoding.crop import center_crop
 from flowanchor.encoding.images import CroppedImages
 from flowanchor.encoding.sources import FolderSource
@@ -264,7 +264,7 @@ def test_a_jpeg_of_many_passes_is_refused():
 
 def test_a_line_of_pixels_is_cut_before_it_is_scaled(hostile, tmp_path):
     """Scaled first, it would have had 2,048,000 x 256 pixels."""
-    from flowanchor.captions.buckets import fit
+    from flowanchor.encoding.buckets import fit
 
     line = Image.new("RGB", (8000, 1), (9, 9, 9))
     for cut in (lambda: center_crop(line, 256), lambda: fit(line, (256, 256))):

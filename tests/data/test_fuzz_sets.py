@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
-from flowanchor.captions.sources import open_captions, read_captions
 from flowanchor.data.captioned import CaptionedDataModule
 from flowanchor.data.latents import LatentsDataModule
+from flowanchor.encoded.captions import NEGATIVE, CaptionManifest, write_file
+from flowanchor.encoded.manifest import Manifest, Shard
+from flowanchor.encoding.caption_sources import open_captions, read_captions
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Manifest, Shard
 
 # ------------------------------------------------------------------------------------------------------------- latents
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from flowanchor.data.encoded import StoredLatents
 from flowanchor.data.latents import LatentsDataModule
+from flowanchor.encoded.manifest import Manifest
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.sampling.noise import sample_noise
 
 SETTINGS = {"channels": 2, "size": 4, "num_classes": 3, "batch_size": 4, "seed": 7}

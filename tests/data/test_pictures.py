@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from flowanchor.captions.encoder import _Fitted, plan
-from flowanchor.captions.sources import open_captions
 from flowanchor.data.image_folder import ImageFolderDataModule
 from flowanchor.data.picture_files import EXTENSIONS, find_pictures
 from flowanchor.data.pictures import FORMATS, PictureError, open_picture, picture_size
+from flowanchor.encoding.caption_sources import open_captions
+from flowanchor.encoding.captions import _Fitted, plan
 from flowanchor.encoding.images import CroppedImages
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError

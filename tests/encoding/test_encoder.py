@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.encoded.manifest import Manifest
 from flowanchor.encoding import encoder as module
 from flowanchor.encoding.crop import center_crop
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.sources import open_source
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec, Posterior
-from flowanchor.latents.manifest import Manifest
 from flowanchor.sampling.noise import sample_noise
 
 ENCODING = Encoding(image_size=16, shard_size=10)

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import flowanchor
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.encoded.manifest import Manifest
+from flowanchor.encoded.statistics import LatentStatistics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder.safetensors"
 CLASSES = {"n01_red": (200, 40, 40), "n02_green": (40, 180, 60), "n03_blue": (50, 60, 210)}

@@ -12,8 +12,8 @@ from flowanchor.base.plain import plain
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.foreign import ForeignFile
 from flowanchor.checkpoints.infer import CLASSES, Fit, compare, infer_backbone
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
-from flowanchor.latents.statistics import LatentStatistics
 
 KINDS = ("flow", "shortcut")
 _INTERVALS = "flowanchor.plugins.objectives.intervals"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowanchor.captions.files import CaptionFile, CaptionManifest, read_negative
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.encoded import no_images
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
+from flowanchor.encoded.captions import CaptionFile, CaptionManifest, read_negative
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
 from flowanchor.text.base import pad_embeddings

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.encoded.manifest import MANIFEST, Manifest
+from flowanchor.encoded.statistics import STATISTICS, LatentStatistics
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Posterior
-from flowanchor.latents.manifest import MANIFEST, Manifest
-from flowanchor.latents.statistics import STATISTICS, LatentStatistics
 from flowanchor.sampling.noise import sample_noise
 
 VALUES = ("sample", "moments")

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.reading import shown
+from flowanchor.encoded.manifest import Manifest
+from flowanchor.encoded.statistics import STATISTICS, RunningStatistics
 from flowanchor.encoding.images import ImageBatch, load_batches
 from flowanchor.encoding.plan import PlannedShard, plan_shards
 from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
@@ -22,8 +24,6 @@ from flowanchor.encoding.sources import Source
 from flowanchor.encoding.writers import DTYPES, bytes_needed, open_writer, write_index
 from flowanchor.errors import DataError
 from flowanchor.interfaces import Codec
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import STATISTICS, RunningStatistics
 from flowanchor.sampling.noise import sample_noise
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.files import flush, replace, save_tensors, sha256, unfinished, write_json
+from flowanchor.encoded.manifest import Shard
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Shard
 
 _HEADERS = 4096  # bytes of names and headers per image of a tar, at most
 

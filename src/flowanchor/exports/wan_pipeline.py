@@ -12,10 +12,10 @@ import torch
 from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.base.plain import read_json
 from flowanchor.checkpoints.trusted import build
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
 from flowanchor.exports.base_pipeline import INDEX, BasePipeline
 from flowanchor.exports.pipeline_card import pipeline_card
-from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.sampling import ConsistencySampler
 from flowanchor.sampling.generate import check_sampler
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from flowanchor.base.reading import shown
+from flowanchor.encoded.manifest import MANIFEST, Manifest
 from flowanchor.encoding.encoder import Encoder, Encoding
 from flowanchor.encoding.plan import LAYOUTS
 from flowanchor.encoding.record import STAMP, compare
@@ -20,7 +21,6 @@ from flowanchor.encoding.sources import Source, open_source
 from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
-from flowanchor.latents.manifest import MANIFEST, Manifest
 from flowanchor.programs.checks import check_whole_numbers, own_device
 from flowanchor.programs.commands import encode as main
 from flowanchor.programs.encode_captions import encode_captions

@@ -13,15 +13,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from flowanchor.base.reading import shown
-from flowanchor.captions.buckets import bucket_sizes
-from flowanchor.captions.encoder import CaptionEncoder, plan
-from flowanchor.captions.files import CaptionManifest
-from flowanchor.captions.sources import open_captions
+from flowanchor.encoded.captions import CaptionManifest
+from flowanchor.encoded.manifest import MANIFEST
+from flowanchor.encoding.buckets import bucket_sizes
+from flowanchor.encoding.caption_sources import open_captions
+from flowanchor.encoding.captions import CaptionEncoder, plan
 from flowanchor.encoding.record import STAMP, compare
 from flowanchor.encoding.writers import DTYPES
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec
-from flowanchor.latents.manifest import MANIFEST
 from flowanchor.programs.checks import check_whole_numbers, own_device
 from flowanchor.programs.progress import counter
 from flowanchor.text.base import TextEncoder

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowanchor.captions.buckets import bucket_sizes, fit, nearest
-from flowanchor.captions.encoder import CaptionEncoder, plan
-from flowanchor.captions.files import CaptionFile, CaptionManifest
-from flowanchor.captions.sources import HEADER, open_captions
 from flowanchor.codecs.identity import Identity
+from flowanchor.encoded.captions import CaptionFile, CaptionManifest
+from flowanchor.encoding.buckets import bucket_sizes, fit, nearest
+from flowanchor.encoding.caption_sources import HEADER, open_captions
+from flowanchor.encoding.captions import CaptionEncoder, plan
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.text.base import TextEncoder
 
@@ -257,7 +257,7 @@ def test_sizes_are_told_by_the_beginning_of_a_file(make, tmp_path, monkeypatch):
     sizes = [(32, 48), (48, 32), (48, 48)]
     whole = plan(source, sizes, shard_size=24)
     assert asked == [HEADER] * 24
-    monkeypatch.setattr("flowanchor.captions.encoder.HEADER", 20)  # of a PNG: the signature, and less than the size
+    monkeypatch.setattr("flowanchor.encoding.captions.HEADER", 20)  # of a PNG: the signature, and less than the size
     again = plan(source, sizes, shard_size=24)
     assert asked[24:] == [20, None] * 24
     assert [(f.size, f.indices.tolist()) for f in whole[0]] == [(f.size, f.indices.tolist()) for f in again[0]]
@@ -293,7 +293,7 @@ def test_the_program_on_two_processes(tmp_path):
 
 KILLED = """
 import os, signal
-from flowanchor.captions import files
+from flowanchor.encoded import captions as files
 from flowanchor.programs.encode import main
 
 finished, digest = [], files.sha256

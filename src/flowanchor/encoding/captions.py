@@ -16,11 +16,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flowanchor.base.files import write_tensors
 from flowanchor.base.reading import shown
-from flowanchor.captions.buckets import Size, fit, nearest
-from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
-from flowanchor.captions.sources import HEADER, CaptionedSource
 from flowanchor.data.pictures import UNREADABLE, open_picture, picture_size, reason_of
 from flowanchor.data.workers import in_order
+from flowanchor.encoded.captions import NEGATIVE, CaptionManifest, write_file
+from flowanchor.encoding.buckets import Size, fit, nearest
+from flowanchor.encoding.caption_sources import HEADER, CaptionedSource
 from flowanchor.encoding.images import ImageBatch
 from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
 from flowanchor.encoding.writers import DTYPES, disk_space
@@ -208,7 +208,7 @@ class CaptionEncoder:
         embeddings = self.text.encode([negative])[0]
         with disk_space(self.out / NEGATIVE):
             write_tensors(self.out / NEGATIVE, {"text": embeddings.contiguous()})
-        from flowanchor.captions.files import CaptionFile
+        from flowanchor.encoded.captions import CaptionFile
 
         shapes = [tuple(CaptionFile(self.out / file.file).latents([0]).shape[1:]) for file in self.files]
         manifest = CaptionManifest(

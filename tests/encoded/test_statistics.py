@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 
+from flowanchor.encoded.manifest import Manifest, Shard
+from flowanchor.encoded.statistics import LatentStatistics, RunningStatistics
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Manifest, Shard
-from flowanchor.latents.statistics import LatentStatistics, RunningStatistics
 
 
 def test_the_released_formula_and_back():

@@ -24,9 +24,9 @@ from flowanchor.base.files import replacing, save_tensors, sha256, write_json
 from flowanchor.base.plain import read_json
 from flowanchor.base.reading import shown
 from flowanchor.data.latent_files import FLOATS, WHOLE
+from flowanchor.encoded.manifest import MANIFEST, Shard, check_kinds, check_shards
 from flowanchor.encoding.writers import disk_space
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import MANIFEST, Shard, check_kinds, check_shards
 
 FORMAT = 1
 NEGATIVE = "negative.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.captions.tables import NOTE, is_table, read_rows
+from flowanchor.base.tables import NOTE, is_table, read_rows
 from flowanchor.data.picture_files import file_mark, tell_unused
 from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content
