@@ -20,7 +20,7 @@ from flowanchor.data.picture_files import KNOWN, find_by_class, tell_unused
 from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
-from flowanchor.metrics.reference import Reference, Shape
+from flowanchor.metrics.reference_base import Reference, Shape
 from flowanchor.metrics.storage import cache_folder, read_note, write_whole
 
 
