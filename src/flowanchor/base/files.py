@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -167,15 +167,22 @@ def _flush_entry(folder: Path) -> None:
 
 def sha256(path: Path) -> str:
     """sha256 of a file's content, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_blocks(file)
-
-
-def _by_blocks(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    add_file(digest, path)
     return digest.hexdigest()
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Add a file's content to a digest (of hashlib), block by block."""
+    with path.open("rb") as file:
+        for block in blocks(file):
+            digest.update(block)
+
+
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """What is left of an open file, in pieces that fit into memory."""
+    while block := file.read(1 << 20):
+        yield block
 
 
 def _own_draft(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from flowanchor.base.files import superseded
+from flowanchor.base.files import add_file, superseded
 from flowanchor.base.plain import bare
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.base.torch_files import read_torch
@@ -414,7 +414,5 @@ def file_digest(path: str | Path) -> str:
     for file in files:
         if path.is_dir():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
+        add_file(digest, file)
     return _DIGESTS.setdefault(key, digest.hexdigest())
