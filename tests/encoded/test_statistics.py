@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from flowanchor.encoded.manifest import Manifest, Shard
+from flowanchor.encoded.manifest import LatentManifest, Shard
 from flowanchor.encoded.statistics import LatentStatistics, RunningStatistics
 from flowanchor.errors import DataError
 
@@ -71,13 +71,13 @@ def test_bad_files_are_refused(tmp_path):
 
 
 def test_a_manifest_is_read_back_and_a_damaged_one_is_named(tmp_path):
-    assert Manifest.read(tmp_path) is None
-    manifest = Manifest(
+    assert LatentManifest.read(tmp_path) is None
+    manifest = LatentManifest(
         "safetensors", "sample", (4, 2, 2), 6, True, "float32", 16, 3, ("a", "b", "c"),
         shards=(Shard("x.safetensors", 6, 10, "0"),), unreadable=("a/1.jpg",),
     )  # fmt: skip
     manifest.write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest
+    assert LatentManifest.read(tmp_path) == manifest
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="manifest.json is damaged"):
-        Manifest.read(tmp_path)
+        LatentManifest.read(tmp_path)

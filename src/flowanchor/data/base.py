@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.data.epoch_sampler import BatchLoader, EpochBatchSampler, ResumableLoader
@@ -15,12 +15,12 @@ from flowanchor.errors import ConfigError
 SPLITS = ("train", "heldout")
 
 
-class FlowDataModule(ABC):
+class FlowDataModule:
     """Images [C, H, W] in [-1, 1], with or without labels, from a train and a held-out split.
 
-    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`. Lightning takes
-    it as `LightningData(data)` (`flowanchor.data.lightning`), in a trainer built with `use_distributed_sampler=False`:
-    the loaders shard by rank themselves.
+    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`; one that holds
+    no images, `examples` instead. Lightning takes it as `LightningData(data)` (`flowanchor.data.lightning`), in a
+    trainer built with `use_distributed_sampler=False`: the loaders shard by rank themselves.
 
     Args:
         batch_size: samples per process.
@@ -35,6 +35,7 @@ class FlowDataModule(ABC):
         channels, size: of a sample in the network's space (height = width = size).
         num_classes: 0 where the network gets no labels.
         class_names: one per class.
+        null_condition: what stands for no text: the negative prompt's embeddings [L, D]; None: data without texts.
         mirror: whether mirrored copies are trained on, too.
         random_views: whether what is shown of a sample is drawn anew in every pass (`EpochBatchSampler.views`).
         trainer: who trains on it; None: nobody, as in an evaluation.
@@ -45,6 +46,7 @@ class FlowDataModule(ABC):
     size: int
     num_classes: int
     class_names: tuple[str, ...] = ()
+    null_condition: Tensor | None = None
     mirror: bool = False
     random_views: bool = False
     trainer: Any = None
@@ -62,9 +64,15 @@ class FlowDataModule(ABC):
         self.drop_last, self.repeat, self.seed = drop_last, repeat, seed
         self._images: dict[str, ImageSet] = {}
 
-    @abstractmethod
     def load(self) -> dict[str, ImageSet]:
-        """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had."""
+        """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had.
+
+        Data that holds no images implements `examples` instead, and cannot be what an evaluation compares with.
+        """
+        raise ConfigError(
+            "Encoded data holds no images to compare with: add reference=FOLDER (images) or reference=FILE.npz "
+            "(statistics)."
+        )
 
     def prepare_data(self) -> None:  # noqa: B027 - most data is there
         """Fetch what is missing, if that was asked for; by one process of each machine."""
@@ -91,6 +99,14 @@ class FlowDataModule(ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; after a resume, those that an uninterrupted run would have seen next."""
         return self._loader("train", self._train_order(), position=self._batches_trained)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook, on the CPU."""
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook, on the device."""
+        return batch
 
     def val_dataloader(self) -> DataLoader:
         """The held-out samples in order, all of them."""
@@ -136,7 +152,7 @@ class FlowDataModule(ABC):
 
     def _accumulated(self) -> int:
         """Batches per optimizer step."""
-        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
+        return 1 if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def _batches_trained(self) -> int:
         if self.trainer is None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.data.base import FlowDataModule
-from flowanchor.data.encoded import no_images
+from flowanchor.data.encoded import check_settings
 from flowanchor.data.epoch_sampler import EpochBatchSampler
-from flowanchor.data.images import ImageSet
-from flowanchor.encoded.captions import CaptionFile, CaptionManifest, read_negative
+from flowanchor.encoded.captions import CaptionFile, read_negative
+from flowanchor.encoded.manifest import MANIFEST, CaptionManifest
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
 from flowanchor.text.base import pad_embeddings
@@ -66,14 +66,13 @@ class CaptionedDataModule(FlowDataModule):
         if manifest is None:
             raise DataError(f"{self.root} holds no complete set: run python src/encode.py data=captions, it goes on.")
         self.manifest = manifest
-        told = {"channels": manifest.shape[0], "frames": manifest.shape[1], "text_dim": manifest.text_width}
-        for name, theirs in told.items():
-            if getattr(self, name) != theirs:
-                raise ConfigError(
-                    f"data.{name}={getattr(self, name)}, but {self.root}/manifest.json says {theirs}: use "
-                    f"data.{name}={theirs}."
-                )
-        self.null_condition: Tensor = read_negative(self.root)
+        expected = {
+            "channels": (channels, manifest.shape[0]),
+            "frames": (frames, manifest.shape[1]),
+            "text_dim": (text_dim, manifest.text_width),
+        }
+        check_settings(expected, self.root / MANIFEST)
+        self.negative = self.null_condition = read_negative(self.root)
         self._examples: CaptionBatches | None = None
 
     def fixed_prompts(self, count: int) -> tuple[list[str], Tensor]:
@@ -87,14 +86,11 @@ class CaptionedDataModule(FlowDataModule):
                     break
                 if captions[0] not in found:
                     found[captions[0]] = file.text(row, 0)
-        return list(found), pad_embeddings(list(found.values()), len(self.null_condition))
-
-    def load(self) -> dict[str, ImageSet]:
-        raise no_images()
+        return list(found), pad_embeddings(list(found.values()), len(self.negative))
 
     def examples(self, split: str) -> Dataset:
         if self._examples is None:
-            self._examples = CaptionBatches(self.root, self.manifest, self.seed, len(self.null_condition))
+            self._examples = CaptionBatches(self.root, self.manifest, self.seed, len(self.negative))
         return self._examples
 
     def _train_order(self) -> EpochBatchSampler:

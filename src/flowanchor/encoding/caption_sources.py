@@ -21,8 +21,6 @@ from flowanchor.encoding.sources import Source, beside_tars, tars_of
 from flowanchor.encoding.tars import read_member, read_tar, tar_names
 from flowanchor.errors import ConfigError, DataError
 
-HEADER = 1 << 15  # bytes of a file that nearly always tell an image's size
-
 
 class CaptionedSource(Source):
     """Images with their captions; what has none is named in `uncaptioned` and not among the images.
