@@ -7,6 +7,7 @@ into its place in one move: nobody reads half of it, and what lay there before s
         picture.save(draft, format="PNG")
     write_whole(path, text)             # bytes, text, arrays
     write_tensors(path, tensors)        # .safetensors
+    read_note(path)                     # a JSON object, or None
 """
 
 from __future__ import annotations
@@ -163,6 +164,15 @@ def _flush_entry(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """A JSON object of ours; None where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def sha256(path: Path) -> str:
