@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,19 @@ def test_replaced_pictures_go_to_the_files_of_their_size(tmp_path):
 def content_of_new(folder: Path, source) -> dict[str, bytes]:
     encode(folder / "anew", source)
     return content(folder / "anew")
+
+
+def test_a_disk_that_would_be_full_is_noticed_first(tmp_path, monkeypatch):
+    form = Captioned(open_captions(str(as_table(tmp_path / "data"))), Identity(), Letters(), ENCODING)
+    encoder = Encoder(form, tmp_path, *form.plan())
+    needed = 8 * (2 * 32 * 48 + 40 * 40) * 3 * 4
+    for free in (needed, 2 * needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+        if free == needed:
+            with pytest.raises(DataError, match="make room"):
+                encoder.check_disk(encoder.pending())
+        else:
+            encoder.check_disk(encoder.pending())
 
 
 def test_what_is_in_a_file(tmp_path):

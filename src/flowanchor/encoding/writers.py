@@ -42,11 +42,7 @@ class ShardWriter(ABC):
 
     def add(self, rows: Rows) -> None:
         """The next images."""
-        self._add(rows)
         self.count += len(rows.indices)
-
-    @abstractmethod
-    def _add(self, rows: Rows) -> None: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -69,8 +65,8 @@ class LatentWriter(ShardWriter):
         self._statistics = RunningStatistics(channels)
 
     def add(self, rows: Rows) -> None:
-        self._statistics.add(rows.latents[:, :, : len(self._statistics.mean)].flatten(0, 1))
         super().add(rows)
+        self._statistics.add(rows.latents[:, :, : len(self._statistics.mean)].flatten(0, 1))
 
     def statistics(self) -> dict[str, Any]:
         return self._statistics.state()
@@ -84,15 +80,15 @@ class SafetensorsWriter(LatentWriter):
 
     def __init__(self, draft: Path, channels: int) -> None:
         super().__init__(draft, channels)
-        self._latents: list[Tensor] = []
-        self._labels: list[np.ndarray] = []
+        self._rows: list[Rows] = []
 
-    def _add(self, rows: Rows) -> None:
-        self._latents.append(rows.latents)
-        self._labels.append(rows.labels)
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
+        self._rows.append(rows)
 
     def close(self) -> None:
-        latents, labels = torch.cat(self._latents), torch.from_numpy(np.concatenate(self._labels))
+        latents = torch.cat([rows.latents for rows in self._rows])
+        labels = torch.from_numpy(np.concatenate([rows.labels for rows in self._rows]))
         content = {"latents": latents[:, 0].contiguous(), "labels": labels}
         if latents.shape[1] > 1:
             content["latents_flip"] = latents[:, 1].contiguous()
@@ -106,7 +102,8 @@ class TarWriter(LatentWriter):
         super().__init__(draft, channels)
         self._tar = tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def _add(self, rows: Rows) -> None:
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
         parts = zip(rows.indices.tolist(), rows.latents.numpy(), rows.labels.tolist(), strict=True)
         for index, values, label in parts:
             buffer = io.BytesIO()
@@ -131,7 +128,8 @@ class CaptionWriter(ShardWriter):
         super().__init__(draft)
         self._rows: list[Rows] = []
 
-    def _add(self, rows: Rows) -> None:
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
         self._rows.append(rows)
 
     def close(self) -> None:
