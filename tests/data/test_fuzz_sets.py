@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from flowanchor.base.tables import read_captions
 from flowanchor.data.captioned import CaptionedDataModule
 from flowanchor.data.latents import LatentsDataModule
 from flowanchor.encoded.captions import NEGATIVE
 from flowanchor.encoded.manifest import CaptionManifest, LatentManifest, Shard
-from flowanchor.encoding.caption_sources import open_captions, read_captions
+from flowanchor.encoding.caption_sources import open_captions
 from flowanchor.errors import DataError
 
 # ------------------------------------------------------------------------------------------------------------- latents

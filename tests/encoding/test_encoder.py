@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.encoded.manifest import LatentManifest
 from flowanchor.encoding import encoder as module
 from flowanchor.encoding.crop import center_crop
@@ -27,7 +28,6 @@ from flowanchor.encoding.latents import Encoding, Latents
 from flowanchor.encoding.sources import open_source
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec, Posterior
-from flowanchor.sampling.noise import sample_noise
 
 ENCODING = Encoding(image_size=16, shard_size=10)
 CLASSES, PER_CLASS = ("ant", "bee", "cat"), 8

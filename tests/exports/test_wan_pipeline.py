@@ -18,10 +18,10 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
+from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.checkpoints import load_model
 from flowanchor.programs.convert import main
 from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.noise import renoiser, sample_noise
 from flowanchor.text.base import pad_embeddings
 from flowanchor.text.umt5 import UMT5
 

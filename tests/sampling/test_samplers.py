@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
@@ -19,7 +20,6 @@ from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.sampling import ConsistencySampler, FlowSampler, generate
 from flowanchor.sampling.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS
 from flowanchor.sampling.generate import check_sampler
-from flowanchor.sampling.noise import sample_noise
 
 
 class Decay(Backbone):

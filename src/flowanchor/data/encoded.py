@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.encoded.manifest import MANIFEST, LatentManifest
 from flowanchor.encoded.statistics import STATISTICS, LatentStatistics
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Posterior
-from flowanchor.sampling.noise import sample_noise
 
 VALUES = ("sample", "moments")
 FAR = 4.0  # statistics fit where the normalised latents' deviation is within this factor of 1, their mean within +- 2

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.encoded.manifest import LatentManifest
 from flowanchor.encoded.statistics import STATISTICS, RunningStatistics
 from flowanchor.encoding.buckets import Size
@@ -22,7 +23,6 @@ from flowanchor.encoding.sources import Source
 from flowanchor.encoding.writers import LatentWriter, open_writer, write_index
 from flowanchor.errors import DataError
 from flowanchor.interfaces import Codec
-from flowanchor.sampling.noise import sample_noise
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from flowanchor.base.files import read_note, write_json, write_tensors
 from flowanchor.base.locking import only_one
+from flowanchor.base.pixels import from_uint8
 from flowanchor.base.rank_zero import rank_zero_info
-from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError

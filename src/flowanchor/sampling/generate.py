@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.codecs.pixels import to_uint8
+from flowanchor.base.noise import renoiser, sample_noise
+from flowanchor.base.pixels import to_uint8
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
-from flowanchor.sampling.noise import renoiser, sample_noise
 from flowanchor.sampling.precision import asking, state_dtype
 
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from flowanchor.base.tables import is_table, read_lines
+from flowanchor.base.tables import is_table, read_captions, read_lines
 from flowanchor.checkpoints.trusted import build
-from flowanchor.encoding.caption_sources import read_captions
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.text.base import TextEncoder, pad_embeddings
