@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from flowanchor.data.latents import LatentsDataModule
 from flowanchor.data.webdataset import WebDatasetDataModule
-from flowanchor.encoding.writers import open_writer, write_index
-from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.encoded.manifest import Shard
+from flowanchor.encoded.statistics import LatentStatistics
+from flowanchor.encoding.writers import Rows, open_writer, write_index
 
 SHAPE, CLASSES, BATCH, WARM = (32, 16, 16), 1000, 256, 4
 BARS = {"data=latents": 3.0, "data=webdataset": 2.0}
@@ -71,11 +72,12 @@ def write(folder: Path, layout: str, count: int, shard_size: int) -> Path:
     draw, shards = torch.Generator().manual_seed(0), []
     for number, start in enumerate(range(0, count, shard_size)):
         name = f"shard-{number:06d}.tar" if layout == "webdataset" else f"latents_rank00_shard{number:03d}.safetensors"
-        writer = open_writer(layout, folder / name)
+        writer = open_writer(layout, folder / name, SHAPE[0])
         for first in range(start, min(start + shard_size, count), 1000):
             rows = np.arange(first, min(first + 1000, start + shard_size, count))
-            writer.add(rows, torch.randn(len(rows), 2, *SHAPE, generator=draw), rows % CLASSES)
-        shards.append(writer.finish())
+            writer.add(Rows(rows, torch.randn(len(rows), 2, *SHAPE, generator=draw), rows % CLASSES))
+        writer.close()
+        shards.append(Shard(name, writer.count, (folder / name).stat().st_size, ""))
     if layout == "webdataset":
         write_index(folder, folder.name, shards)
     LatentStatistics((0.0,) * SHAPE[0], (1.0,) * SHAPE[0]).write(folder / "latents_stats.pt")

@@ -20,8 +20,8 @@ from flowanchor.checkpoints.description import KINDS
 from flowanchor.checkpoints.fit import compare
 from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
 from flowanchor.checkpoints.summary import count, fit_lines, listed, network_lines
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError, FlowAnchorError
-from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.plugins.formats.authors_file import EXPORT, ForeignFile, read_foreign
 from flowanchor.plugins.formats.authors_sizes import CLASSES, infer_backbone
 

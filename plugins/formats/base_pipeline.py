@@ -11,8 +11,8 @@ from typing import Any
 
 from flowanchor.base.plain import read_json
 from flowanchor.checkpoints.stock_folder import without_code
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
-from flowanchor.latents.statistics import LatentStatistics
 
 INDEX = "model_index.json"
 SCHEDULER = ["flowanchor_scheduler", "FlowAnchorScheduler"]  # file and class of ours, as the index names them

@@ -14,11 +14,11 @@ from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.checkpoints.format import DescribedWeights
 from flowanchor.checkpoints.load import open_described
 from flowanchor.checkpoints.trusted import build
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
 from flowanchor.exports import flowanchor_scheduler
 from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.latents.statistics import LatentStatistics
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.formats.base_pipeline import INDEX, SCHEDULER, BasePipeline

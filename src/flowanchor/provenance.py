@@ -7,7 +7,6 @@ Programs that only use a run write `<program>.config.yaml` and `<program>.proven
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -24,7 +23,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowanchor.base.files import write_json, write_whole
+from flowanchor.base.files import read_note, write_json, write_whole
 from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.errors import ConfigError
 
@@ -92,11 +91,8 @@ def write_program_record(folder: str | Path, program: str, cfg: DictConfig, **mo
 
 def read_parts(folder: str | Path) -> list[dict[str, Any]]:
     """What is recorded of the parts of a run, the first one first; an empty list without a readable record."""
-    try:
-        found = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    if not isinstance(found, dict):
+    found = read_note(Path(folder) / PROVENANCE)
+    if found is None:
         return []
     later = found.get(RESUMED)
     return [found, *(part for part in (later if isinstance(later, list) else []) if isinstance(part, dict))]

@@ -20,7 +20,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "flowanchor/metrics/evaluator.py": TYPED,
         "flowanchor/programs/convert.py": TYPED,
         "flowanchor/programs/encode.py": TYPED,
-        "flowanchor/programs/encode_captions.py": TYPED,
         "flowanchor/programs/evaluate.py": TYPED,
         "flowanchor/programs/train.py": TYPED,
         "flowanchor/testing/__main__.py": TYPED,

@@ -48,7 +48,7 @@ CALLS: dict[str, Any] = {
     "through a class of ours": {"_target_": "flowanchor.provenance.Path.mkdir", "self": "ran"},
     "of the checkout": {"_target_": "flowanchor.setup.x"},
     "of another place": {"_target_": "flowanchor.data.fashion_mnist.FashionMNISTDataModule", "download": True},
-    "of a class method": {"_target_": "flowanchor.latents.statistics.LatentStatistics.read", "source": "bomb.pt"},
+    "of a class method": {"_target_": "flowanchor.encoded.statistics.LatentStatistics.read", "source": "bomb.pt"},
     "of a function of ours": {"_target_": "flowanchor.base.files.write_whole", "path": "ran", "content": "x"},
 }
 

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from flowanchor.codecs.load import adopt_statistics, load_codec
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
-from flowanchor.latents.statistics import LatentStatistics
 
 VAVAE = {
     "_target_": "flowanchor.codecs.kl.KLCodec", "name": "vavae", "latent_channels": 4, "downsampling": 2,

@@ -16,6 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flowanchor.base.files import sha256
+from flowanchor.encoded.manifest import Shard
+from flowanchor.encoding.writers import CaptionWriter, Rows
+
 SHAPE = (2, 4, 4)
 
 
@@ -24,6 +28,20 @@ def latent(index: int, flip: bool) -> torch.Tensor:
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2 * index + flip))
     values[0, 0, 0], values[0, 0, 1] = index / 100, -1.0 if flip else 1.0
     return values
+
+
+@pytest.fixture
+def write_captions() -> Callable[..., Shard]:
+    """`write_captions(path, latents, texts, names, captions)`: one file of captioned latents."""
+
+    def write(path: Path, latents: torch.Tensor, texts: list, names: list[str], captions: list) -> Shard:
+        writer = CaptionWriter(path)
+        rows = np.arange(len(latents))
+        writer.add(Rows(rows, latents, np.zeros_like(rows), names, captions, texts))
+        writer.close()
+        return Shard(path.name, writer.count, path.stat().st_size, sha256(path))
+
+    return write
 
 
 def write_statistics(folder: Path, mean: float = 0.5, std: float = 2.0) -> None:

@@ -60,7 +60,7 @@ def test_ranks_split_validation(monkeypatch):
     seen = []
     for rank in range(2):
         data = Gradient(batch_size=2)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, accumulate_grad_batches=1)
         seen.append([batch.x1[:, 0, 0, 0] for batch in data.val_dataloader()])
     whole = torch.cat([batch.x1[:, 0, 0, 0] for batch in Gradient(batch_size=4).val_dataloader()])
     joint = torch.cat([torch.cat(pair) for pair in zip(*seen, strict=True)])

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
 from flowanchor.data.captioned import CaptionedDataModule
+from flowanchor.encoded.captions import NEGATIVE
+from flowanchor.encoded.manifest import CaptionManifest
 from flowanchor.errors import ConfigError, DataError
 
 COUNTS = {(4, 6): 11, (6, 4): 9, (2, 2): 1}
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_captions):
     """Sample i has the value i everywhere, and i % 3 + 1 captions of i + 1, i + 2, ... tokens."""
     shards, sizes, number = [], [], 0
     for size, count in COUNTS.items():
@@ -32,7 +33,7 @@ def folder(tmp_path):
             captions = [[f"{row} {k}" for k in range(row % 3 + 1)] for row in rows]
             names = [str(row) for row in rows]
             shards.append(
-                write_file(tmp_path / f"captions-{len(shards):05d}.safetensors", latents, texts, names, captions)
+                write_captions(tmp_path / f"captions-{len(shards):05d}.safetensors", latents, texts, names, captions)
             )
             sizes.append(size)
             number += part

@@ -15,12 +15,13 @@ import torch
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
-from flowanchor.captions.encoder import _Fitted, plan
-from flowanchor.captions.sources import TableSource
 from flowanchor.data.image_folder import FolderImages, ImageFolderDataModule
 from flowanchor.data.pictures import PIXELS, RATIO, SIDE, PictureError, open_picture, picture_size
-from flowanchor.encoding.crop import center_crop
+from flowanchor.encoding.buckets import fit
+from flowanchor.encoding.caption_sources import TableSource
+from flowanchor.encoding.crop import center_crop, square
 from flowanchor.encoding.images import CroppedImages
+from flowanchor.encoding.plan import plan_captions
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import open_reference
@@ -186,14 +187,14 @@ def test_every_reader_reads_or_tells(hostile, tmp_path):
 
         def encoded(told=told):
             source = FolderSource(tmp_path / "set")
-            batch = CroppedImages(source, 16, [np.arange(1)])[0]
+            batch = CroppedImages(source, square, [((16, 16), np.arange(1))])[0]
             told["encode"] = batch.unreadable or None
             assert len(batch.images) + len(batch.unreadable) == 1
 
         def captioned(told=told):
             source = TableSource(table)
-            files, unreadable = plan(source, [(16, 16), (16, 32)], 10)
-            batch = _Fitted(source, [(files[0].size, np.arange(1))])[0] if files else None
+            files, unreadable = plan_captions(source, [(16, 16), (16, 32)], 10)
+            batch = CroppedImages(source, fit, [(files[0].size, np.arange(1))])[0] if files else None
             told["captions"] = unreadable or batch.unreadable or None
 
         def trained(name=name):
@@ -264,8 +265,6 @@ def test_a_jpeg_of_many_passes_is_refused():
 
 def test_a_line_of_pixels_is_cut_before_it_is_scaled(hostile, tmp_path):
     """Scaled first, it would have had 2,048,000 x 256 pixels."""
-    from flowanchor.captions.buckets import fit
-
     line = Image.new("RGB", (8000, 1), (9, 9, 9))
     for cut in (lambda: center_crop(line, 256), lambda: fit(line, (256, 256))):
         assert hostile.attempt(lambda cut=cut: torch.equal, tmp_path, "warm") is None
@@ -297,7 +296,7 @@ def test_pipes_and_devices_are_no_pictures(tmp_path):
         assert len(data.images("train")) + len(data.images("heldout")) == 3
     assert FolderSource(tmp_path).names == [f"a/{name}" for name in names]
     (tmp_path / "t.csv").write_text('file,caption\na/x.png,b\n/dev/zero,c\na,d\na/0.png,e\n"a\0b",f\n')
-    files, unreadable = plan(TableSource(tmp_path / "t.csv"), [(16, 16)], 10)
+    files, unreadable = plan_captions(TableSource(tmp_path / "t.csv"), [(16, 16)], 10)
     assert files[0].indices.tolist() == [3] and len(unreadable) == 4
     assert all("is no" in line for line in unreadable), unreadable
 
@@ -309,7 +308,7 @@ def test_names_that_are_no_text(tmp_path):
         (tmp_path / "a" / os.fsdecode(name)).write_bytes(valid_pictures()["rgb.png"] if name != b"\xe9.png" else b"no")
     source = FolderSource(tmp_path)
     assert len(source.digest()) == 64
-    batch = CroppedImages(source, 16, [np.arange(3)])[0]
+    batch = CroppedImages(source, square, [((16, 16), np.arange(3))])[0]
     assert batch.unreadable == ["a/\\udce9.png: cannot identify image file"]
     data = ImageFolderDataModule(str(tmp_path), size=8, num_classes=1, batch_size=2)
     assert len(data.images("train").digest()) == 64

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from flowanchor.captions.files import NEGATIVE, CaptionManifest, write_file
-from flowanchor.captions.sources import open_captions, read_captions
+from flowanchor.base.tables import read_captions
 from flowanchor.data.captioned import CaptionedDataModule
 from flowanchor.data.latents import LatentsDataModule
+from flowanchor.encoded.captions import NEGATIVE
+from flowanchor.encoded.manifest import CaptionManifest, LatentManifest, Shard
+from flowanchor.encoding.caption_sources import open_captions
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Manifest, Shard
 
 # ------------------------------------------------------------------------------------------------------------- latents
 
@@ -125,17 +126,19 @@ def strange_values(whole: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
 def test_manifests(hostile, tmp_path):
     shard = Shard("x.tar", 4, 100, "0" * 64)
     whole = asdict(
-        Manifest("safetensors", "sample", (2, 4, 4), 4, True, "float32", 8, 3, ("a",), {"name": "x"}, 0, (shard,))
+        LatentManifest("safetensors", "sample", (2, 4, 4), 4, True, "float32", 8, 3, ("a",), {"name": "x"}, 0, (shard,))
     )
-    path, read = tmp_path / "manifest.json", lambda: Manifest.read(tmp_path)
+    path, read = tmp_path / "manifest.json", lambda: LatentManifest.read(tmp_path)
     hostile.attempt_all(path, json.dumps(whole).encode(), strange_values(whole), read, 60, 6)
 
 
 @pytest.fixture
-def captioned(tmp_path):
+def captioned(tmp_path, write_captions):
     """A set of two images."""
     texts = [[torch.ones(2, 8)], [torch.ones(3, 8), torch.zeros(1, 8)]]
-    shard = write_file(tmp_path / "c.safetensors", torch.randn(2, 3, 1, 4, 4), texts, ["a", "b"], [["x"], ["y", "z"]])
+    shard = write_captions(
+        tmp_path / "c.safetensors", torch.randn(2, 3, 1, 4, 4), texts, ["a", "b"], [["x"], ["y", "z"]]
+    )
     save_file({"text": torch.ones(3, 8)}, tmp_path / NEGATIVE)
     CaptionManifest(2, (3, 1), 8, (shard,), ((4, 4),), {"name": "i"}, {"name": "t"}, "").write(tmp_path)
     return tmp_path

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.data.encoded import StoredLatents
 from flowanchor.data.latents import LatentsDataModule
+from flowanchor.encoded.manifest import LatentManifest
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import LatentStatistics
-from flowanchor.sampling.noise import sample_noise
 
 SETTINGS = {"channels": 2, "size": 4, "num_classes": 3, "batch_size": 4, "seed": 7}
 
@@ -228,7 +228,7 @@ def test_it_must_agree_with_its_manifest(write_latents):
     with pytest.raises(DataError, match=r"shard001\.safetensors is gone"):
         module(folder).setup("fit")
     shutil.copy(folder / shards[0]["file"], folder / shards[1]["file"])
-    assert Manifest.read(folder) is not None
+    assert LatentManifest.read(folder) is not None
     (folder / "manifest.json").write_text(json.dumps({**content, "layout": "webdataset", "format": 1}))
     with pytest.raises(ConfigError, match="use data=webdataset"):
         module(folder)

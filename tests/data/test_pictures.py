@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from flowanchor.captions.encoder import _Fitted, plan
-from flowanchor.captions.sources import open_captions
 from flowanchor.data.image_folder import ImageFolderDataModule
 from flowanchor.data.picture_files import EXTENSIONS, find_pictures
 from flowanchor.data.pictures import FORMATS, PictureError, open_picture, picture_size
+from flowanchor.encoding.buckets import fit
+from flowanchor.encoding.caption_sources import open_captions
+from flowanchor.encoding.crop import square as cropped
 from flowanchor.encoding.images import CroppedImages
+from flowanchor.encoding.plan import plan_captions
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import open_reference
@@ -55,15 +57,15 @@ def by_every_reader(folder, side: int) -> list[np.ndarray]:
         "file,caption\n" + "".join(f"a/{p.name},x\n" for p in sorted((folder / "a").iterdir()))
     )
     source, table = FolderSource(folder), open_captions(str(folder / "t.csv"))
-    files, _ = plan(table, [(side, side)], 10)
+    files, _ = plan_captions(table, [(side, side)], 10)
     data = ImageFolderDataModule(str(folder), size=side, num_classes=1, batch_size=1)
     trained = data.images("train").images._images[0]  # of everything, before the split
     return [
         tensor.float().mean(0).numpy()
         for tensor in (
             trained,
-            CroppedImages(source, side, [np.arange(1)])[0].images[0],
-            _Fitted(table, [(files[0].size, np.arange(1))])[0].images[0],
+            CroppedImages(source, cropped, [((side, side), np.arange(1))])[0].images[0],
+            CroppedImages(table, fit, [(files[0].size, np.arange(1))])[0].images[0],
             next(open_reference(str(folder / "a"), (3, side, side)).chunks(1))[0],
         )
     ]
@@ -244,7 +246,7 @@ def test_photos_stand_upright_for_every_reader(tmp_path):
     for found in by_every_reader(tmp_path, 32):  # gray: 85 above 53, whole rows
         assert found[2:14].mean() > 80 and found[18:30].mean() < 60, found
     source = FolderSource(tmp_path)
-    as_stored = CroppedImages(source, 32, [np.arange(1)], upright=False)[0].images[0].float().mean(0)
+    as_stored = CroppedImages(source, cropped, [((32, 32), np.arange(1))], upright=False)[0].images[0].float().mean(0)
     assert as_stored[:, 2:14].mean() > 80 and as_stored[:, 18:30].mean() < 60
 
 
@@ -253,7 +255,7 @@ def test_a_photo_goes_to_the_bucket_of_its_upright_size(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (64, 32), (9, 9, 9)).save(tmp_path / "0.jpg", exif=exif)
     (tmp_path / "t.csv").write_text("file,caption\n0.jpg,x\n")
-    files, _ = plan(open_captions(str(tmp_path)), [(24, 48), (48, 24)], 10)
+    files, _ = plan_captions(open_captions(str(tmp_path)), [(24, 48), (48, 24)], 10)
     assert [file.size for file in files] == [(48, 24)]
 
 

@@ -28,7 +28,11 @@ def module(root, rank: int = 0, world_size: int = 1, done: int = 0, **settings) 
     data = WebDatasetDataModule(str(root), **{**SETTINGS, **settings})
     progress = SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=done)))
     data.trainer = SimpleNamespace(
-        global_rank=rank, world_size=world_size, overfit_batches=0, fit_loop=SimpleNamespace(epoch_loop=progress)
+        global_rank=rank,
+        world_size=world_size,
+        accumulate_grad_batches=1,
+        overfit_batches=0,
+        fit_loop=SimpleNamespace(epoch_loop=progress),
     )
     return data
 

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowanchor.base.noise import sample_noise
+from flowanchor.encoded.manifest import LatentManifest
 from flowanchor.encoding import encoder as module
 from flowanchor.encoding.crop import center_crop
-from flowanchor.encoding.encoder import Encoder, Encoding
+from flowanchor.encoding.encoder import Encoder
+from flowanchor.encoding.latents import Encoding, Latents
 from flowanchor.encoding.sources import open_source
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Codec, Posterior
-from flowanchor.latents.manifest import Manifest
-from flowanchor.sampling.noise import sample_noise
 
 ENCODING = Encoding(image_size=16, shard_size=10)
 CLASSES, PER_CLASS = ("ant", "bee", "cat"), 8
@@ -105,15 +106,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def encode(root, out: Path, encoding: Encoding = ENCODING, codec=None, processes: int = 1, **settings) -> Manifest:
+def latents_of(root, encoding: Encoding = ENCODING, codec: Codec | None = None) -> Latents:
+    return Latents(open_source(str(root)), codec or Halving(), encoding)
+
+
+def encode(
+    root, out: Path, encoding: Encoding = ENCODING, codec=None, processes: int = 1, **settings
+) -> LatentManifest:
     """All processes' parts, one after the other."""
-    source = open_source(str(root))
+    form = latents_of(root, encoding, codec)
     out.mkdir(exist_ok=True)
     manifest = None
     for process in reversed(range(processes)):
-        codec = codec or Halving()
-        encoder = Encoder(source, codec, encoding, out, 4, process=process, processes=processes, **settings)
-        said = {**encoding.__dict__, "codec": codec.fingerprint(), "images": source.digest()}
+        encoder = Encoder(form, out, *form.plan(), 4, process=process, processes=processes, **settings)
+        said = form.settings("None", 4)
         encoder.record.claim(said)
         list(encoder.encode(encoder.pending()))
         manifest = encoder.complete(said)
@@ -164,7 +170,7 @@ def test_statistics_are_those_of_all_latents(images, tmp_path):
 
 def test_the_manifest(images, tmp_path):
     manifest = encode(images, tmp_path / "out")
-    assert manifest == Manifest.read(tmp_path / "out")
+    assert manifest == LatentManifest.read(tmp_path / "out")
     assert (manifest.count, manifest.shape, manifest.num_classes) == (24, (3, 8, 8), 3)
     assert manifest.class_names == ("ant", "bee", "cat") and manifest.flips and manifest.unreadable == ()
     assert manifest.codec == {"name": "halving", "digest": "halving"}
@@ -230,23 +236,23 @@ def test_folder_and_tars_make_the_same_latents(images, tars, tmp_path):
     for path in (tmp_path / "a").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     encode(f"{tars}/{{0..1}}.tar", tmp_path / "c")
-    assert Manifest.read(tmp_path / "c").shards == Manifest.read(tmp_path / "b").shards
+    assert LatentManifest.read(tmp_path / "c").shards == LatentManifest.read(tmp_path / "b").shards
 
 
 def test_an_interrupted_run_goes_on(images, tmp_path):
     encode(images, tmp_path / "whole")
-    source, codec, out = open_source(str(images)), Halving(), tmp_path / "out"
+    form, out = latents_of(images), tmp_path / "out"
     out.mkdir()
-    said = {**ENCODING.__dict__, "codec": codec.fingerprint(), "images": source.digest()}
-    encoder = Encoder(source, codec, ENCODING, out, 4)
+    said = form.settings("None", 4)
+    encoder = Encoder(form, out, *form.plan(), 4)
     encoder.record.claim(said)
     first = encoder.encode(encoder.pending())
     next(first)
     assert encoder.complete(said) is None and not (out / "manifest.json").exists()
-    before = (out / encoder.shards[0].file).stat().st_mtime_ns
+    before = (out / encoder.files[0].file).stat().st_mtime_ns
     encode(images, out)
     assert contents(out) == contents(tmp_path / "whole")
-    assert (out / encoder.shards[0].file).stat().st_mtime_ns == before, "the finished file was made again"
+    assert (out / encoder.files[0].file).stat().st_mtime_ns == before, "the finished file was made again"
 
 
 def test_a_file_that_is_gone_or_cut_is_made_again(images, tmp_path):
@@ -255,8 +261,7 @@ def test_a_file_that_is_gone_or_cut_is_made_again(images, tmp_path):
     (tmp_path / "out" / manifest.shards[1].file).unlink()
     cut = tmp_path / "out" / manifest.shards[2].file
     cut.write_bytes(cut.read_bytes()[:-100])
-    encoder = Encoder(open_source(str(images)), Halving(), ENCODING, tmp_path / "out")
-    assert encoder.missing(manifest) == [manifest.shards[1].file, manifest.shards[2].file]
+    assert manifest.missing(tmp_path / "out") == [manifest.shards[1].file, manifest.shards[2].file]
     encode(images, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -293,11 +298,10 @@ def test_a_replaced_image_is_encoded_again_and_no_other_file(images, tars, tmp_p
 
 def test_replaced_images_of_a_half_made_set(images, tmp_path):
     """Two processes, of which the first made its files of the old images: no file of the set has any."""
-    source, codec, out = open_source(str(images)), Halving(), tmp_path / "out"
-    said = {**ENCODING.__dict__, "codec": codec.fingerprint(), "images": source.digest()}
+    form, out = latents_of(images), tmp_path / "out"
     out.mkdir()
-    first = Encoder(source, codec, ENCODING, out, 4, process=0, processes=2)
-    first.record.claim(said)
+    first = Encoder(form, out, *form.plan(), 4, process=0, processes=2)
+    first.record.claim(form.settings("None", 4))
     assert len(list(first.encode(first.pending()))) == 2
     for path in images.rglob("*.jpg"):
         path.write_bytes(make_image(99, 0))
@@ -327,8 +331,8 @@ def test_sets_that_do_not_say_what_their_images_were_like_stay(images, tmp_path)
     (images / "bee" / "3.jpg").write_bytes(make_image(77, 1))
     with pytest.raises(ConfigError, match="upright was False and is True"):
         encode(images, tmp_path / "out")
-    encoder = Encoder(open_source(str(images)), Halving(), replace(ENCODING, upright=False), tmp_path / "out")
-    assert encoder.pending() == []
+    form = latents_of(images, replace(ENCODING, upright=False))
+    assert Encoder(form, tmp_path / "out", *form.plan()).pending() == []
 
 
 def test_the_folder_is_claimed_without_hard_links(images, tmp_path, monkeypatch):
@@ -398,7 +402,7 @@ def test_too_many_unreadable_images_stop_it(images, tmp_path):
         (images / f"{name}.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"2 images cannot be read.*max_unreadable=2.*now 1.*shard001.*shard002"):
         encode(images, tmp_path / "out", max_unreadable=1)
-    with pytest.raises(DataError, match=r"1 images cannot be read, the last is bee/3\.jpg"):
+    with pytest.raises(DataError, match=r"1 images cannot be read \(bee/3\.jpg: "):
         encode(images, tmp_path / "other", max_unreadable=0)
 
 
@@ -409,7 +413,8 @@ def test_latents_that_are_not_finite_name_the_image(images, tmp_path):
 
 
 def test_a_disk_that_would_be_full_is_noticed_first(images, tmp_path, monkeypatch):
-    encoder = Encoder(open_source(str(images)), Halving(), ENCODING, tmp_path)
+    form = latents_of(images)
+    encoder = Encoder(form, tmp_path, *form.plan())
     needed = 24 * (2 * 3 * 8 * 8 * 4 + 8)
     for free in (needed - 1, needed):
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))

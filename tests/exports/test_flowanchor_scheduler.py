@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.exports.flowanchor_scheduler import FlowAnchorScheduler
 from flowanchor.interfaces import Backbone
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.noise import renoiser, sample_noise
 
 SHAPE = (3, 2, 1, 4, 4)
 

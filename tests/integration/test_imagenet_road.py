@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import flowanchor
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import LatentStatistics
+from flowanchor.encoded.manifest import LatentManifest
+from flowanchor.encoded.statistics import LatentStatistics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder.safetensors"
 CLASSES = {"n01_red": (200, 40, 40), "n02_green": (40, 180, 60), "n03_blue": (50, 60, 210)}
@@ -75,7 +75,7 @@ def test_from_jpegs_to_a_score_and_a_published_folder(road, tmp_path):
     road("encode", *encode, "out=latents")
     road("encode", *encode, "out=tars", "format=webdataset")
     for folder, files in (("latents", 3), ("tars", 3)):
-        manifest = Manifest.read(tmp_path / folder)
+        manifest = LatentManifest.read(tmp_path / folder)
         assert manifest.count == 72 and manifest.shape == (8, 16, 16) and len(manifest.shards) == files
     assert LatentStatistics.read(tmp_path / "latents/latents_stats.pt").mean == pytest.approx(
         LatentStatistics.read(tmp_path / "tars/latents_stats.pt").mean, abs=1e-6

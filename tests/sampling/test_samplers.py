@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowanchor.base.noise import sample_noise
 from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
 from flowanchor.generation.generator import Generator
@@ -20,7 +21,6 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.sampling import ConsistencySampler, FlowSampler
 from flowanchor.sampling.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS
-from flowanchor.sampling.noise import sample_noise
 
 
 class Decay(Backbone):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from flowanchor.base.processes import rank
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -14,7 +14,7 @@ def unwrapped(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
     if not isinstance(failures, dict) or not failures or isinstance(error, Exception):
         return error
-    rank = os.environ.get("RANK", "")
-    found = failures.get(int(rank)) if rank.isdigit() else None
+    own = rank()
+    found = None if own is None else failures.get(own)
     inner = (found or failures[min(failures)])[0]
     return unwrapped(inner) if isinstance(inner, BaseException) else error

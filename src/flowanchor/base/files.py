@@ -7,6 +7,7 @@ into its place in one move: nobody reads half of it, and what lay there before s
         picture.save(draft, format="PNG")
     write_whole(path, text)             # bytes, text, arrays
     write_tensors(path, tensors)        # .safetensors
+    read_note(path)                     # a JSON object, or None
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -165,17 +166,33 @@ def _flush_entry(folder: Path) -> None:
             os.close(handle)
 
 
+def read_note(path: Path) -> dict[str, Any] | None:
+    """A JSON object of ours; None where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def sha256(path: Path) -> str:
     """sha256 of a file's content, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_blocks(file)
-
-
-def _by_blocks(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    add_file(digest, path)
     return digest.hexdigest()
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Add a file's content to a digest (of hashlib), block by block."""
+    with path.open("rb") as file:
+        for block in blocks(file):
+            digest.update(block)
+
+
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """What is left of an open file, in pieces that fit into memory."""
+    while block := file.read(1 << 20):
+        yield block
 
 
 def _own_draft(path: Path) -> Path:

@@ -7,27 +7,20 @@ listens, to stderr.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+
+from flowanchor.base.processes import rank
 
 __all__ = ["is_first", "rank_zero_info", "rank_zero_only", "rank_zero_warn"]
 
 _log = logging.getLogger("flowanchor")
 _log.setLevel(logging.INFO)
 
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them, in its order
-
-
-def _rank() -> int:
-    found = (os.environ.get(name, "") for name in _RANKS)
-    return next((int(value) for value in found if value.isdigit()), 0)
-
-
 # Lightning keeps what is there, and sets it anew when its strategy knows the rank.
 if not hasattr(rank_zero_only, "rank"):
-    setattr(rank_zero_only, "rank", _rank())  # noqa: B010 (the function's type has no such attribute)
+    setattr(rank_zero_only, "rank", rank() or 0)  # noqa: B010 (the function's type has no such attribute)
 
 
 def is_first() -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowanchor.base.files import replacing, save_tensors, write_json
+from flowanchor.base.files import blocks, replacing, save_tensors, write_json
 
 SEAL = "sha256"  # the name in the metadata
 BLANK = "0" * 64  # what stands there while the digest is computed
@@ -71,7 +71,7 @@ def _digest(path: Path) -> tuple[int | None, str]:
             return None, ""
         start = header.find(f'"{stated}"'.encode()) + 1
         found = hashlib.sha256(header[:start] + BLANK.encode() + header[start + len(BLANK) :])
-        while block := file.read(1 << 20):
+        for block in blocks(file):
             found.update(block)
         return 8 + start, found.hexdigest()
 
@@ -115,7 +115,7 @@ def check_folder(folder: Path, share: int = 0, shares: int = 1) -> str | None:
 def _crc32(path: Path) -> int:
     found = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        for block in blocks(file):
             found = zlib.crc32(block, found)
     return found
 

@@ -22,13 +22,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from flowanchor.base.processes import is_first
+
 STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 # A terminal's Ctrl-C reaches every process, and torchrun then passes it on once more: what comes within so many seconds
 # of the first signal is taken for the same one. After as many seconds a user is told what a second one would do.
 SAME = 2.0
-
-PLACES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # where launchers write which process this is
 
 
 class Interrupted(SystemExit):
@@ -54,11 +54,6 @@ def name_of(signum: int) -> str:
 def stopped_by(signum: int, state: str = "") -> str:
     """The sentence for a program that was stopped; `state`: at what point."""
     return f"Stopped by {name_of(signum)}{' ' if state else ''}{state}."
-
-
-def is_first() -> bool:
-    """Whether this is the only process of its run, or the one that speaks for all."""
-    return all(os.environ.get(place, "0") == "0" for place in PLACES)
 
 
 def say(sentence: str) -> None:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from flowanchor.base.alive import is_alive
-from flowanchor.base.signals import STOPS, is_first, say, stopped_by
+from flowanchor.base.processes import is_first, local_rank
+from flowanchor.base.signals import STOPS, say, stopped_by
 
 LAUNCHER = "FLOWANCHOR_LAUNCHER"  # environment: the program of ours that starts others, PROCESS@HOST
 PROGRAMS = {"train", "sample", "eval", "encode", "convert", "report", "demo"}
@@ -56,9 +57,9 @@ def _parent() -> int | None:
     if process.isdigit() and host == socket.gethostname():
         if int(process) == os.getppid():
             return int(process)
-        if "LOCAL_RANK" in os.environ and not is_alive(int(process)):
+        if local_rank() is not None and not is_alive(int(process)):
             os._exit(1)
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ else None
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and local_rank() is not None else None
 
 
 def _end_with(parent: int) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from flowanchor.checkpoints.trusted import build
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
-from flowanchor.latents.statistics import LatentStatistics
 
 if TYPE_CHECKING:
     from flowanchor.checkpoints import LoadedModel

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
+from flowanchor.base.files import add_file
 from flowanchor.base.plain import bare
 from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.checkpoints.trusted import brief
@@ -102,9 +103,7 @@ class WanVAE(Codec):
         digest = hashlib.sha256()
         for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json")):
             digest.update(file.name.encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
+            add_file(digest, file)
         return digest.hexdigest()
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +15,12 @@ from flowanchor.errors import ConfigError
 SPLITS = ("train", "heldout")
 
 
-class FlowDataModule(ABC):
+class FlowDataModule:
     """Images [C, H, W] in [-1, 1], with or without labels, from a train and a held-out split.
 
-    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`. Lightning takes
-    it as `LightningData(data)` (`flowanchor.data.lightning`), in a trainer built with `use_distributed_sampler=False`:
-    the loaders shard by rank themselves.
+    A subclass sets `name`, `channels`, `size`, `num_classes` and `class_names`, and implements `load`; one that holds
+    no images, `examples` instead. Lightning takes it as `LightningData(data)` (`flowanchor.data.lightning`), in a
+    trainer built with `use_distributed_sampler=False`: the loaders shard by rank themselves.
 
     Args:
         batch_size: samples per process.
@@ -69,9 +68,15 @@ class FlowDataModule(ABC):
         """The first different captions, `count` at most, each with its condition; empty for data without text."""
         return {}
 
-    @abstractmethod
     def load(self) -> dict[str, ImageSet]:
-        """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had."""
+        """The image sets of the splits `train` and `heldout`; raises `DataError` where they cannot be had.
+
+        Data that holds no images implements `examples` instead, and cannot be what an evaluation compares with.
+        """
+        raise ConfigError(
+            "Encoded data holds no images to compare with: add reference=FOLDER (images) or reference=FILE.npz "
+            "(statistics)."
+        )
 
     def prepare_data(self) -> None:  # noqa: B027 - most data is there
         """Fetch what is missing, if that was asked for; by one process of each machine."""
@@ -98,6 +103,14 @@ class FlowDataModule(ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; after a resume, those that an uninterrupted run would have seen next."""
         return self._loader("train", self._train_order(), position=self._batches_trained)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook, on the CPU."""
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook, on the device."""
+        return batch
 
     def val_dataloader(self) -> DataLoader:
         """The held-out samples in order, all of them."""
@@ -143,7 +156,7 @@ class FlowDataModule(ABC):
 
     def _accumulated(self) -> int:
         """Batches per optimizer step."""
-        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
+        return 1 if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def _batches_trained(self) -> int:
         if self.trainer is None:

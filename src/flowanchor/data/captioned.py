@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from flowanchor.captions.files import CaptionFile, CaptionManifest, read_negative
 from flowanchor.conditioning import batch_of
 from flowanchor.data.base import FlowDataModule
-from flowanchor.data.encoded import no_images
+from flowanchor.data.encoded import check_settings
 from flowanchor.data.epoch_sampler import EpochBatchSampler
-from flowanchor.data.images import ImageSet
+from flowanchor.encoded.captions import CaptionFile, read_negative
+from flowanchor.encoded.manifest import MANIFEST, CaptionManifest
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
 from flowanchor.text.base import Tokens
@@ -66,13 +66,12 @@ class CaptionedDataModule(FlowDataModule):
         if manifest is None:
             raise DataError(f"{self.root} holds no complete set: run python src/encode.py data=captions, it goes on.")
         self.manifest = manifest
-        told = {"channels": manifest.shape[0], "frames": manifest.shape[1], "text_dim": manifest.text_width}
-        for name, theirs in told.items():
-            if getattr(self, name) != theirs:
-                raise ConfigError(
-                    f"data.{name}={getattr(self, name)}, but {self.root}/manifest.json says {theirs}: use "
-                    f"data.{name}={theirs}."
-                )
+        expected = {
+            "channels": (channels, manifest.shape[0]),
+            "frames": (frames, manifest.shape[1]),
+            "text_dim": (text_dim, manifest.text_width),
+        }
+        check_settings(expected, self.root / MANIFEST)
         self.null_condition = Tokens(read_negative(self.root))
         self._examples: CaptionBatches | None = None
 
@@ -88,9 +87,6 @@ class CaptionedDataModule(FlowDataModule):
                 if captions[0] not in found:
                     found[captions[0]] = Tokens(file.text(row, 0))
         return found
-
-    def load(self) -> dict[str, ImageSet]:
-        raise no_images()
 
     def examples(self, split: str) -> Dataset:
         if self._examples is None:

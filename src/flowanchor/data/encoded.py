@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowanchor.base.noise import sample_noise
+from flowanchor.encoded.manifest import MANIFEST, LatentManifest
+from flowanchor.encoded.statistics import STATISTICS, LatentStatistics
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Posterior
-from flowanchor.latents.manifest import MANIFEST, Manifest
-from flowanchor.latents.statistics import STATISTICS, LatentStatistics
-from flowanchor.sampling.noise import sample_noise
 
 VALUES = ("sample", "moments")
 FAR = 4.0  # statistics fit where the normalised latents' deviation is within this factor of 1, their mean within +- 2
@@ -133,11 +133,11 @@ class BadSamples:
 
 def read_description(
     root: Path | None, channels: int, size: int, num_classes: int, values: str | None, layout: str
-) -> tuple[Manifest | None, str]:
+) -> tuple[LatentManifest | None, str]:
     """The manifest of a folder and what its values are; raises where the settings contradict it."""
     if values not in (None, *VALUES):
         raise ConfigError(f"data.values={values} is not known: use {' or '.join(VALUES)}, or leave it out.")
-    manifest = None if root is None else Manifest.read(root)
+    manifest = None if root is None else LatentManifest.read(root)
     if manifest is None:
         if root is not None and (root / ".encoding").is_dir():
             raise DataError(f"{root} is not encoded to its end: run the same encode.py command again, it goes on.")
@@ -153,10 +153,15 @@ def read_description(
     }
     if num_classes:
         expected["num_classes"] = (num_classes, manifest.num_classes)
+    check_settings(expected, where)
+    return manifest, manifest.values
+
+
+def check_settings(expected: Mapping[str, tuple[Any, Any]], manifest: object) -> None:
+    """Raise `ConfigError` for the first setting (ours, theirs) that is not what the manifest says."""
     for name, (ours, theirs) in expected.items():
         if ours != theirs:
-            raise ConfigError(f"data.{name}={ours}, but {where} says {theirs}: use data.{name}={theirs}.")
-    return manifest, manifest.values
+            raise ConfigError(f"data.{name}={ours}, but {manifest} says {theirs}: use data.{name}={theirs}.")
 
 
 def read_statistics(source: Any, root: Path | None, channels: int) -> LatentStatistics:
@@ -182,14 +187,6 @@ def check_labels(labels: np.ndarray, num_classes: int, describe: Callable[[int],
             f"{describe(int(wrong[0]))} has label {labels[wrong[0]]}, but data.num_classes={num_classes}: labels must "
             f"be 0 to {num_classes - 1} ({len(wrong)} are not)."
         )
-
-
-def no_images() -> ConfigError:
-    """What to answer where an evaluation asks encoded data for its images."""
-    return ConfigError(
-        "Encoded data holds no images to compare with: add reference=FOLDER (images) or reference=FILE.npz "
-        "(statistics)."
-    )
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowanchor.codecs.pixels import from_uint8
+from flowanchor.base.pixels import from_uint8
 from flowanchor.interfaces import Batch
 
 

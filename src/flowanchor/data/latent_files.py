@@ -11,14 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowanchor.base.dtypes import FLOATS, WHOLE
 from flowanchor.base.reading import shown
 from flowanchor.base.walk import is_hidden
 from flowanchor.errors import DataError
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 LATENTS, FLIPPED, LABELS = "latents", "latents_flip", "labels"
-FLOATS = ("F64", "F32", "F16", "BF16")  # of latents, by safetensors' names
-WHOLE = ("I64", "I32", "I16", "I8", "U8")  # of labels
 
 
 class LatentFiles:
@@ -106,9 +104,6 @@ def _describe(path: Path) -> tuple[tuple[int, ...], np.ndarray, bool]:
                     )
             shape = tuple(file.get_slice(LATENTS).get_shape())
             labels = file.get_tensor(LABELS).numpy().astype(np.int64).reshape(-1)
-            for key in {LATENTS, FLIPPED} & keys:
-                if file.get_slice(key).get_dtype() not in FLOATS:
-                    raise DataError(f"{path}: '{key}' holds no floating-point numbers: encode the images again.")
             if FLIPPED in keys and tuple(file.get_slice(FLIPPED).get_shape()) != shape:
                 raise DataError(f"{path}: '{FLIPPED}' has another shape than '{LATENTS}': encode the images again.")
     except (SafetensorError, OSError) as error:

@@ -14,11 +14,9 @@ from flowanchor.data.encoded import (
     BadSamples,
     StoredLatents,
     check_labels,
-    no_images,
     read_description,
     read_statistics,
 )
-from flowanchor.data.images import ImageSet
 from flowanchor.data.latent_files import LatentFiles
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
@@ -75,9 +73,6 @@ class LatentsDataModule(FlowDataModule):
         self.stored = StoredLatents((channels, size, size), values, self.statistics, self.seed)
         self._files: LatentFiles | None = None
         self._examples: dict[str, LatentBatches] = {}
-
-    def load(self) -> dict[str, ImageSet]:
-        raise no_images()
 
     def examples(self, split: str) -> Dataset:
         if not self._examples:

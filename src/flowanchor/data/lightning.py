@@ -26,15 +26,10 @@ class LightningData(LightningDataModule):
         self.data.setup(stage)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """As those of Lightning's own that the data brings: before and after a batch goes to the device."""
-        return self._hook("on_before_batch_transfer", batch, dataloader_idx)
+        return self.data.on_before_batch_transfer(batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self._hook("on_after_batch_transfer", batch, dataloader_idx)
-
-    def _hook(self, name: str, batch: Any, dataloader_idx: int) -> Any:
-        hook = getattr(self.data, name, None)
-        return batch if hook is None else hook(batch, dataloader_idx)
+        return self.data.on_after_batch_transfer(batch, dataloader_idx)
 
     def train_dataloader(self) -> Any:
         return self.data.train_dataloader()
@@ -45,5 +40,5 @@ class LightningData(LightningDataModule):
 
 def data_of(trainer: Trainer) -> Any:
     """What a trainer was given: the data module itself, where it was wrapped; None for loaders alone."""
-    given = getattr(trainer, "datamodule", None)
+    given = getattr(trainer, "datamodule", None)  # Lightning sets it only where it was given one
     return given.data if isinstance(given, LightningData) else given

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flowanchor.base.reading import shown
 from flowanchor.data.base import FlowDataModule
-from flowanchor.data.encoded import BadSamples, StoredLatents, no_images, read_description, read_statistics
+from flowanchor.data.encoded import BadSamples, StoredLatents, read_description, read_statistics
 from flowanchor.data.epoch_sampler import warn_of_another_order
-from flowanchor.data.images import ImageSet
 from flowanchor.data.labels import read_label, shown_label
 from flowanchor.data.tar_plan import TarPlan
 from flowanchor.data.tar_reader import (
@@ -88,9 +87,6 @@ class WebDatasetDataModule(FlowDataModule):
         self.statistics = read_statistics(statistics, self.folder, channels)
         self.stored = StoredLatents((channels, size, size), values, self.statistics, self.seed)
         self._tars: tuple[list[str], list[int]] | None = None
-
-    def load(self) -> dict[str, ImageSet]:
-        raise no_images()
 
     def setup(self, stage: str | None = None) -> None:
         """Find and count the tars, look at the first samples, and check that there is a batch to train on."""

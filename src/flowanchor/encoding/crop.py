@@ -5,6 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from flowanchor.data.pictures import middle
+from flowanchor.encoding.buckets import Size
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -22,3 +23,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def square(image: Image.Image, size: Size) -> Image.Image:
+    """`center_crop` to a size of equal sides."""
+    return center_crop(image, size[0])

@@ -1,68 +1,38 @@
-"""Encodes a source into files of latents: each image once, each file by one process, the same whoever makes it."""
+"""Encodes a source into files: each image once, each file by one process, the same whoever makes it."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flowanchor.base.reading import shown
-from flowanchor.encoding.images import ImageBatch, load_batches
-from flowanchor.encoding.plan import PlannedShard, plan_shards
+from flowanchor.base.files import replacing, sha256
+from flowanchor.data.workers import in_order
+from flowanchor.encoded.manifest import Manifest, Shard
+from flowanchor.encoding.form import Form
+from flowanchor.encoding.images import CroppedImages, ImageBatch
+from flowanchor.encoding.plan import PlannedFile
 from flowanchor.encoding.record import STAMP, EncodingRecord, FinishedShard
-from flowanchor.encoding.sources import Source
-from flowanchor.encoding.writers import DTYPES, bytes_needed, open_writer, write_index
+from flowanchor.encoding.writers import disk_space
 from flowanchor.errors import DataError
-from flowanchor.interfaces import Codec
-from flowanchor.latents.manifest import Manifest
-from flowanchor.latents.statistics import STATISTICS, RunningStatistics
-from flowanchor.sampling.noise import sample_noise
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is made of the images; every field shows in the result.
-
-    Attributes:
-        layout: `safetensors` or `webdataset`.
-        values: `sample` (draws from the posterior) or `moments` (mean, then log-variance).
-        image_size: height and width of the crop.
-        flips: the mirrored images' latents as well.
-        dtype: of the stored values.
-        shard_size: images per file.
-        shuffle: a permutation drawn from the seed instead of the source's order.
-        seed: of the permutation and of the posterior's draws.
-        upright: photos are turned as their EXIF data says; the released latents of ImageNet were made without.
-    """
-
-    layout: str = "safetensors"
-    values: str = "sample"
-    image_size: int = 256
-    flips: bool = True
-    dtype: str = "float32"
-    shard_size: int = 10_000
-    shuffle: bool = False
-    seed: int = 0
-    upright: bool = True
 
 
 @dataclass
 class Encoder:
-    """Encodes the shards of one process into `out`.
+    """Encodes the files of one process into `out`.
 
     Args:
-        source: the images.
-        codec: on its device.
-        encoding: what is made of them.
+        form: what is made, of which images, by which codec.
         out: the folder.
+        files: the form's plan.
+        left_out: images that the plan leaves out, and why.
         batch_size: images per call of the codec (twice as many with flips).
         num_workers: processes that read images.
         process, processes: this one, of how many.
@@ -70,52 +40,43 @@ class Encoder:
         on_images: called with the number of images done since the last call.
 
     Raises:
-        DataError: more unreadable images than allowed, latents that are not finite, a disk that is (or would be) full.
+        DataError: more images left out than allowed, latents that are not finite, a disk that is (or would be) full.
     """
 
-    source: Source
-    codec: Codec
-    encoding: Encoding
+    form: Form
     out: Path
+    files: Sequence[PlannedFile]
+    left_out: Sequence[str] = ()
     batch_size: int = 64
     num_workers: int = 0
     process: int = 0
     processes: int = 1
     max_unreadable: int | None = 0
     on_images: Callable[[int], None] = lambda images: None
-    shards: list[PlannedShard] = field(init=False)
+    record: EncodingRecord = field(init=False)
 
     def __post_init__(self) -> None:
-        e = self.encoding
         self.record = EncodingRecord(self.out)
-        self.shards = plan_shards(len(self.source), e.layout, e.shard_size, e.shuffle, e.seed)
-        side = e.image_size // self.codec.downsampling
-        self.shape = (self.codec.latent_channels or 3, side, side)
+        self._check(self.left_out, "Nothing was encoded")
 
     # ------------------------------------------------------------------------------------------------------ the work
 
-    def pending(self) -> list[PlannedShard]:
-        """Shards, of all processes, that are not there yet, or whose images were replaced since."""
-        for shard in self.shards:
-            self.record.forget_changed(shard.number, self.source.stamp(shard.indices))
-        return [shard for shard in self.shards if self.record.finished(shard.number) is None]
+    def pending(self) -> list[PlannedFile]:
+        """Files, of all processes, that are not there yet, or whose images were replaced since."""
+        for file in self.files:
+            self.record.forget_changed(file.number, self.form.stamp(file))
+        return [file for file in self.files if self.record.finished(file.number) is None]
 
-    def own(self, shards: list[PlannedShard]) -> list[PlannedShard]:
+    def own(self, files: Iterable[PlannedFile]) -> list[PlannedFile]:
         """Those of this process: by their numbers, so that it does not matter what others have finished."""
-        return [shard for shard in shards if shard.number % self.processes == self.process]
+        return [file for file in files if file.number % self.processes == self.process]
 
-    def missing(self, manifest: Manifest) -> list[str]:
-        """Files of a complete set that are not there, or not whole, any more."""
-        paths = {shard.file: self.out / shard.file for shard in manifest.shards}
-        sizes = {shard.file: shard.bytes for shard in manifest.shards}
-        return [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != sizes[name]]
-
-    def check_disk(self, pending: list[PlannedShard]) -> None:
-        """Raise `DataError` unless the disk has room for what is pending."""
-        e = self.encoding
-        stored = (1 + e.flips, self.shape[0] * (2 if e.values == "moments" else 1), *self.shape[1:])
-        needed = sum(bytes_needed(len(shard.indices), stored, e.dtype, e.layout) for shard in pending)
-        needed -= sum(f.stat().st_size for s in pending if (f := self.out / s.file).is_file())  # will be replaced
+    def check_disk(self, pending: Iterable[PlannedFile]) -> None:
+        """Raise `DataError` unless the disk has room for the latents that are pending."""
+        needed = 0
+        for file in pending:
+            old = self.out / file.file  # will be replaced
+            needed += self.form.bytes_needed(file) - (old.stat().st_size if old.is_file() else 0)
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise DataError(
@@ -123,111 +84,63 @@ class Encoder:
                 "choose another out=, or dtype=float16 for half of it."
             )
 
-    def encode(self, pending: list[PlannedShard]) -> Iterator[FinishedShard]:
-        """Make this process' part of the shards; yields each when it is finished."""
+    def encode(self, pending: Iterable[PlannedFile]) -> Iterator[FinishedShard]:
+        """Make this process' part of the files; yields each when it is finished."""
         own = self.own(pending)
-        pieces = [np.array_split(s.indices, -(-len(s.indices) // self.batch_size)) for s in own]
-        parts = [part for parts in pieces for part in parts]
-        e = self.encoding
-        batches = load_batches(self.source, e.image_size, parts, self.num_workers, e.upright)
-        for shard, parts in zip(own, pieces, strict=True):
-            yield self._encode_shard(shard, (next(batches) for _ in parts))
+        pieces = [np.array_split(f.indices, -(-len(f.indices) // self.batch_size)) for f in own]
+        wanted = [(file.size, part) for file, parts in zip(own, pieces, strict=True) for part in parts]
+        images = CroppedImages(self.form.source, self.form.crop, wanted, self.form.upright)
+        batches = in_order(images, self.num_workers)
+        for file, parts in zip(own, pieces, strict=True):
+            yield self._encode(file, islice(batches, len(parts)))
 
     @torch.no_grad()
-    def _encode_shard(self, shard: PlannedShard, batches: Iterator[ImageBatch]) -> FinishedShard:
-        writer = open_writer(self.encoding.layout, self.out / shard.file)
-        statistics, unreadable = RunningStatistics(self.shape[0]), []
-        for batch in batches:
-            unreadable += batch.unreadable
-            if self.max_unreadable is not None and len(unreadable) > self.max_unreadable:
-                raise DataError(self._too_many(unreadable, "Finished files stay"))
-            if len(batch.indices):
-                latents = self._latents(batch)
-                values = latents[:, :, : self.shape[0]]  # of moments, the mean
-                statistics.add(values.flatten(0, 1))
-                writer.add(batch.indices, latents, self.source.labels[batch.indices])
-            self.on_images(len(batch.indices) + len(batch.unreadable))
-        if not writer.count:
-            raise DataError(f"No image for {shard.file} could be read (the first: {unreadable[0]}): check data.root.")
-        flat = statistics.flat_channels()
-        if flat:
-            warnings.warn(
-                f"All latents of {shard.file} have one value in channel {flat[0]}: if those of the other files have "
-                "it, too, the set cannot be normalised. Are these pictures of one flat colour?",
-                stacklevel=2,
-            )
-        stamp = self.source.stamp(shard.indices)
-        finished = FinishedShard(writer.finish(), tuple(unreadable), statistics.state(), stamp)
-        self.record.finish(shard.number, finished)
+    def _encode(self, file: PlannedFile, batches: Iterator[ImageBatch]) -> FinishedShard:
+        path, unreadable = self.out / file.file, list[str]()
+        with disk_space(path), replacing(path) as draft:
+            writer = self.form.writer(draft)
+            for batch in batches:
+                unreadable += batch.unreadable
+                self._check([*self.left_out, *unreadable], "Finished files stay")
+                if len(batch.indices):
+                    writer.add(self.form.rows(batch))
+                self.on_images(len(batch.indices) + len(batch.unreadable))
+            if not writer.count:
+                raise DataError(
+                    f"No image for {file.file} could be read (the first: {unreadable[0]}): check data.root."
+                )
+            flat = writer.flat_channels()
+            if flat:
+                warnings.warn(
+                    f"All latents of {file.file} have one value in channel {flat[0]}: if those of the other files have "
+                    "it, too, the set cannot be normalised. Are these pictures of one flat colour?",
+                    stacklevel=2,
+                )
+            writer.close()
+            shard = Shard(file.file, writer.count, draft.stat().st_size, sha256(draft))
+        finished = FinishedShard(shard, tuple(unreadable), writer.statistics(), self.form.stamp(file))
+        self.record.finish(file.number, finished)
         return finished
 
-    def _latents(self, batch: ImageBatch) -> Tensor:
-        """[B, F, C, h, w] as stored, on the CPU."""
-        device = next(chain(self.codec.parameters(), self.codec.buffers()), batch.images).device
-        pixels = batch.images.to(device).float() / 127.5 - 1
-        views = [pixels, pixels.flip(-1)] if self.encoding.flips else [pixels]
-        stored = torch.stack([self._values(view, batch, draw) for draw, view in enumerate(views)], dim=1)
-        broken = (~stored.isfinite()).flatten(1).any(1)
-        if bool(broken.any()):
-            name = shown(self.source.names[int(batch.indices[int(broken.nonzero()[0])])])
+    def _check(self, left_out: Sequence[str], rest: str) -> None:
+        if self.max_unreadable is not None and len(left_out) > self.max_unreadable:
             raise DataError(
-                f"The latents of {name} are not finite in {self.encoding.dtype}: encode with codec.dtype=float32 and "
-                "dtype=float32, and check the codec's weights."
+                f"{len(left_out)} images {self.form.lack} ({'; '.join(left_out[-3:])}): repair them, or leave them out "
+                f"by max_unreadable={len(left_out)} or more (now {self.max_unreadable}). {rest}."
             )
-        return stored
-
-    def _values(self, pixels: Tensor, batch: ImageBatch, draw: int) -> Tensor:
-        posterior = self.codec.posterior(pixels)
-        if tuple(posterior.mean.shape[1:]) != self.shape:
-            raise DataError(f"The codec makes latents of shape {tuple(posterior.mean.shape[1:])}, not {self.shape}.")
-        if self.encoding.values == "moments" and posterior.logvar is not None:
-            values = torch.cat([posterior.mean, posterior.logvar], dim=1)
-        else:
-            noise = sample_noise(self.encoding.seed, batch.indices.tolist(), self.shape, draw).to(posterior.mean)
-            values = posterior.sample(noise)
-        return values.to("cpu", DTYPES[self.encoding.dtype])
-
-    def _too_many(self, unreadable: list[str], rest: str) -> str:
-        return (
-            f"{len(unreadable)} images cannot be read, the last is {unreadable[-1]}: repair them, or leave them out by "
-            f"max_unreadable={len(unreadable)} or more (now {self.max_unreadable}). {rest}."
-        )
 
     # -------------------------------------------------------------------------------------------------------- the end
 
     def complete(self, settings: dict[str, Any]) -> Manifest | None:
-        """Write statistics, index and manifest once every shard is there; None before that."""
-        found = [self.record.finished(shard.number) for shard in self.shards]
+        """Write what stands beside the files, and the manifest, once every file is there; None before that."""
+        found = [self.record.finished(file.number) for file in self.files]
         finished = [shard for shard in found if shard is not None]
-        if len(finished) < len(self.shards):
+        if len(finished) < len(self.files):
             return None
-        unreadable = [name for shard in finished for name in shard.unreadable]
-        if self.max_unreadable is not None and len(unreadable) > self.max_unreadable:
-            files = ", ".join(shard.shard.file for shard in finished if shard.unreadable)
-            raise DataError(self._too_many(unreadable, f"Once they are repaired, the same command makes {files} again"))
-        e = self.encoding
-        statistics = RunningStatistics(self.shape[0])
-        for shard in finished:
-            statistics.merge(shard.statistics)
-        statistics.statistics().write(self.out / STATISTICS)
-        shards = [shard.shard for shard in finished]
-        if e.layout == "webdataset":
-            write_index(self.out, self.out.name, shards)
-        manifest = Manifest(
-            layout=e.layout,
-            values=e.values,
-            shape=self.shape,
-            count=sum(shard.count for shard in shards),
-            flips=e.flips,
-            dtype=e.dtype,
-            image_size=e.image_size,
-            num_classes=self.source.num_classes,
-            class_names=self.source.class_names,
-            codec={"name": self.codec.name, "digest": settings["codec"]},
-            seed=e.seed,
-            shards=tuple(shards),
-            unreadable=tuple(sorted(unreadable)),
-            source={**settings, STAMP: self.source.stamp()},
-        )
+        left_out = [*self.left_out, *(name for shard in finished for name in shard.unreadable)]
+        spoilt = ", ".join(shard.shard.file for shard in finished if shard.unreadable)
+        self._check(left_out, f"Once they are repaired, the same command makes {spoilt} again")
+        source = {**settings, STAMP: self.form.source.stamp()}
+        manifest = self.form.complete(self.out, finished, left_out, source)
         manifest.write(self.out)
         return manifest

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.base.files import write_whole
+from flowanchor.encoded.manifest import Shard
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.latents.manifest import Shard
 
 FOLDER = ".encoding"  # beside the files
 STAMP = "files"  # among a set's settings: what the images were like (`Source.stamp`)

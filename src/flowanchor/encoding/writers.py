@@ -1,90 +1,115 @@
-"""Files of latents in the two layouts; nothing is ever seen under its final name before it is whole."""
+"""Files of latents in two layouts, and files of latents with captions."""
 
 from __future__ import annotations
 
 import errno
 import io
+import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowanchor.base.dtypes import DTYPES
-from flowanchor.base.files import flush, replace, save_tensors, sha256, unfinished, write_json
+from flowanchor.base.files import save_tensors, write_json
+from flowanchor.encoded.manifest import Shard
+from flowanchor.encoded.statistics import RunningStatistics
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Shard
 
-_HEADERS = 4096  # bytes of names and headers per image of a tar, at most
+
+class Rows(NamedTuple):
+    """What a file gets of some images, in order."""
+
+    indices: np.ndarray  # [B], of the source
+    latents: Tensor  # [B, F, C, h, w], F: plain and mirrored, or plain alone; of captions [B, C, F, h, w], F: frames
+    labels: np.ndarray  # [B]
+    names: Sequence[str] = ()
+    captions: Sequence[Sequence[str]] = ()
+    texts: Sequence[Sequence[Tensor]] = ()  # the embeddings [L, D] of each caption
 
 
 class ShardWriter(ABC):
-    """Takes the images of one file, in order; `finish` puts it in its place."""
+    """Takes the images of one file, in order, and writes them into a draft of it; `close` completes it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, unfinished(path)
+    def __init__(self, draft: Path) -> None:
+        self.draft = draft
         self.count = 0
 
-    @abstractmethod
-    def add(self, indices: np.ndarray, latents: Tensor, labels: np.ndarray) -> None:
-        """Images `indices`, latents [B, F, C, h, w] (F: plain and mirrored, or plain alone), labels [B]."""
+    def add(self, rows: Rows) -> None:
+        """The next images."""
+        self.count += len(rows.indices)
 
     @abstractmethod
-    def _write(self) -> None:
-        """Complete `partial`."""
+    def close(self) -> None:
+        """Write what is held."""
 
-    def finish(self) -> Shard:
-        """Write, move into place, and describe the file."""
-        with disk_space(self.path):
-            self._write()
-            digest, size = sha256(self.partial), self.partial.stat().st_size
-            flush(self.partial)
-            replace(self.partial, self.path)
-        return Shard(self.path.name, self.count, size, digest)
+    def statistics(self) -> dict[str, Any]:
+        """What is recorded of the values so far (`RunningStatistics.state`); empty where that is of no use."""
+        return {}
+
+    def flat_channels(self) -> list[int]:
+        """Channels that have had one value so far, which cannot be normalised."""
+        return []
 
 
-class SafetensorsWriter(ShardWriter):
+class LatentWriter(ShardWriter):
+    """Latents [F, C, h, w], and the statistics of the first `channels` of C: of moments, those of the mean."""
+
+    def __init__(self, draft: Path, channels: int) -> None:
+        super().__init__(draft)
+        self._statistics = RunningStatistics(channels)
+
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
+        self._statistics.add(rows.latents[:, :, : len(self._statistics.mean)].flatten(0, 1))
+
+    def statistics(self) -> dict[str, Any]:
+        return self._statistics.state()
+
+    def flat_channels(self) -> list[int]:
+        return self._statistics.flat_channels()
+
+
+class SafetensorsWriter(LatentWriter):
     """The released layout: `latents`, `latents_flip` [N, C, h, w] and `labels` [N], held in memory until it is full."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._latents: list[Tensor] = []
-        self._labels: list[np.ndarray] = []
+    def __init__(self, draft: Path, channels: int) -> None:
+        super().__init__(draft, channels)
+        self._rows: list[Rows] = []
 
-    def add(self, indices: np.ndarray, latents: Tensor, labels: np.ndarray) -> None:
-        self._latents.append(latents)
-        self._labels.append(labels)
-        self.count += len(indices)
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
+        self._rows.append(rows)
 
-    def _write(self) -> None:
-        latents, labels = torch.cat(self._latents), torch.from_numpy(np.concatenate(self._labels))
+    def close(self) -> None:
+        latents = torch.cat([rows.latents for rows in self._rows])
+        labels = torch.from_numpy(np.concatenate([rows.labels for rows in self._rows]))
         content = {"latents": latents[:, 0].contiguous(), "labels": labels}
         if latents.shape[1] > 1:
             content["latents_flip"] = latents[:, 1].contiguous()
-        save_tensors(self.partial, content, {"format": "pt"})  # one entry: their order is not fixed
+        save_tensors(self.draft, content, {"format": "pt"})  # one entry: their order is not fixed
 
 
-class TarWriter(ShardWriter):
+class TarWriter(LatentWriter):
     """`<key>.npy` [F, C, h, w] and `<key>.cls` per image; the key is its index in the source."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with disk_space(path):
-            self._tar = tarfile.open(self.partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+    def __init__(self, draft: Path, channels: int) -> None:
+        super().__init__(draft, channels)
+        self._tar = tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def add(self, indices: np.ndarray, latents: Tensor, labels: np.ndarray) -> None:
-        with disk_space(self.path):
-            for index, values, label in zip(indices.tolist(), latents.numpy(), labels.tolist(), strict=True):
-                buffer = io.BytesIO()
-                np.save(buffer, values, allow_pickle=False)
-                self._member(f"{index:08d}.npy", buffer.getvalue())
-                self._member(f"{index:08d}.cls", str(label).encode())
-        self.count += len(indices)
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
+        parts = zip(rows.indices.tolist(), rows.latents.numpy(), rows.labels.tolist(), strict=True)
+        for index, values, label in parts:
+            buffer = io.BytesIO()
+            np.save(buffer, values, allow_pickle=False)
+            self._member(f"{index:08d}.npy", buffer.getvalue())
+            self._member(f"{index:08d}.cls", str(label).encode())
 
     def _member(self, name: str, content: bytes) -> None:
         """With no time, owner or permissions of this machine, so that the same images make the same file."""
@@ -92,18 +117,43 @@ class TarWriter(ShardWriter):
         header.size = len(content)
         self._tar.addfile(header, io.BytesIO(content))
 
-    def _write(self) -> None:
+    def close(self) -> None:
         self._tar.close()
 
 
-def open_writer(layout: str, path: Path) -> ShardWriter:
-    return SafetensorsWriter(path) if layout == "safetensors" else TarWriter(path)
+class CaptionWriter(ShardWriter):
+    """Latents [N, C, F, h, w] with the embeddings of their captions (`flowanchor.encoded.captions`), held in memory."""
+
+    def __init__(self, draft: Path) -> None:
+        super().__init__(draft)
+        self._rows: list[Rows] = []
+
+    def add(self, rows: Rows) -> None:
+        super().add(rows)
+        self._rows.append(rows)
+
+    def close(self) -> None:
+        samples = [sample for rows in self._rows for sample in rows.texts]
+        texts = [text for sample in samples for text in sample]
+        content = {
+            "latents": torch.cat([rows.latents for rows in self._rows]),
+            "text": torch.cat(texts),
+            "text_start": _starts(texts),
+            "caption_start": _starts(samples),
+        }
+        names = [name for rows in self._rows for name in rows.names]
+        captions = [list(found) for rows in self._rows for found in rows.captions]
+        described = json.dumps({"names": names, "captions": captions})
+        save_tensors(self.draft, content, {"samples": described})  # one entry: their order is not fixed
 
 
-def bytes_needed(images: int, shape: tuple[int, ...], dtype: str, layout: str) -> int:
-    """Disk space of so many images with stored values of this shape [F, C, h, w]."""
-    values = int(np.prod(shape)) * DTYPES[dtype].itemsize
-    return images * (values + (_HEADERS if layout == "webdataset" else 8))
+def _starts(parts: Sequence[Sized]) -> Tensor:
+    """Where each of some parts begins that lie behind each other, and where the last one ends."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64))
+
+
+def open_writer(layout: str, draft: Path, channels: int) -> LatentWriter:
+    return SafetensorsWriter(draft, channels) if layout == "safetensors" else TarWriter(draft, channels)
 
 
 def write_index(folder: Path, name: str, shards: list[Shard]) -> None:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from flowanchor.base.noise import renoiser, sample_noise
+from flowanchor.base.pixels import to_uint8
 from flowanchor.checkpoints.load import LoadedModel
 from flowanchor.codecs.load import load_codec
-from flowanchor.codecs.pixels import to_uint8
 from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.generation.samplers import build_sampler
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
 from flowanchor.request import Request
-from flowanchor.sampling.noise import renoiser, sample_noise
 from flowanchor.sampling.precision import asking, state_dtype
 from flowanchor.text.base import TextEncoder
 

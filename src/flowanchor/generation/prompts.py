@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowanchor.captions.sources import read_captions
-from flowanchor.captions.tables import is_table, read_lines
+from flowanchor.base.tables import is_table, read_captions, read_lines
 from flowanchor.checkpoints.load import LoadedModel
 from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError

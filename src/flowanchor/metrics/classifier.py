@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowanchor.base.files import write_json, write_tensors
+from flowanchor.base.files import read_note, write_json, write_tensors
 from flowanchor.base.locking import only_one
+from flowanchor.base.pixels import from_uint8
 from flowanchor.base.rank_zero import rank_zero_info
-from flowanchor.codecs.pixels import from_uint8
 from flowanchor.data.epoch_sampler import EpochBatchSampler
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
-from flowanchor.metrics.storage import cache_folder, read_note
+from flowanchor.metrics.storage import cache_folder
 
 FEATURES = 64
 GRID = 4  # spatial size before the features

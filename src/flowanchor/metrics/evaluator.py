@@ -20,7 +20,8 @@ from flowanchor.errors import ConfigError
 from flowanchor.metrics.base import Metric
 from flowanchor.metrics.collected import Collected, Layers, Wanted
 from flowanchor.metrics.frechet import frechet_distance
-from flowanchor.metrics.reference import Reference, TrainSplit
+from flowanchor.metrics.reference import TrainSplit
+from flowanchor.metrics.reference_base import Reference
 from flowanchor.metrics.reference_features import ReferenceFeatures, cached_features
 
 PRC_BATCH = 2000  # rows of the distance matrix at once

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.files import read_note
 from flowanchor.metrics.collected import Collected, Wanted
-from flowanchor.metrics.storage import read_arrays, read_note, write_whole
+from flowanchor.metrics.storage import read_arrays, write_whole
 
 FOLDER = ".evaluation"  # in the run folder
 VERSION = 1  # of what is stored

@@ -11,7 +11,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from flowanchor.codecs.pixels import from_uint8
+from flowanchor.base.pixels import from_uint8
 from flowanchor.data.base import FlowDataModule
 from flowanchor.metrics.base import Metric
 

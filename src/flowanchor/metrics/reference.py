@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,38 +10,9 @@ from torch import Tensor
 
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import DataError
-from flowanchor.metrics.frechet import Gaussian
-
-Shape = tuple[int, int, int]  # C, H, W of the images that are evaluated
-
-
-class Reference(ABC):
-    """A named set of images, or statistics of one, or both.
-
-    Attributes:
-        name: what stands beside a score.
-        digest: hash (hex) of the content, wherever it is stored.
-        shape: of the images.
-        n: number of images; None where there are statistics alone.
-        gaussian, spatial: statistics of Inception's features that come with it.
-    """
-
-    name: str
-    shape: Shape
-    gaussian: Gaussian | None = None
-    spatial: Gaussian | None = None
-
-    @property
-    @abstractmethod
-    def digest(self) -> str: ...
-
-    @property
-    @abstractmethod
-    def n(self) -> int | None: ...
-
-    @abstractmethod
-    def chunks(self, batch_size: int) -> Iterator[Tensor]:
-        """The images, uint8 [b, C, H, W], in order; nothing where there are none."""
+from flowanchor.metrics.reference_base import Reference, Shape
+from flowanchor.metrics.reference_folder import ImageTree
+from flowanchor.metrics.reference_npz import NpzReference
 
 
 class TrainSplit(Reference):
@@ -79,9 +49,6 @@ def open_reference(path: str, shape: Shape, crop: bool = False, cache_dir: str |
     Raises:
         DataError: nothing there, no images, no known arrays, or images of another size.
     """
-    from flowanchor.metrics.reference_folder import ImageTree
-    from flowanchor.metrics.reference_npz import NpzReference
-
     location = Path(path).expanduser()
     if location.is_dir():
         return ImageTree(location, shape, crop, cache_dir)

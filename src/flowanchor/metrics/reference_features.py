@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.metrics.collected import Collected, Wanted
+from flowanchor.metrics.base import Metric
+from flowanchor.metrics.collected import Collected, Layers, Wanted
 from flowanchor.metrics.frechet import Gaussian
-from flowanchor.metrics.reference import Reference
+from flowanchor.metrics.reference_base import Reference
 from flowanchor.metrics.storage import cache_folder, read_arrays, write_whole
 
-if TYPE_CHECKING:
-    from flowanchor.metrics.evaluator import Evaluator
-
 VERSION = 1  # of what is stored
+
+
+class Looker(Protocol):
+    """What looks at the images of a reference: an `Evaluator`, and what it says of itself."""
+
+    metric: Metric
+    label: str
+    source: Reference
+    batch_size: int
+
+    @property
+    def extractor_digest(self) -> str: ...
+
+    def look(self, images: Tensor) -> Layers: ...
+
+    def collect(self, chunks: Iterable[Tensor], wanted: Wanted) -> Collected: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +59,7 @@ class ReferenceFeatures:
         return found
 
 
-def cached_features(evaluator: Evaluator) -> ReferenceFeatures:
+def cached_features(evaluator: Looker) -> ReferenceFeatures:
     """The features of an evaluator's reference.
 
     Statistics that come with it are taken where they are of the extractor's size. Everything else is extracted from
@@ -64,7 +80,7 @@ def cached_features(evaluator: Evaluator) -> ReferenceFeatures:
     return ReferenceFeatures(found["features"], found["spatial"], collected.kept_features(), reference.n)
 
 
-def _given(evaluator: Evaluator) -> tuple[Gaussian | None, Gaussian | None]:
+def _given(evaluator: Looker) -> tuple[Gaussian | None, Gaussian | None]:
     """Statistics that come with the reference and fit the extractor; raises `DataError` where nothing fits."""
     reference = evaluator.source
     if reference.gaussian is None:
@@ -87,7 +103,7 @@ def _given(evaluator: Evaluator) -> tuple[Gaussian | None, Gaussian | None]:
     return reference.gaussian, reference.spatial if fits else None
 
 
-def _collected(evaluator: Evaluator, reference: Reference) -> Collected:
+def _collected(evaluator: Looker, reference: Reference) -> Collected:
     """From the cache, or from the images."""
     assert reference.n is not None
     wanted = Wanted(reference.n, feature_limit=evaluator.metric.feature_limit)

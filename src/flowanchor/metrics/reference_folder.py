@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from flowanchor.base.files import sha256
+from flowanchor.base.files import read_note, sha256
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.base.reading import shown
 from flowanchor.data.picture_files import KNOWN, find_by_class, tell_unused
 from flowanchor.data.pictures import PictureError, open_picture
 from flowanchor.encoding.crop import center_crop
 from flowanchor.errors import DataError
-from flowanchor.metrics.reference import Reference, Shape
-from flowanchor.metrics.storage import cache_folder, read_note, write_whole
+from flowanchor.metrics.reference_base import Reference, Shape
+from flowanchor.metrics.storage import cache_folder, write_whole
 
 
 class ImageTree(Reference):

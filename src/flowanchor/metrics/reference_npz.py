@@ -19,7 +19,7 @@ from flowanchor.base.reading import open_regular, shown
 from flowanchor.data.npy import byte_count, read_header
 from flowanchor.errors import DataError
 from flowanchor.metrics.frechet import Gaussian
-from flowanchor.metrics.reference import Reference, Shape
+from flowanchor.metrics.reference_base import Reference, Shape
 
 FEATURES = 10_000  # of statistics at most: their covariance has 0.8 GB
 PACKED = 1_100  # bytes that one byte of a zip's ordinary compression can stand for, at most

@@ -1,15 +1,13 @@
-"""Files that are there as a whole or not at all."""
+"""Where metrics keep what they have looked at, and what is written and read there."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,12 +52,3 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
             return {name: content[name] for name in content.files}
     except DAMAGED:
         return None
-
-
-def read_note(path: Path) -> dict[str, Any] | None:
-    """A JSON object of ours; None where it is not there or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except DAMAGED:
-        return None
-    return found if isinstance(found, dict) else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.base.processes import process_count
 from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.errors import ConfigError
 from flowanchor.programs.checks import check_whole_numbers
@@ -66,8 +67,9 @@ def check_epoch(batches: float, accumulated: int, wanted: int | None) -> None:
 def count_processes(devices: Any, num_nodes: int, accelerator: str) -> int:
     """Processes of the run as Lightning will start them, or as a launcher already has."""
     launched = os.environ.get("TORCHELASTIC_RUN_ID") is not None or os.environ.get("SLURM_NTASKS") is not None
-    if launched and os.environ.get("WORLD_SIZE"):
-        return int(os.environ["WORLD_SIZE"])
+    written = process_count()
+    if launched and written:
+        return written
     count = _devices(devices, accelerator)
     if count < 1:
         raise ConfigError(f"trainer.devices={devices} is no number of devices: use for example 8 or auto.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from flowanchor.base.processes import local_rank, this_process
 from flowanchor.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -35,9 +35,8 @@ def check_whole_numbers(cfg: DictConfig, **least: int | tuple[int, int]) -> None
 def own_device(name: Any) -> str:
     """The device of this process: a GPU of its own, where torchrun started several."""
     device = choose_device(name)
-    local = os.environ.get("LOCAL_RANK")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return f"cuda:{local}" if device == "cuda" and several and local is not None else device
+    local, (_, count) = local_rank(), this_process()
+    return f"cuda:{local}" if device == "cuda" and count > 1 and local is not None else device
 
 
 def choose_device(name: Any) -> str:

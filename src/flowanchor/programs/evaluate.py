@@ -26,7 +26,8 @@ from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.metrics.partial_results import PartialResults
 from flowanchor.metrics.presentation import finite_or_none, quality_plot, results_table
 from flowanchor.metrics.protocol import parse_nfe
-from flowanchor.metrics.reference import Shape, open_reference
+from flowanchor.metrics.reference import open_reference
+from flowanchor.metrics.reference_base import Shape
 from flowanchor.metrics.repeats import mean_line, repeated_seed
 from flowanchor.metrics.storage import write_whole
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_dtype

@@ -30,8 +30,9 @@ from omegaconf import DictConfig, open_dict, read_write
 import flowanchor
 from flowanchor.base.causes import unwrapped
 from flowanchor.base.paths import from_here
+from flowanchor.base.processes import is_first
 from flowanchor.base.rank_zero import is_first as speaks_for_all
-from flowanchor.base.signals import Interrupted, current, end_now, is_first, listening, name_of, say
+from flowanchor.base.signals import Interrupted, current, end_now, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
 from flowanchor.programs import slurm
 from flowanchor.programs.folders import register_resolvers

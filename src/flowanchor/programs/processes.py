@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from flowanchor.base.processes import this_process
 from flowanchor.programs.checks import own_device
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Processes:
     @classmethod
     def join(cls, device: str | None) -> Processes:
         """As torchrun's environment says; one process without it. Each gets a GPU of its own."""
-        index, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        index, count = this_process()
         if count > 1 and not dist.is_initialized():
             # A day: processes wait for the slowest one, and torchrun ends them all when one fails.
             dist.init_process_group("gloo", timeout=timedelta(days=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from flowanchor.base.files import read_note
 from flowanchor.base.paths import folder_name
 from flowanchor.base.walk import walk
 from flowanchor.errors import DataError
@@ -209,12 +209,10 @@ def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
 
 
 def _read_report(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # an evaluation that is being written
+    report = read_note(path)  # None: an evaluation that is being written
+    if report is None or not isinstance(report.get("settings"), dict) or "results" not in report:
         return None
-    complete = isinstance(report, dict) and isinstance(report.get("settings"), dict) and "results" in report
-    return (path, report) if complete else None
+    return path, report
 
 
 def _belongs(path: Path, report: Mapping[str, Any], folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.files import add_file
 from flowanchor.checkpoints.stock_folder import without_code
 from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
@@ -137,9 +138,7 @@ class FrozenEncoder(TextEncoder):
                 path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model", ".txt")
             ):
                 digest.update(file.name.encode())
-                with file.open("rb") as content:
-                    while block := content.read(1 << 20):
-                        digest.update(block)
+                add_file(digest, file)
         return digest.hexdigest()
 
 

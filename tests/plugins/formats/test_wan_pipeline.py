@@ -18,11 +18,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
+from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.checkpoints import load_model
 from flowanchor.conditioning import batch_of
 from flowanchor.programs.convert import main
 from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.noise import renoiser, sample_noise
 from flowanchor.text.base import Tokens
 from flowanchor.text.umt5 import UMT5
 

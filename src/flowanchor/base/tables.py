@@ -77,6 +77,28 @@ def read_lines(path: Path) -> Iterator[str]:
             ) from error
 
 
+def read_captions(table: Path, caption: str = "caption") -> list[str]:
+    """The first caption of every row of a table that has one; raises `DataError` without the column."""
+    texts = (texts_in(row.cells.get(caption)) for row in read_rows(table, caption))
+    return [found[0] for found in texts if found]
+
+
+def texts_in(found: Any) -> tuple[str, ...]:
+    """Captions out of what a table or a tar says: a text, a list of texts, or a text that is a JSON list."""
+    if isinstance(found, str) and found.lstrip().startswith("["):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):  # a text that begins so
+            pass
+    texts = [_whole(text) for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+    return tuple(text for text in texts if text)
+
+
+def _whole(text: str) -> str:
+    """Without blanks around it, and without halves of letters, which JSON can hold and no encoder takes."""
+    return text.strip().encode(errors="replace").decode()
+
+
 class Lines:
     """The lines of a text in UTF-8, counted, each with its end; raises `ValueError` for one that is none, or too long.
 

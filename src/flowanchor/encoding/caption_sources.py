@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.captions.tables import NOTE, is_table, read_rows
+from flowanchor.base.tables import NOTE, is_table, read_rows, texts_in
 from flowanchor.data.picture_files import file_mark, tell_unused
 from flowanchor.data.pictures import BYTES
 from flowanchor.data.tar_members import Content
 from flowanchor.encoding.sources import Source, beside_tars, tars_of
 from flowanchor.encoding.tars import read_member, read_tar, tar_names
 from flowanchor.errors import ConfigError, DataError
-
-HEADER = 1 << 15  # bytes of a file that nearly always tell an image's size
 
 
 class CaptionedSource(Source):
@@ -78,7 +76,7 @@ class TableSource(CaptionedSource):
             name = row.cells.get(file)
             if not isinstance(name, str) or not name.strip():
                 raise row.refused(f"names no image under '{shown(file)}'", "correct it")
-            yield name, _texts(row.cells.get(caption))
+            yield name, texts_in(row.cells.get(caption))
 
     def read(self, index: int, count: int | None = None) -> bytes:
         return read_regular(self.root / self.names[index], BYTES, count=count)
@@ -97,7 +95,7 @@ class TarCaptions(CaptionedSource):
                 texts: tuple[str, ...] = ()
                 for extension, note in content.notes.get(key, {}).items():  # the last one that holds any counts
                     name = f"{shown(key)}.{extension} of {shown(path)}"
-                    texts = _texts(_caption(note, extension, name, caption)) or texts
+                    texts = texts_in(_caption(note, extension, name, caption)) or texts
                 found.append((f"{tar}/{key}", texts))
             unused += content.unused
         self._take(found, "data.root")
@@ -132,28 +130,6 @@ def open_captions(root: str | None, file: str = "file", caption: str = "caption"
         source.remarks += tuple(beside_tars(path))
         return source
     raise DataError(f"{path} holds {len(tables)} tables (CSV, JSONL) and {len(tars)} tars: give one table, or tars.")
-
-
-def read_captions(table: Path, caption: str = "caption") -> list[str]:
-    """The first caption of every row of a table that has one; raises `DataError` without the column."""
-    texts = (_texts(row.cells.get(caption)) for row in read_rows(table, caption))
-    return [found[0] for found in texts if found]
-
-
-def _texts(found: Any) -> tuple[str, ...]:
-    """Captions out of what a table or a tar says: a text, a list of texts, or a text that is a JSON list."""
-    if isinstance(found, str) and found.lstrip().startswith("["):
-        try:
-            found = json.loads(found)
-        except (ValueError, RecursionError):  # a text that begins so
-            pass
-    texts = [_whole(text) for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
-    return tuple(text for text in texts if text)
-
-
-def _whole(text: str) -> str:
-    """Without blanks around it, and without halves of letters, which JSON can hold and no encoder takes."""
-    return text.strip().encode(errors="replace").decode()
 
 
 def _caption(content: Content, extension: str, name: str, caption: str) -> Any:

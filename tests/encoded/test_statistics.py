@@ -7,9 +7,8 @@ import pickle
 import pytest
 import torch
 
+from flowanchor.encoded.statistics import LatentStatistics, RunningStatistics
 from flowanchor.errors import DataError
-from flowanchor.latents.manifest import Manifest, Shard
-from flowanchor.latents.statistics import LatentStatistics, RunningStatistics
 
 
 def test_the_released_formula_and_back():
@@ -68,16 +67,3 @@ def test_bad_files_are_refused(tmp_path):
     for std in (0.0, float("nan")):
         with pytest.raises(DataError, match="finite, with positive"):
             LatentStatistics((0.0,), (std,))
-
-
-def test_a_manifest_is_read_back_and_a_damaged_one_is_named(tmp_path):
-    assert Manifest.read(tmp_path) is None
-    manifest = Manifest(
-        "safetensors", "sample", (4, 2, 2), 6, True, "float32", 16, 3, ("a", "b", "c"),
-        shards=(Shard("x.safetensors", 6, 10, "0"),), unreadable=("a/1.jpg",),
-    )  # fmt: skip
-    manifest.write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="manifest.json is damaged"):
-        Manifest.read(tmp_path)

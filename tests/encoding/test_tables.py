@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flowanchor.captions.sources import open_captions, read_captions
-from flowanchor.captions.tables import read_lines, read_rows
+from flowanchor.base.tables import read_captions, read_lines, read_rows
+from flowanchor.encoding.caption_sources import open_captions
 from flowanchor.errors import DataError
 from flowanchor.generation.prompts import read_prompts
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowanchor.captions.buckets import bucket_sizes, fit, nearest
-from flowanchor.captions.encoder import CaptionEncoder, plan
-from flowanchor.captions.files import CaptionFile, CaptionManifest
-from flowanchor.captions.sources import HEADER, open_captions
 from flowanchor.codecs.identity import Identity
+from flowanchor.encoded.captions import CaptionFile
+from flowanchor.encoded.manifest import CaptionManifest
+from flowanchor.encoding.buckets import bucket_sizes, fit, nearest
+from flowanchor.encoding.caption_sources import open_captions
+from flowanchor.encoding.captions import Captioned, CaptionEncoding
+from flowanchor.encoding.encoder import Encoder
+from flowanchor.encoding.plan import HEADER, plan_captions
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.text.base import TextEncoder, Tokens
 
+ENCODING = CaptionEncoding(image_size=40, max_ratio=1.5, multiple=8, shard_size=5, negative="bad")
 SIZES = {"wide": (48, 32), "tall": (32, 48), "square": (40, 40)}  # width, height
 ROOT = Path(__file__).parents[2]
 
@@ -102,8 +107,9 @@ def test_images_without_a_caption_are_named(tmp_path):
     (folder / "table.jsonl").write_text("\n".join(rows))
     source = open_captions(str(folder))
     assert source.uncaptioned == ["03.png: no caption", "07.png: no caption"] and len(source) == 22
-    with pytest.raises(DataError, match=r"2 images .* have no caption \(03.png: no caption; .*max_unreadable=1"):
-        CaptionEncoder(source, Identity(), Letters(), tmp_path, [], source.uncaptioned, max_unreadable=1)
+    with pytest.raises(DataError, match=r"2 images .* no caption \(03.png: no caption; .*max_unreadable=2 .*now 1"):
+        form = Captioned(source, Identity(), Letters(), ENCODING)
+        Encoder(form, tmp_path, *form.plan(), max_unreadable=1)
 
 
 def test_bad_sources(tmp_path):
@@ -154,16 +160,15 @@ def test_bad_sizes():
 
 
 def encode(out: Path, source, process: int = 0, processes: int = 1, stop_after: int | None = None):
-    sizes = [(32, 48), (48, 32), (48, 48)]
-    files, unreadable = plan(source, sizes, shard_size=5)
-    encoder = CaptionEncoder(source, Identity(), Letters(), out, files, unreadable, "float32", 2, 0, process, processes)
-    settings = {"codec": "identity", "text_encoder": "letters"}
+    form = Captioned(source, Identity(), Letters(), ENCODING)
+    encoder = Encoder(form, out, *form.plan(), 2, process=process, processes=processes)
+    settings = form.settings("None", 2)
     out.mkdir(exist_ok=True)
     encoder.record.claim(settings)
     for number, _ in enumerate(encoder.encode(encoder.pending()), 1):
         if number == stop_after:
             return None
-    return None if process else encoder.complete(settings, "bad")
+    return None if process else encoder.complete(settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -173,7 +178,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_one_two_and_interrupted_processes_make_the_same_files(tmp_path):
     source = open_captions(str(as_table(tmp_path / "data")))
     manifest = encode(tmp_path / "one", source)
-    assert manifest.count == 24 and set(manifest.sizes) == {(32, 48), (48, 32), (48, 48)} and manifest.shape == (3, 1)
+    assert manifest.count == 24 and set(manifest.sizes) == {(32, 48), (48, 32), (40, 40)} and manifest.shape == (3, 1)
     encode(tmp_path / "two", source, 1, 2)
     assert encode(tmp_path / "two", source, 0, 2) == manifest
     encode(tmp_path / "stopped", source, stop_after=2)
@@ -204,6 +209,19 @@ def content_of_new(folder: Path, source) -> dict[str, bytes]:
     return content(folder / "anew")
 
 
+def test_a_disk_that_would_be_full_is_noticed_first(tmp_path, monkeypatch):
+    form = Captioned(open_captions(str(as_table(tmp_path / "data"))), Identity(), Letters(), ENCODING)
+    encoder = Encoder(form, tmp_path, *form.plan())
+    needed = 8 * (2 * 32 * 48 + 40 * 40) * 3 * 4
+    for free in (needed, 2 * needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+        if free == needed:
+            with pytest.raises(DataError, match="make room"):
+                encoder.check_disk(encoder.pending())
+        else:
+            encoder.check_disk(encoder.pending())
+
+
 def test_what_is_in_a_file(tmp_path):
     source = open_captions(str(as_table(tmp_path / "data")))
     manifest = encode(tmp_path / "out", source)
@@ -224,7 +242,7 @@ def test_what_is_in_a_file(tmp_path):
 def test_pixels_are_encoded_as_they_come(tmp_path, monkeypatch):
     """A file of a thousand large images would not fit memory undone: no more than a batch is read ahead."""
     source, events = open_captions(str(as_table(tmp_path / "data"))), []
-    files, unreadable = plan(source, [(48, 48)], shard_size=24)
+    encoding = CaptionEncoding(image_size=48, max_ratio=1, shard_size=24)
 
     def read(index, count=None, real=source.read):
         events.append(1)
@@ -236,7 +254,10 @@ def test_pixels_are_encoded_as_they_come(tmp_path, monkeypatch):
             return super().encode(images)
 
     monkeypatch.setattr(source, "read", read)
-    encoder = CaptionEncoder(source, Watching(), Letters(), tmp_path / "out", files, unreadable, batch_size=4)
+    form = Captioned(source, Watching(), Letters(), encoding)
+    files, _ = form.plan()
+    events.clear()
+    encoder = Encoder(form, tmp_path / "out", files, batch_size=4)
     (tmp_path / "out").mkdir()
     encoder.record.claim({})
     assert [finished.shard.count for finished in encoder.encode(encoder.pending())] == [24]
@@ -255,10 +276,10 @@ def test_sizes_are_told_by_the_beginning_of_a_file(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(source, "read", read)
     sizes = [(32, 48), (48, 32), (48, 48)]
-    whole = plan(source, sizes, shard_size=24)
+    whole = plan_captions(source, sizes, shard_size=24)
     assert asked == [HEADER] * 24
-    monkeypatch.setattr("flowanchor.captions.encoder.HEADER", 20)  # of a PNG: the signature, and less than the size
-    again = plan(source, sizes, shard_size=24)
+    monkeypatch.setattr("flowanchor.encoding.plan.HEADER", 20)  # of a PNG: the signature, and less than the size
+    again = plan_captions(source, sizes, shard_size=24)
     assert asked[24:] == [20, None] * 24
     assert [(f.size, f.indices.tolist()) for f in whole[0]] == [(f.size, f.indices.tolist()) for f in again[0]]
     assert len(source.read(0, 20)) == 20 and source.read(0, 20) == source.read(0)[:20]
@@ -293,7 +314,7 @@ def test_the_program_on_two_processes(tmp_path):
 
 KILLED = """
 import os, signal
-from flowanchor.captions import files
+from flowanchor.encoding import encoder as files
 from flowanchor.programs.encode import main
 
 finished, digest = [], files.sha256

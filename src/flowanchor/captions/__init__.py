@@ -1,1 +1,0 @@
-"""Captioned images into files of latents and text embeddings."""
