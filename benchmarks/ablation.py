@@ -38,11 +38,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from flowanchor.checkpoints import initialise_student, load_model
 from flowanchor.interfaces import Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.programs.launch import prepare
 from flowanchor.reporting.ablation_figure import ablation_figure
 from flowanchor.reporting.runs import read_series
-from flowanchor.sampling.guidance import Guidance
 
 R_EMBEDDER = ("backbone.auxiliary_time_cond=true",)
 UNWEIGHTED = "objective.shortcut.weight_power=0.0"

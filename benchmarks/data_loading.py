@@ -30,11 +30,11 @@ from harness import RESULTS, ROOT, machine, markdown, refresh, write_json
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from flowanchor.data.latents import LatentsDataModule
-from flowanchor.data.webdataset import WebDatasetDataModule
 from flowanchor.encoded.manifest import Shard
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.encoding.writers import Rows, open_writer, write_index
+from flowanchor.plugins.data.latents import LatentsDataModule
+from flowanchor.plugins.data.webdataset import WebDatasetDataModule
 
 SHAPE, CLASSES, BATCH, WARM = (32, 16, 16), 1000, 256, 4
 BARS = {"data=latents": 3.0, "data=webdataset": 2.0}

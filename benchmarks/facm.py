@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flowanchor.interfaces import Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -14,7 +15,6 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 from workloads import ENGINES, Workload, lightningdit
 
 

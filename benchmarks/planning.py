@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from counting import Collectives, LiveBytes
 from flowanchor.checkpoints.load import store_low
 from flowanchor.interfaces import Backbone, Batch, TangentEngine
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
 from flowanchor.optimizers.adamw_bf16 import LARGEST
@@ -38,7 +39,6 @@ from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShort
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
 from flowanchor.text.base import Tokens
 

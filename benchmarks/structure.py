@@ -23,9 +23,11 @@ from pathlib import Path
 
 # From the ground up. A file belongs to the first room whose prefix it has; what is not listed stands at the top.
 ROOMS = [
-    ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.step_number"]),
-    ("contracts", ["flowanchor.interfaces", "flowanchor.conditioning", "flowanchor.deferred", "flowanchor.weights",
-                   "flowanchor.text.base", "flowanchor.velocity"]),
+    ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number",
+                "flowanchor"]),
+    ("contracts", ["flowanchor.interfaces", "flowanchor.conditioning", "flowanchor.request", "flowanchor.deferred",
+                   "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity"]),
+    ("reporting", ["flowanchor.reporting", "flowanchor.provenance"]),
     ("tangents", ["flowanchor.jvp"]),
     ("jumps", ["flowanchor.sampling", "flowanchor.jumps"]),
     ("data", ["flowanchor.data", "flowanchor.latents", "flowanchor.captions", "flowanchor.encoded",
@@ -35,10 +37,9 @@ ROOMS = [
     ("evaluation", ["flowanchor.metrics", "flowanchor.evaluation"]),
     ("training", ["flowanchor.module", "flowanchor.ema", "flowanchor.callbacks", "flowanchor.strategies",
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
-                  "flowanchor.skipped_steps", "flowanchor.training", "flowanchor.run_lock", "flowanchor.provenance"]),
-    ("reporting", ["flowanchor.reporting"]),
+                  "flowanchor.skipped_steps", "flowanchor.run_lock"]),
     ("plugins", ["flowanchor.plugins"]),
-    ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
+    ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__"]),
 ]  # fmt: skip
 
 WALK = r"""

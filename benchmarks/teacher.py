@@ -16,7 +16,7 @@ import torch
 
 from flowanchor.checkpoints.load import store_low
 from flowanchor.interfaces import Question
-from flowanchor.sampling.guidance import Guidance, _side_by_side
+from flowanchor.jumps.guidance import Guidance, _side_by_side
 from harness import RESULTS, ROOT, machine, markdown, readings, refresh, write_json
 from workloads import Workload, lightningdit
 

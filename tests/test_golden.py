@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowanchor.checkpoints import load_model
-from flowanchor.codecs.kl import KLCodec
 from flowanchor.interfaces import Backbone, Batch, Objective, Question, VelocityField
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.codecs.kl import KLCodec
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
@@ -33,10 +34,10 @@ from flowanchor.plugins.objectives.shortcuts.scm import SCMShortcut
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.objectives.times.logit_normal import LogitNormal
 from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.flow import FlowSampler
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
-from flowanchor.sampling import ConsistencySampler, FlowSampler
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.text.base import Tokens
 
 FOLDER = Path(os.environ.get("FLOWANCHOR_GOLDEN", Path(__file__).parent / "golden"))

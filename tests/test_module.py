@@ -13,6 +13,7 @@ from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import LightningData
 from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.interfaces import Batch, ObjectiveResult
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Full
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -24,7 +25,6 @@ from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShort
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.text.base import Tokens
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, StageContext, VelocityField
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -22,13 +23,12 @@ from flowanchor.plugins.objectives.shortcuts.imf import ImprovedMeanFlowShortcut
 from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
 from flowanchor.plugins.objectives.shortcuts.scm import SCMShortcut
 from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.flow import FlowSampler
+from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.plugins.teachers.student import SelfVelocity
-from flowanchor.sampling.consistency import ConsistencySampler
-from flowanchor.sampling.flow import FlowSampler
-from flowanchor.sampling.guidance import Guidance
-from flowanchor.sampling.meanflow import MeanFlowSampler
 
 WRONG = {
     "float32 and of shape (4, 1, 2, 2)": lambda out: out[:, :1] * 1,

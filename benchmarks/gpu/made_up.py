@@ -14,9 +14,9 @@ from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.text.base import Tokens
 
 

@@ -32,11 +32,11 @@ INTERVALS = {
     "auxiliary": f"{_INTERVALS}.auxiliary.AuxiliaryInterval",
 }
 _SAMPLERS: dict[str, dict[str, Any]] = {
-    "flow": {"_target_": "flowanchor.sampling.FlowSampler", "steps": 50, "solver": "euler"},
-    "shortcut": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2, "grid": None},
+    "flow": {"_target_": "flowanchor.plugins.samplers.flow.FlowSampler", "steps": 50, "solver": "euler"},
+    "shortcut": {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2, "grid": None},
 }
-_KL = {"_target_": "flowanchor.codecs.kl.KLCodec", "weights": None, "dtype": "float32", "chunk": 32}
-_IDENTITY = {"_target_": "flowanchor.codecs.identity.Identity"}
+_KL = {"_target_": "flowanchor.plugins.codecs.kl.KLCodec", "weights": None, "dtype": "float32", "chunk": 32}
+_IDENTITY = {"_target_": "flowanchor.plugins.codecs.identity.Identity"}
 # By channels of a sample; VA-VAE's latents are normalised with statistics of the data, which no release holds.
 _CODECS: dict[int, dict[str, Any]] = {
     1: _IDENTITY,

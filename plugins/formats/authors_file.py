@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.base.trusted import brief
 from flowanchor.checkpoints.inert import plain, read_inert
-from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, FlowAnchorError
 from flowanchor.weights import checked_weights
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.base.plain import read_json
-from flowanchor.checkpoints.stock_folder import without_code
+from flowanchor.base.stock_folder import without_code
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowanchor.sampling import ConsistencySampler
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 
 _TEXT = """\
 ---

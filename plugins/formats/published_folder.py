@@ -8,12 +8,12 @@ from typing import Any
 
 from hydra.utils import instantiate
 
+from flowanchor.base.trusted import build
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.format import DescribedWeights, Format
 from flowanchor.checkpoints.huggingface import is_published, write_folder
 from flowanchor.checkpoints.model_card import model_card, read_metrics
 from flowanchor.checkpoints.summary import count
-from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import read_json
+from flowanchor.base.trusted import brief
 from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
 from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
-from flowanchor.checkpoints.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.plugins.formats.base_pipeline import BasePipeline, is_exported
 from flowanchor.plugins.formats.wan_pair import join_experts

@@ -11,9 +11,9 @@ import diffusers
 import torch
 
 from flowanchor.base.files import flush, remove, replace, unfinished
+from flowanchor.base.trusted import build
 from flowanchor.checkpoints.format import DescribedWeights
 from flowanchor.checkpoints.load import open_described
-from flowanchor.checkpoints.trusted import build
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
 from flowanchor.exports import flowanchor_scheduler
@@ -23,7 +23,7 @@ from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.formats.base_pipeline import INDEX, SCHEDULER, BasePipeline
 from flowanchor.plugins.formats.pipeline_card import pipeline_card
-from flowanchor.sampling import ConsistencySampler
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 
 NETWORK = ["diffusers", "WanTransformer3DModel"]
 

@@ -13,7 +13,7 @@ from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.load import store_low
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone, Interval, Question, VelocityField
-from flowanchor.sampling.guidance import Guidance
+from flowanchor.jumps.guidance import Guidance
 
 
 class CheckpointVelocity(VelocityField):

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
-from flowanchor.sampling.guidance import Guidance
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.velocity import as_velocity
 
 

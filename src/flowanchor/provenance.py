@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.base.files import read_note, write_json, write_whole
+from flowanchor.base.moved import current_name
 from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.errors import ConfigError
 
@@ -215,7 +216,12 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
             if key or name not in _NEUTRAL:
                 found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
         return found
-    return {} if theirs == ours or _one_place(theirs, ours) else {key: (theirs, ours)}
+    same = theirs == ours or _one_place(theirs, ours) or (key.endswith("_target_") and _one_class(theirs, ours))
+    return {} if same else {key: (theirs, ours)}
+
+
+def _one_class(theirs: Any, ours: Any) -> bool:
+    return isinstance(theirs, str) and isinstance(ours, str) and current_name(theirs) == current_name(ours)
 
 
 def _one_place(theirs: Any, ours: Any) -> bool:

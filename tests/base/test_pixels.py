@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from flowanchor.base.pixels import from_uint8, to_uint8
-from flowanchor.codecs.identity import Identity
+from flowanchor.plugins.codecs.identity import Identity
 
 
 def test_every_byte_survives_the_round_trip():

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowanchor.callbacks.sample_grid import SampleGrid
-from flowanchor.codecs.identity import Identity
-from flowanchor.codecs.kl import KLCodec
 from flowanchor.conditioning import Classes
 from flowanchor.ema import EMA
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, StageContext
+from flowanchor.plugins.codecs.identity import Identity
+from flowanchor.plugins.codecs.kl import KLCodec
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
-from flowanchor.sampling import ConsistencySampler
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 
 
 class Dot(Backbone):

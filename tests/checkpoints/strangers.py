@@ -27,10 +27,10 @@ INTERVAL = {"_target_": "flowanchor.plugins.objectives.intervals.expanded.Expand
 CONFIG = {
     "backbone": BACKBONE,
     "objective": {"interval": INTERVAL},
-    "sampler": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2, "grid": None},
-    "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
+    "sampler": {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2, "grid": None},
+    "codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"},
     "data": {
-        "_target_": "flowanchor.data.digits.DigitsDataModule", "channels": 1, "size": 8, "num_classes": 10,
+        "_target_": "flowanchor.plugins.data.digits.DigitsDataModule", "channels": 1, "size": 8, "num_classes": 10,
         "batch_size": 64, "seed": 0,
     },
 }  # fmt: skip

@@ -26,16 +26,16 @@ ALLOWED: dict[str, dict[str, str]] = {
         "plugins/formats/published_folder.py": TYPED,
     },
     "import_module": {
-        "flowanchor/checkpoints/trusted.py": "a class that is registered for its place, and the place's contract",
+        "flowanchor/base/trusted.py": "a class that is registered for its place, and the place's contract",
         "flowanchor/programs/commands.py": "the project's own programs, by names that stand in that file",
     },
     "torch.load": {
         "flowanchor/base/torch_files.py": "the one reader of files of torch.save",
-        "flowanchor/metrics/inception.py": "looks at weights before torch-fidelity does",
+        "plugins/metrics/inception.py": "looks at weights before torch-fidelity does",
     },
     "Unpickler": {
         "flowanchor/checkpoints/sharded.py": "names and shapes alone, of a sharded checkpoint's index",
-        "flowanchor/data/array_pickle.py": "arrays alone, of CIFAR-10's Python files",
+        "plugins/data/array_pickle.py": "arrays alone, of CIFAR-10's Python files",
     },
     "get_object": {"flowanchor/checkpoints/sources.py": "the teacher's class of the program that runs; of no file"},
     "OmegaConf.load": {"flowanchor/provenance.py": "compared with a run's settings; nothing in it is resolved"},

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import flowanchor
-from flowanchor.checkpoints import trusted
-from flowanchor.checkpoints.registry import current_name, registered
+from flowanchor.base import trusted
+from flowanchor.base.registry import current_name, registered
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 SAMPLES = load_file(EARLIER / "samples.safetensors")

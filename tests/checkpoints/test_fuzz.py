@@ -32,9 +32,11 @@ TARGETS = (
     "os.mkdir", "os.system", "builtins.eval", "torch.load", "flowanchor.setup.x", "flowanchor", "", ".", "..", "a.b",
     "flowanchor.provenance.subprocess.Popen", "flowanchor.interfaces.Backbone", "flowanchor.base.files.write_whole",
     "flowanchor.plugins.backbones.lightningdit.LightningDiT", "flowanchor.plugins.backbones.sit.SiT.from_preset",
-    "flowanchor.sampling.FlowSampler", "flowanchor.sampling.MeanFlowSampler", "flowanchor.codecs.kl.KLCodec",
-    "flowanchor.plugins.objectives.intervals.plain.PlainInterval", "flowanchor.codecs.wan_vae.WanVAE",
-    "flowanchor.plugins.objectives.intervals.auxiliary.AuxiliaryInterval", "flowanchor.data.digits.DigitsDataModule",
+    "flowanchor.plugins.samplers.flow.FlowSampler", "flowanchor.plugins.samplers.meanflow.MeanFlowSampler",
+    "flowanchor.plugins.codecs.kl.KLCodec",
+    "flowanchor.plugins.objectives.intervals.plain.PlainInterval", "flowanchor.plugins.codecs.wan_vae.WanVAE",
+    "flowanchor.plugins.objectives.intervals.auxiliary.AuxiliaryInterval",
+    "flowanchor.plugins.data.digits.DigitsDataModule",
 )  # fmt: skip
 SCALARS: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 10**18, 10**30, 10**60, 0.0, -0.5, 0.5, 1e308, 1e-308,

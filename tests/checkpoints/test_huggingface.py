@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
     config = {
         "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **CONFIG},
         "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.plain.PlainInterval"}},
-        "sampler": {"_target_": "flowanchor.sampling.FlowSampler", "steps": 4},
+        "sampler": {"_target_": "flowanchor.plugins.samplers.flow.FlowSampler", "steps": 4},
     }
     write_folder(tmp_path / "f", STATE, {"kind": "flow", "step": 3, "config": config}, "ema", "# card\n")
     return tmp_path / "f"

@@ -25,7 +25,7 @@ SIZES = {
 }
 TARGET = "flowanchor.plugins.backbones.lightningdit.LightningDiT"
 INTERVAL = {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}
-SAMPLER = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2, "grid": None}
+SAMPLER = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2, "grid": None}
 
 
 def network(seed=0, **settings):
@@ -81,7 +81,10 @@ def test_sampler_of_the_checkpoint_with_changes(tmp_path):
     model = load_model(write(tmp_path / "a.ckpt"))
     assert build_sampler({"steps": None}, model).nfe == 2
     assert build_sampler({"steps": 3}, model).nfe == 3
-    assert build_sampler({"_target_": "flowanchor.sampling.FlowSampler", "steps": 5}, model).label == "flow-euler"
+    assert (
+        build_sampler({"_target_": "flowanchor.plugins.samplers.flow.FlowSampler", "steps": 5}, model).label
+        == "flow-euler"
+    )
 
 
 class Bomb:

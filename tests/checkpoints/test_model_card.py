@@ -29,9 +29,9 @@ def described(kind, **parts):
     config = {
         "backbone": {"_target_": f"{network.__module__}.{network.__name__}", **settings},
         "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
-        "sampler": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2},
-        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
-        "text_encoder": {"_target_": "flowanchor.text.minilm.MiniLM", "max_length": 12},
+        "sampler": {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2},
+        "codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"},
+        "text_encoder": {"_target_": "flowanchor.plugins.text_encoders.minilm.MiniLM", "max_length": 12},
     }
     return {"format": 1, "kind": "shortcut", "step": 7, "config": {**config, **parts}}
 
@@ -55,8 +55,10 @@ def test_the_call_that_it_shows_works(kind, tmp_path):
 
 
 def test_weights_that_are_not_published_are_asked_for():
-    codec = {"_target_": "flowanchor.codecs.wan_vae.WanVAE", "weights": None}
-    meta = described("texts", codec=codec, text_encoder={"_target_": "flowanchor.text.umt5.UMT5", "weights": None})
+    codec = {"_target_": "flowanchor.plugins.codecs.wan_vae.WanVAE", "weights": None}
+    meta = described(
+        "texts", codec=codec, text_encoder={"_target_": "flowanchor.plugins.text_encoders.umt5.UMT5", "weights": None}
+    )
     card = model_card("mine", meta, "none", None, weights("texts"))
     where = '{"weights": "path/of/its/weights"}'
     assert f'flowanchor.load("path/of/this/folder", codec={where}, text_encoder={where})' in card

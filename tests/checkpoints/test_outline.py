@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from flowanchor.checkpoints import load_model, outline, trusted
+from flowanchor.base import trusted
+from flowanchor.checkpoints import load_model, outline
 from flowanchor.checkpoints.outline import outline as outlined
 from flowanchor.errors import CheckpointError
 from flowanchor.interfaces import Backbone, StageContext

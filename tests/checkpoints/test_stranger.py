@@ -42,12 +42,12 @@ CALLS: dict[str, Any] = {
     "of the environment": "${oc.env:HOME}",
     "of torch": {"_target_": "torch.load", "f": "bomb.pt", "weights_only": False},
     "partial": {"_target_": "os.mkdir", "_partial_": True, "_args_": ["ran"]},
-    "with positions": {"_target_": "flowanchor.sampling.FlowSampler", "_args_": [MKDIR]},
+    "with positions": {"_target_": "flowanchor.plugins.samplers.flow.FlowSampler", "_args_": [MKDIR]},
     "unconverted": {"_convert_": "none", "_recursive_": True, "x": MKDIR},
     "through a module of ours": {"_target_": "flowanchor.provenance.subprocess.Popen", "args": ["mkdir", "ran"]},
     "through a class of ours": {"_target_": "flowanchor.provenance.Path.mkdir", "self": "ran"},
     "of the checkout": {"_target_": "flowanchor.setup.x"},
-    "of another place": {"_target_": "flowanchor.data.fashion_mnist.FashionMNISTDataModule", "download": True},
+    "of another place": {"_target_": "flowanchor.plugins.data.fashion_mnist.FashionMNISTDataModule", "download": True},
     "of a class method": {"_target_": "flowanchor.encoded.statistics.LatentStatistics.read", "source": "bomb.pt"},
     "of a function of ours": {"_target_": "flowanchor.base.files.write_whole", "path": "ran", "content": "x"},
 }
@@ -132,7 +132,7 @@ def test_nor_is_anything_by_the_programs_parts(folder, how):
     for part in ("data", "text_encoder", "codec.statistics"):
         content = strangers.checkpoint()
         if part == "codec.statistics":
-            content["flowanchor"]["config"]["codec"] = {"_target_": "flowanchor.codecs.kl.KLCodec"}
+            content["flowanchor"]["config"]["codec"] = {"_target_": "flowanchor.plugins.codecs.kl.KLCodec"}
         put(content, part, copy.deepcopy(attack))
         path = strangers.as_file(folder, content)
         with strangers.canary():
@@ -146,7 +146,12 @@ def _use_part(path: Path, part: str) -> None:
     elif part == "text_encoder":
         load_text_encoder(model)
     else:  # the user names a codec, and the checkpoint brings the statistics
-        chosen = {"_target_": "flowanchor.codecs.kl.KLCodec", "name": "x", "latent_channels": 1, "downsampling": 1}
+        chosen = {
+            "_target_": "flowanchor.plugins.codecs.kl.KLCodec",
+            "name": "x",
+            "latent_channels": 1,
+            "downsampling": 1,
+        }
         load_codec(model, OmegaConf.create({**chosen, "weights": None, "statistics": None}))
 
 
@@ -159,7 +164,7 @@ def _use_part(path: Path, part: str) -> None:
 def test_data_is_not_fetched_from_where_a_file_says(folder, address, key):
     """webdataset runs what follows `pipe:`; only a user may type that."""
     data = {
-        "_target_": "flowanchor.data.webdataset.WebDatasetDataModule", "root": str(folder), "index": None,
+        "_target_": "flowanchor.plugins.data.webdataset.WebDatasetDataModule", "root": str(folder), "index": None,
         "channels": 1, "size": 8, "num_classes": 0, "statistics": {"multiplier": 1.0}, "batch_size": 1, key: address,
     }  # fmt: skip
     model = load_model(strangers.as_file(folder, put(strangers.checkpoint(), "data", data)))
@@ -176,7 +181,7 @@ def test_data_is_not_fetched_from_where_a_file_says(folder, address, key):
 
 def test_data_is_not_downloaded_because_a_file_says_so(folder):
     data = {
-        "_target_": "flowanchor.data.cifar10.CIFAR10DataModule", "root": str(folder / "ran"), "download": True,
+        "_target_": "flowanchor.plugins.data.cifar10.CIFAR10DataModule", "root": str(folder / "ran"), "download": True,
         "channels": 3, "size": 32, "num_classes": 10, "batch_size": 1,
     }  # fmt: skip
     model = load_model(strangers.as_file(folder, put(strangers.checkpoint(), "data", data)))
@@ -199,7 +204,7 @@ def test_a_class_that_an_installed_package_registers(folder, monkeypatch):
     (site / "theirs" / "conf" / "sampler").mkdir(parents=True)
     (site / "theirs" / "__init__.py").write_text("import pathlib; pathlib.Path('imported').touch()\n")
     (site / "theirs" / "halves.py").write_text(
-        "from flowanchor.sampling import FlowSampler\nclass Halves(FlowSampler):\n    label = 'halves'\n"
+        "from flowanchor.plugins.samplers.flow import FlowSampler\nclass Halves(FlowSampler):\n    label = 'halves'\n"
         "    @classmethod\n    def of(cls, steps, rule=None):\n        assert rule is None or rule['x'] == 1\n"
         "        return cls(2 * steps)\nclass Rule(dict):\n    pass\nclass Other:\n    pass\n"
     )
@@ -241,7 +246,7 @@ def _flow(model: Any, sampler: Any = None) -> Any:
 
 
 def test_old_names_are_known(folder):
-    old = {"_target_": "flowanchor.sampling.consistency.ConsistencySampler", "steps": 3}
+    old = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 3}
     model = load_model(strangers.as_file(folder, put(strangers.checkpoint(), "sampler", old)))
     assert build_sampler({}, model).nfe == 3
 

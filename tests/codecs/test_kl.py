@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowanchor.codecs.kl import KLCodec
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.plugins.codecs.kl import KLCodec
 
 _spec = importlib.util.spec_from_file_location("ldm", Path(__file__).with_name("ldm.py"))
 assert _spec is not None and _spec.loader is not None

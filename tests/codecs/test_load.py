@@ -13,7 +13,7 @@ from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
 
 VAVAE = {
-    "_target_": "flowanchor.codecs.kl.KLCodec", "name": "vavae", "latent_channels": 4, "downsampling": 2,
+    "_target_": "flowanchor.plugins.codecs.kl.KLCodec", "name": "vavae", "latent_channels": 4, "downsampling": 2,
     "weights": None, "statistics": None,
 }  # fmt: skip
 STATISTICS = LatentStatistics((0.0, 1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0), 0.5)
@@ -32,7 +32,7 @@ def test_the_data_brings_the_statistics_as_plain_numbers():
     given = OmegaConf.create({"codec": {**VAVAE, "statistics": {"multiplier": 0.3}}})
     adopt_statistics(given, SimpleNamespace(channels=4, statistics=STATISTICS))
     assert given.codec.statistics == {"multiplier": 0.3}
-    pixels = OmegaConf.create({"codec": {"_target_": "flowanchor.codecs.identity.Identity"}})
+    pixels = OmegaConf.create({"codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"}})
     adopt_statistics(pixels, SimpleNamespace(channels=1))
     with pytest.raises(ConfigError, match="latents of 4 channels and the data has 3: encode"):
         adopt_statistics(cfg, SimpleNamespace(channels=3))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowanchor.codecs.wan_vae import WanVAE
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.plugins.codecs.wan_vae import WanVAE
 
 MEAN, STD = [0.1, -0.3, 0.5, 0.0], [1.5, 0.8, 2.0, 1.0]
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.data.lightning import LightningData
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, full
 from flowanchor.jvp.compatibility import check, compile_options, is_low
 from flowanchor.jvp.compiled import is_compiled
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.data.digits import DigitsDataModule
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
@@ -29,7 +30,6 @@ from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShort
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
-from flowanchor.sampling.guidance import Guidance
 
 ROOT = Path(__file__).resolve().parents[2]
 

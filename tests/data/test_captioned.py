@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowanchor.data.captioned import CaptionedDataModule
 from flowanchor.encoded.captions import NEGATIVE
 from flowanchor.encoded.manifest import CaptionManifest
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.captioned import CaptionedDataModule
 
 COUNTS = {(4, 6): 11, (6, 4): 9, (2, 2): 1}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowanchor.data.cifar10 import PARTS, CIFAR10DataModule
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.cifar10 import PARTS, CIFAR10DataModule
 
 
 def write(root, kind: str, per_file: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.errors import ConfigError
+from flowanchor.plugins.data.digits import DigitsDataModule
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowanchor.data.fashion_mnist import FashionMNISTDataModule
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.fashion_mnist import FashionMNISTDataModule
 
 
 def write(folder, zipped=False, train=30, heldout=20, side=28):

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from flowanchor.data.cifar10 import CIFAR10DataModule
-from flowanchor.data.fashion_mnist import FashionMNISTDataModule
 from flowanchor.metrics.reference import open_reference
+from flowanchor.plugins.data.cifar10 import CIFAR10DataModule
+from flowanchor.plugins.data.fashion_mnist import FashionMNISTDataModule
 
 # ---------------------------------------------------------------------------------------------------- a reference .npz
 

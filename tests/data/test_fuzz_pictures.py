@@ -15,7 +15,6 @@ import torch
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
-from flowanchor.data.image_folder import FolderImages, ImageFolderDataModule
 from flowanchor.data.pictures import PIXELS, RATIO, SIDE, PictureError, open_picture, picture_size
 from flowanchor.encoding.buckets import fit
 from flowanchor.encoding.caption_sources import TableSource
@@ -25,6 +24,7 @@ from flowanchor.encoding.plan import plan_captions
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import open_reference
+from flowanchor.plugins.data.image_folder import FolderImages, ImageFolderDataModule
 
 
 def picture(mode: str = "RGB", width: int = 24, height: int = 18) -> Image.Image:

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save, save_file
 
 from flowanchor.base.tables import read_captions
-from flowanchor.data.captioned import CaptionedDataModule
-from flowanchor.data.latents import LatentsDataModule
 from flowanchor.encoded.captions import NEGATIVE
 from flowanchor.encoded.manifest import CaptionManifest, LatentManifest, Shard
 from flowanchor.encoding.caption_sources import open_captions
 from flowanchor.errors import DataError
+from flowanchor.plugins.data.captioned import CaptionedDataModule
+from flowanchor.plugins.data.latents import LatentsDataModule
 
 # ------------------------------------------------------------------------------------------------------------- latents
 

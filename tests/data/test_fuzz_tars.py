@@ -21,11 +21,11 @@ from flowanchor.data.encoded import StoredLatents
 from flowanchor.data.tar_members import NAMES
 from flowanchor.data.tar_plan import TarPlan
 from flowanchor.data.tar_reader import count_samples, decode_array, read_shard
-from flowanchor.data.webdataset import TarBatches
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.encoding.caption_sources import TarCaptions, open_captions
 from flowanchor.encoding.sources import TarSource, open_source
 from flowanchor.errors import DataError
+from flowanchor.plugins.data.webdataset import TarBatches
 
 SHAPE = (2, 4, 4)
 

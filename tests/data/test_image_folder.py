@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowanchor.data.image_folder import FolderImages, ImageFolderDataModule
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.image_folder import FolderImages, ImageFolderDataModule
 
 
 def paint(path, width=20, height=10, color=(200, 30, 60)):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from flowanchor.base.noise import sample_noise
 from flowanchor.data.encoded import StoredLatents
-from flowanchor.data.latents import LatentsDataModule
 from flowanchor.encoded.manifest import LatentManifest
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.latents import LatentsDataModule
 
 SETTINGS = {"channels": 2, "size": 4, "num_classes": 3, "batch_size": 4, "seed": 7}
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from flowanchor.data.image_folder import ImageFolderDataModule
 from flowanchor.data.picture_files import EXTENSIONS, find_pictures
 from flowanchor.data.pictures import FORMATS, PictureError, open_picture, picture_size
 from flowanchor.encoding.buckets import fit
@@ -23,6 +22,7 @@ from flowanchor.encoding.plan import plan_captions
 from flowanchor.encoding.sources import FolderSource
 from flowanchor.errors import DataError
 from flowanchor.metrics.reference import open_reference
+from flowanchor.plugins.data.image_folder import ImageFolderDataModule
 
 RAMP = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
 DRAW = np.random.default_rng(0)

@@ -17,8 +17,8 @@ import pytest
 
 from flowanchor.data.tar_plan import TarPlan
 from flowanchor.data.tar_reader import count_samples, decode_array, expand, read_shard
-from flowanchor.data.webdataset import WebDatasetDataModule
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.webdataset import WebDatasetDataModule
 
 SETTINGS = {"channels": 2, "size": 4, "num_classes": 3, "batch_size": 3, "seed": 7, "window": 5}
 COUNTS = [7, 4, 9, 5]  # 25 samples
@@ -78,7 +78,7 @@ def test_resumed_it_goes_on_with_the_same_batches(write_tars, samples, workers, 
 
 
 def test_on_resume_nothing_is_read_that_was_trained_on_before(write_tars, monkeypatch):
-    from flowanchor.data import webdataset as code
+    from flowanchor.plugins.data import webdataset as code
 
     decoded = []
     decode = code.decode_array

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flowanchor.codecs.identity import Identity
 from flowanchor.encoded.captions import CaptionFile
 from flowanchor.encoded.manifest import CaptionManifest
 from flowanchor.encoding.buckets import bucket_sizes, fit, nearest
@@ -28,6 +27,7 @@ from flowanchor.encoding.captions import Captioned, CaptionEncoding
 from flowanchor.encoding.encoder import Encoder
 from flowanchor.encoding.plan import HEADER, plan_captions
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.codecs.identity import Identity
 from flowanchor.text.base import TextEncoder, Tokens
 
 ENCODING = CaptionEncoding(image_size=40, max_ratio=1.5, multiple=8, shard_size=5, negative="bad")

@@ -10,7 +10,7 @@ from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.exports.flowanchor_scheduler import FlowAnchorScheduler
 from flowanchor.interfaces import Backbone
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
-from flowanchor.sampling import ConsistencySampler
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 
 SHAPE = (3, 2, 1, 4, 4)
 

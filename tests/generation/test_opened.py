@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flowanchor
-import flowanchor.codecs.identity
+import flowanchor.plugins.codecs.identity
 from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.checkpoints.sharded import write_sharded
 from flowanchor.errors import CheckpointError, ConfigError
@@ -18,12 +18,12 @@ from flowanchor.generation.generator import Generator
 from flowanchor.generation.opened import OpenedModel
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling import ConsistencySampler
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 
 SIZES = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 TARGET = "flowanchor.plugins.backbones.lightningdit.LightningDiT"
 INTERVAL = {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}
-SAMPLER = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2, "grid": None}
+SAMPLER = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2, "grid": None}
 
 
 def network(**changes) -> LightningDiT:
@@ -40,7 +40,7 @@ def described(**changes):
         "backbone": {"_target_": TARGET, **SIZES, **changes},
         "objective": {"interval": INTERVAL},
         "sampler": SAMPLER,
-        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
+        "codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"},
     }
     return {"format": 1, "kind": "shortcut", "step": 7, "config": config}
 
@@ -53,7 +53,7 @@ def file(tmp_path) -> Path:
 
 def drawn(labels, seed=0, steps=2):
     made, sampler = network(), ConsistencySampler(steps)
-    generator = Generator(made, ExpandedInterval(), sampler, flowanchor.codecs.identity.Identity())
+    generator = Generator(made, ExpandedInterval(), sampler, flowanchor.plugins.codecs.identity.Identity())
     return torch.cat(list(generator.draw(made.conditioning.request(len(labels), labels), seed, 100)))
 
 
@@ -83,7 +83,7 @@ def test_how_many_and_which_classes(file):
 
 def test_another_sampler(file):
     model = flowanchor.load(file)
-    flow = model.sample([0, 1], steps=4, _target_="flowanchor.sampling.FlowSampler")
+    flow = model.sample([0, 1], steps=4, _target_="flowanchor.plugins.samplers.flow.FlowSampler")
     assert flow.shape == (2, 4, 4, 1) and not torch.equal(flow, model.sample([0, 1], steps=4))
 
 

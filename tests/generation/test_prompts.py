@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from flowanchor.checkpoints import load_model
-from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
 from flowanchor.generation.generator import Generator, sample_shape
 from flowanchor.generation.opened import OpenedModel
 from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.codecs.identity import Identity
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling import ConsistencySampler
-from flowanchor.text.minilm import MiniLM
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.text_encoders.minilm import MiniLM
 
 SMALL = {
     "in_channels": 3, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
@@ -115,9 +115,9 @@ def generator(training, tmp_path):
     model = load_model(tmp_path / "run.ckpt", ema="none")
     config = {
         **model.config,
-        "sampler": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2},
-        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
-        "text_encoder": {"_target_": "flowanchor.text.minilm.MiniLM", "max_length": 4},
+        "sampler": {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2},
+        "codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"},
+        "text_encoder": {"_target_": "flowanchor.plugins.text_encoders.minilm.MiniLM", "max_length": 4},
     }
     return OpenedModel(**{**vars(model), "config": config})
 

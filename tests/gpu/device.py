@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowanchor.interfaces import Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -19,7 +20,6 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 
 DEVICE = os.environ.get("FLOWANCHOR_TESTS_ON", "cuda")
 CUDA = DEVICE == "cuda"

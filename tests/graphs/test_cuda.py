@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flowanchor.graphs.cuda import CudaGraphs
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 
 from .runs import backbone, fit
 

@@ -13,10 +13,10 @@ from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.graphs.capture import CaptureError
 from flowanchor.graphs.stand_in import StandIn
 from flowanchor.interfaces import Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.student import SelfVelocity
-from flowanchor.sampling.guidance import Guidance
 
 from .runs import assert_equal_runs, backbone, batch_for, fit
 

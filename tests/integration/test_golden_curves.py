@@ -40,10 +40,10 @@ def digits(train) -> dict[str, list[float]]:
 def wan() -> dict[str, list[float]]:
     """20 steps of FACM with a guided teacher on random latents of a small Wan, float64, in plain PyTorch."""
     from flowanchor.interfaces import Batch
+    from flowanchor.jumps.guidance import Guidance
     from flowanchor.jvp import Chain
     from flowanchor.plugins.backbones.wan import Wan
     from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-    from flowanchor.sampling.guidance import Guidance
     from flowanchor.text.base import Tokens
 
     GlobalHydra.instance().clear()

@@ -97,7 +97,7 @@ def test_from_jpegs_to_a_score_and_a_published_folder(road, tmp_path):
          *NETWORK, *RUN, "trainer.max_steps=30", "name=facm", "optimizer.lr=5e-4")  # fmt: skip
     assert len(losses(runs / "facm")) == 30 and np.isfinite(losses(runs / "facm")).all()
     config = (runs / "facm" / "config.yaml").read_text()
-    assert "guidance_scale: 1.75" in config and "flowanchor.codecs.kl.KLCodec" in config
+    assert "guidance_scale: 1.75" in config and "flowanchor.plugins.codecs.kl.KLCodec" in config
 
     road("sample", "checkpoint=outputs/train/facm", "num_samples=6", "sampler.steps=2", "seed=3", "device=cpu",
          "name=drawn")  # fmt: skip

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.metrics.evaluator import Evaluator
-from flowanchor.metrics.small import SmallMetric
+from flowanchor.plugins.data.digits import DigitsDataModule
+from flowanchor.plugins.metrics.small import SmallMetric
 
 
 @pytest.fixture(scope="session")

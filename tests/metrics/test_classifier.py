@@ -8,7 +8,13 @@ import torch
 
 from flowanchor.data.images import ArrayImages
 from flowanchor.errors import ConfigError
-from flowanchor.metrics.classifier import FEATURES, ClassifierSpec, SmallClassifier, cached_classifier, train_classifier
+from flowanchor.plugins.metrics.classifier import (
+    FEATURES,
+    ClassifierSpec,
+    SmallClassifier,
+    cached_classifier,
+    train_classifier,
+)
 
 SPEC = ClassifierSpec(channels=1, size=8, num_classes=10, steps=3, batch_size=16)
 
@@ -35,7 +41,7 @@ def test_second_time_comes_from_the_cache(tmp_path, splits, monkeypatch):
     first = cached_classifier(*splits, SPEC, tmp_path, "digits")
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".lock"}
     assert json.loads(first.path.with_suffix(".json").read_text())["data"] == "digits"
-    monkeypatch.setattr("flowanchor.metrics.classifier.train_classifier", None)  # calling it would fail
+    monkeypatch.setattr("flowanchor.plugins.metrics.classifier.train_classifier", None)  # calling it would fail
     second = cached_classifier(*splits, SPEC, tmp_path, "digits")
     assert first.heldout_accuracy == second.heldout_accuracy
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):

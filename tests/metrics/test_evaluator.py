@@ -156,7 +156,7 @@ def test_no_floor_without_the_training_data(sources, tmp_path):
 
 
 def test_metric_may_be_a_config(small_metric, digits):
-    config = {"_target_": "flowanchor.metrics.small.SmallMetric", "cache_dir": small_metric.classifier_dir}
+    config = {"_target_": "flowanchor.plugins.metrics.small.SmallMetric", "cache_dir": small_metric.classifier_dir}
     assert Evaluator(config, digits).label == "FD-digits"
 
 

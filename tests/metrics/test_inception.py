@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.evaluator import Evaluator
-from flowanchor.metrics.inception import InceptionMetric
+from flowanchor.plugins.data.digits import DigitsDataModule
+from flowanchor.plugins.metrics.inception import InceptionMetric
 
 
 @pytest.fixture(scope="module")

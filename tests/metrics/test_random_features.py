@@ -5,7 +5,7 @@ import torch
 
 from flowanchor.data.images import ArrayImages
 from flowanchor.metrics.evaluator import Evaluator
-from flowanchor.metrics.random_features import FEATURES, RandomMetric
+from flowanchor.plugins.metrics.random_features import FEATURES, RandomMetric
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 16), (3, 33)])

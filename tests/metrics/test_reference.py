@@ -126,7 +126,7 @@ def test_looked_at_once(tmp_path, sources, images, samples):
 
 
 def test_another_extractor_is_another_entry(tmp_path, sources, images):
-    from flowanchor.metrics.random_features import RandomMetric
+    from flowanchor.plugins.metrics.random_features import RandomMetric
 
     reference = open_reference(str(write_npz(tmp_path / "images.npz", images)), SHAPE)
     found = [

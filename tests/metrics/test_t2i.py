@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.metrics.clip import Clip
 from flowanchor.metrics.collected import Collected, Layers
 from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.metrics.reference import open_reference
-from flowanchor.metrics.t2i import TextToImageMetric
+from flowanchor.plugins.metrics.clip import Clip
+from flowanchor.plugins.metrics.t2i import TextToImageMetric
 
 PROMPTS = ["a seven", "the digit two", "b", "somebody wrote a nine by hand"]
 

@@ -27,8 +27,9 @@ from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.objectives.weights.log_variance import LogVarianceWeight
 from flowanchor.plugins.objectives.weights.none import NoWeight
 from flowanchor.plugins.objectives.weights.power import PowerWeight
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
 from flowanchor.plugins.teachers.data import DataVelocity
-from flowanchor.sampling import ConsistencySampler, MeanFlowSampler
 from flowanchor.testing import Answers
 
 INTERVALS = {"expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval, "plain": PlainInterval}

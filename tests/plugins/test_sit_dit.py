@@ -16,7 +16,7 @@ from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.sit import PRESETS, SiT
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling import FlowSampler
+from flowanchor.plugins.samplers.flow import FlowSampler
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 

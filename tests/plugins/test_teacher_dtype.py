@@ -15,13 +15,13 @@ from flowanchor.checkpoints.load import store_low
 from flowanchor.deferred import defer_loading, is_deferred, materialise
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity, keeps_low
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies.sharding import shard_backbone
 from flowanchor.text.base import Tokens
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.plugins.teachers.student import SelfVelocity
-from flowanchor.sampling.guidance import Guidance
 
 NULL = 3
 

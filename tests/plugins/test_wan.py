@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_map
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Question
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.plugins.backbones.wan import PRESETS, Wan, _exact
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.text.base import Tokens
 
 SMALL = {
@@ -180,7 +180,7 @@ def test_guidance_with_a_negative_prompt_of_another_length(inputs, length, monke
     network = filled()
     negative = torch.randn(length, 12)
     network.conditioning.use_null(Tokens(negative))
-    from flowanchor.sampling import guidance
+    from flowanchor.jumps import guidance
 
     with torch.no_grad():
         conditional, unconditional = network(x, t, text), network(x, t, Tokens(negative.expand(3, -1, -1)))

@@ -11,6 +11,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.graphs.capture import CaptureError, being_captured
 from flowanchor.graphs.stand_in import forbidden
 from flowanchor.interfaces import Batch, Question
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, Full
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -23,11 +24,10 @@ from flowanchor.plugins.objectives.times.region import Region
 from flowanchor.plugins.objectives.times.routed import Routed
 from flowanchor.plugins.objectives.times.shifted import Shifted
 from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 from flowanchor.plugins.teachers import experts as teacher_module
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.plugins.teachers.experts import ExpertsVelocity
-from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.text.base import Tokens
 
 SMALL = {

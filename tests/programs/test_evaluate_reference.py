@@ -12,9 +12,9 @@ import torch
 from hydra import compose, initialize_config_module
 from PIL import Image
 
-from flowanchor.codecs.identity import Identity
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.codecs.identity import Identity
+from flowanchor.plugins.data.digits import DigitsDataModule
 from flowanchor.programs.evaluate import evaluate
 from flowanchor.programs.launch import prepare
 
@@ -62,8 +62,8 @@ def test_a_folder_without_the_data(place):
 
 def test_statistics_alone(place):
     from flowanchor.metrics.evaluator import Evaluator
-    from flowanchor.metrics.random_features import RandomMetric
     from flowanchor.metrics.reference import open_reference
+    from flowanchor.plugins.metrics.random_features import RandomMetric
 
     against = evaluate(config(place, f"reference={place / 'images'}"), place / "statistics")
     reference = Evaluator(
@@ -114,7 +114,7 @@ def test_a_sample_that_is_not_finite_is_named(place, monkeypatch):
 
 
 def test_a_few_samples_of_inception_are_said_to_mislead(place, monkeypatch, capsys):
-    from flowanchor.metrics.random_features import RandomMetric
+    from flowanchor.plugins.metrics.random_features import RandomMetric
 
     monkeypatch.setattr(RandomMetric, "biased_below", 10_000)
     evaluate(config(place, f"reference={place / 'images'}", "nfe=1"), place / "few")

@@ -23,14 +23,16 @@ def save_checkpoint(path, kind="shortcut"):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    sampler = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2}
+    sampler = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2}
     config = {
         "backbone": BACKBONE,
         "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
-        "sampler": {"_target_": "flowanchor.sampling.FlowSampler", "steps": 2} if kind == "flow" else sampler,
-        "codec": {"_target_": "flowanchor.codecs.identity.Identity"},
+        "sampler": {"_target_": "flowanchor.plugins.samplers.flow.FlowSampler", "steps": 2}
+        if kind == "flow"
+        else sampler,
+        "codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"},
         "data": {
-            "_target_": "flowanchor.data.digits.DigitsDataModule",
+            "_target_": "flowanchor.plugins.data.digits.DigitsDataModule",
             "channels": 1,
             "size": 8,
             "num_classes": 10,

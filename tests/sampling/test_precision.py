@@ -9,10 +9,10 @@ from torch import nn
 import flowanchor
 from flowanchor.checkpoints import load_model
 from flowanchor.errors import ConfigError
+from flowanchor.jumps.precision import asking, state_dtype
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
-from flowanchor.sampling.precision import asking, state_dtype
 from flowanchor.text.base import Tokens
 
 WAN = {
@@ -24,7 +24,7 @@ NETWORKS = {
     "experts": ("flowanchor.plugins.backbones.wan_experts.WanExperts", WAN),
     "lightningdit": ("flowanchor.plugins.backbones.lightningdit.LightningDiT", {**DIT, "num_classes": 10}),
 }
-CODEC = {"_target_": "flowanchor.codecs.identity.Identity"}
+CODEC = {"_target_": "flowanchor.plugins.codecs.identity.Identity"}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -38,7 +38,7 @@ def checkpoint(request, tmp_path):
     config = {
         "backbone": {"_target_": target, **settings},
         "objective": {"interval": {"_target_": interval}},
-        "sampler": {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2},
+        "sampler": {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2},
         "codec": CODEC,
     }
     content = {

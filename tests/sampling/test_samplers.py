@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from flowanchor.base.noise import sample_noise
-from flowanchor.codecs.identity import Identity
 from flowanchor.errors import ConfigError
 from flowanchor.generation.generator import Generator
 from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.codecs.identity import Identity
 from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
-from flowanchor.sampling import ConsistencySampler, FlowSampler
-from flowanchor.sampling.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS, FlowSampler
 
 
 class Decay(Backbone):
@@ -95,7 +95,7 @@ def test_bad_grids(grid):
 
 
 def test_timestep_shift():
-    from flowanchor.sampling.grid import time_grid
+    from flowanchor.jumps.grid import time_grid
 
     assert torch.equal(time_grid(4), torch.linspace(0, 1, 5, dtype=torch.float64))
     shifted = time_grid(4, timestep_shift=0.3)

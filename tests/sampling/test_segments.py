@@ -7,10 +7,10 @@ import torch
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Point, StageContext
+from flowanchor.jumps.segments import back, segment, segmented_grid
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
-from flowanchor.sampling import ConsistencySampler
-from flowanchor.sampling.segments import back, segment, segmented_grid
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
 from flowanchor.testing import Answers
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowanchor import jvp
 from flowanchor.interfaces import Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -30,7 +31,6 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 
 BATCH = 8
 

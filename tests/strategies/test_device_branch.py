@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from flowanchor.base.rank_zero import rank_zero_only
 from flowanchor.interfaces import Backbone, Batch
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
 from flowanchor.jvp.full import TORCH
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -28,7 +29,6 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
 from flowanchor.plugins.objectives.times.uniform import Uniform
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
-from flowanchor.sampling.guidance import Guidance
 from flowanchor.strategies import ChainJVPStrategy, chain_jvp
 from flowanchor.strategies.chain_jvp import average_plain_gradients
 from flowanchor.strategies.sharding import shard_backbone

@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 
 from flowanchor.checkpoints import initialise_student
 from flowanchor.checkpoints.lightning import RunCheckpointIO
-from flowanchor.data.digits import DigitsDataModule
 from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
 from flowanchor.ema import EMA
@@ -40,6 +39,7 @@ from flowanchor.optimizers import AdamWBF16
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
+from flowanchor.plugins.data.digits import DigitsDataModule
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.text.minilm import MiniLM
-from flowanchor.text.umt5 import UMT5
+from flowanchor.plugins.text_encoders.minilm import MiniLM
+from flowanchor.plugins.text_encoders.umt5 import UMT5
 
 WORDS = ["a", "handwritten", "seven", "red", "fox", "&", "the", "snow", "in"]
 PROMPTS = ["a handwritten seven", "  the red   fox &amp;amp; the snow ", ""]

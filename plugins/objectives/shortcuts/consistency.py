@@ -9,8 +9,8 @@ import torch
 
 from flowanchor.base.broadcast import like
 from flowanchor.interfaces import Ask, Point, Shortcut, TermResult
+from flowanchor.jumps.segments import check_boundaries, segment
 from flowanchor.plugins.objectives.weights.power import PowerWeight
-from flowanchor.sampling.segments import check_boundaries, segment
 
 
 class ConsistencyShortcut(Shortcut):

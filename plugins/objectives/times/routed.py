@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import TimeDistribution
-from flowanchor.sampling.segments import BEHIND
+from flowanchor.jumps.segments import BEHIND
 
 
 class Routed(TimeDistribution):

@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_warn
-from flowanchor.codecs.identity import Identity
 from flowanchor.conditioning import Conditioning, Text
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
@@ -77,7 +76,7 @@ class SampleGrid(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shape: tuple[int, ...] = pl_module.student.sample_shape  # type: ignore[union-attr,assignment]
         image = shape if len(shape) == 3 else (shape[0], *shape[2:]) if len(shape) == 4 and shape[1] == 1 else ()
-        if self.samplers and isinstance(self.codec, Identity) and (not image or image[0] not in (1, 3)):
+        if self.samplers and self.codec.latent_channels is None and (not image or image[0] not in (1, 3)):
             rank_zero_warn(
                 f"No sample grids: samples of {' x '.join(map(str, shape))} are no images; choose the codec that they "
                 "are latents of (codec=vavae, codec=sd_vae)."

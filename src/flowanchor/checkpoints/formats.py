@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from flowanchor.base.rank_zero import rank_zero_warn
+from flowanchor.base.registry import registered
+from flowanchor.base.trusted import brief, build
 from flowanchor.checkpoints.format import Format
-from flowanchor.checkpoints.registry import registered
 from flowanchor.checkpoints.sharded import is_sharded
-from flowanchor.checkpoints.trusted import brief, build
 from flowanchor.errors import CheckpointError, FlowAnchorError
 
 

@@ -1,7 +1,7 @@
 """A folder in the style of the Hugging Face hub: `config.json`, `model.safetensors`, `README.md`, `codec.safetensors`.
 
 `config.json` says under `flowanchor` what a checkpoint of ours says about itself. It is data: what it asks to be built
-must be a class of ours or of an installed plugin (`flowanchor.checkpoints.trusted`).
+must be a class of ours or of an installed plugin (`flowanchor.base.trusted`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from flowanchor.base.trusted import build, check
 from flowanchor.checkpoints.adapters import outlined
 from flowanchor.checkpoints.description import described_network
 from flowanchor.checkpoints.digest import file_digest
@@ -18,7 +19,6 @@ from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.fit import check_fit
 from flowanchor.checkpoints.format import DescribedWeights
 from flowanchor.checkpoints.read import read_checkpoint, select_weights, weights_at
-from flowanchor.checkpoints.trusted import build, check
 from flowanchor.deferred import is_deferred, loading_context, materialise, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval

@@ -10,8 +10,8 @@ import yaml
 from torch import Tensor
 
 from flowanchor.base.plain import read_json
+from flowanchor.base.registry import current_name, registered
 from flowanchor.checkpoints.outline import outline
-from flowanchor.checkpoints.registry import current_name, registered
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from flowanchor.base.plain import bare
-from flowanchor.checkpoints.trusted import build
+from flowanchor.base.trusted import build
 from flowanchor.deferred import parameters_on_meta
 from flowanchor.errors import CheckpointError, FlowAnchorError
 from flowanchor.interfaces import Backbone

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from flowanchor.checkpoints.trusted import build
+from flowanchor.base.trusted import build
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec

@@ -19,8 +19,8 @@ from flowanchor.errors import ConfigError, DataError
 from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.generation.samplers import build_sampler
 from flowanchor.interfaces import Backbone, Codec, Interval, Sampler
+from flowanchor.jumps.precision import asking, state_dtype
 from flowanchor.request import Request
-from flowanchor.sampling.precision import asking, state_dtype
 from flowanchor.text.base import TextEncoder
 
 

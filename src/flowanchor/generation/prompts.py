@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flowanchor.base.tables import is_table, read_captions, read_lines
+from flowanchor.base.trusted import build
 from flowanchor.checkpoints.load import LoadedModel
-from flowanchor.checkpoints.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.text.base import TextEncoder
 

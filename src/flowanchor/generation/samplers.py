@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flowanchor.checkpoints.trusted import build
+from flowanchor.base.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Interval, Sampler
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare
+from flowanchor.base.registry import current_name, registered
 from flowanchor.checkpoints.adapters import by_part, outlined, whole_weights
 from flowanchor.checkpoints.consolidated import WRITABLE
 from flowanchor.checkpoints.description import described_network
@@ -24,7 +25,6 @@ from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
 from flowanchor.checkpoints.formats import format_of, formats
 from flowanchor.checkpoints.inspection import inspect_file
 from flowanchor.checkpoints.read import is_ours, read_checkpoint, select_weights
-from flowanchor.checkpoints.registry import current_name, registered
 from flowanchor.checkpoints.soundness import refuse_damaged
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers

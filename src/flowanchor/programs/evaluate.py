@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowanchor.base.paths import from_here
+from flowanchor.base.trusted import build
 from flowanchor.checkpoints import LoadedModel, load_model
-from flowanchor.checkpoints.trusted import build
 from flowanchor.conditioning import Text
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError, FlowAnchorError

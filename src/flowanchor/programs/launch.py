@@ -29,6 +29,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 import flowanchor
 from flowanchor.base.causes import unwrapped
+from flowanchor.base.moved import use_current_names
 from flowanchor.base.paths import from_here
 from flowanchor.base.processes import is_first
 from flowanchor.base.rank_zero import is_first as speaks_for_all
@@ -107,6 +108,7 @@ def program(
                     _fix_run_folder()
                     _announce(doing)
                     try:
+                        use_current_names(cfg)  # of plugin packages that were written for an older version
                         return main(cfg)
                     except Interrupted as stop:
                         _stop(stop)

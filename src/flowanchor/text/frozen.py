@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.files import add_file
-from flowanchor.checkpoints.stock_folder import without_code
-from flowanchor.checkpoints.trusted import brief
+from flowanchor.base.stock_folder import without_code
+from flowanchor.base.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.text.base import TextEncoder, Tokens
 from flowanchor.weights import check_finite

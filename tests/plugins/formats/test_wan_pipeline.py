@@ -21,10 +21,10 @@ from hydra.utils import instantiate
 from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.checkpoints import load_model
 from flowanchor.conditioning import batch_of
+from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.text_encoders.umt5 import UMT5
 from flowanchor.programs.convert import main
-from flowanchor.sampling import ConsistencySampler
 from flowanchor.text.base import Tokens
-from flowanchor.text.umt5 import UMT5
 
 BACKBONE = {
     "_target_": "flowanchor.plugins.backbones.wan.Wan", "in_channels": 16, "height": 8, "width": 6,
@@ -34,8 +34,8 @@ BACKBONE = {
 INTERVALS = "flowanchor.plugins.objectives.intervals"
 EXPANDED = {"interval": {"_target_": f"{INTERVALS}.expanded.ExpandedInterval"}}
 AUXILIARY = {"interval": {"_target_": f"{INTERVALS}.auxiliary.AuxiliaryInterval"}}
-SAMPLER = {"_target_": "flowanchor.sampling.ConsistencySampler", "steps": 2}
-CODEC = {"_target_": "flowanchor.codecs.wan_vae.WanVAE"}
+SAMPLER = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2}
+CODEC = {"_target_": "flowanchor.plugins.codecs.wan_vae.WanVAE"}
 MEAN, STD = [0.1 * i - 0.8 for i in range(16)], [0.5 + 0.05 * i for i in range(16)]
 STUDENTS = {
     "plain": {},
@@ -252,7 +252,10 @@ LIGHTNINGDIT = {
     [
         ({"backbone": LIGHTNINGDIT}, "holds a LightningDiT, and only a Wan becomes a diffusers pipeline: use format="),
         ({"kind": "flow"}, "trained as a flow model and has no shortcut"),
-        ({"codec": {"_target_": "flowanchor.codecs.identity.Identity"}}, "samples for the codec Identity, and a Wan"),
+        (
+            {"codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"}},
+            "samples for the codec Identity, and a Wan",
+        ),
         ({"backbone": {**BACKBONE, "text_dim": 8}}, "texts of width 8, and .* has 16 and 24: give the pipeline whose"),
         ({"backbone": {**BACKBONE, "in_channels": 4}}, "latents of 4 channels from texts of width 24, and"),
         ({"backbone": {**BACKBONE, "auxiliary_time_cond": True}}, "embeds a second time, .* objective/interval=auxil"),

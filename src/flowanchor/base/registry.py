@@ -16,19 +16,8 @@ from typing import Any
 
 import yaml
 
+from flowanchor.base.moved import current_name as current_name
 from flowanchor.base.plugins import own_conf, plugin_folders
-
-# Names of classes as older checkpoints, or code that names the module of a class, have them, and the registered ones.
-MOVED = {
-    "flowanchor.sampling.consistency.ConsistencySampler": "flowanchor.sampling.ConsistencySampler",
-    "flowanchor.sampling.flow.FlowSampler": "flowanchor.sampling.FlowSampler",
-    "flowanchor.sampling.meanflow.MeanFlowSampler": "flowanchor.sampling.MeanFlowSampler",
-}
-
-
-def current_name(target: str) -> str:
-    """The name under which a class is registered today."""
-    return MOVED.get(target, target)
 
 
 def registered(place: str) -> frozenset[str]:

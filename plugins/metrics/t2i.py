@@ -13,8 +13,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 from flowanchor.data.base import FlowDataModule
 from flowanchor.metrics.base import Metric
-from flowanchor.metrics.clip import Clip
-from flowanchor.metrics.inception import InceptionMetric
+from flowanchor.plugins.metrics.clip import Clip
+from flowanchor.plugins.metrics.inception import InceptionMetric
 
 EXTRACTOR = "flowanchor-clip"
 LAYER = "clip"

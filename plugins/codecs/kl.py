@@ -17,11 +17,11 @@ from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare, read_json
 from flowanchor.base.seal import write_sealed
 from flowanchor.base.torch_files import read_torch
-from flowanchor.checkpoints.trusted import brief
-from flowanchor.codecs.kl_keys import autoencoder_weights, infer_architecture
+from flowanchor.base.trusted import brief
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
+from flowanchor.plugins.codecs.kl_keys import autoencoder_weights, infer_architecture
 from flowanchor.weights import check_finite, kind_of, whole_tensor
 
 FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")

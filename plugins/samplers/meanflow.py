@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.sampling.grid_sampler import GridSampler
-from flowanchor.sampling.precision import state_dtype
+from flowanchor.jumps.grid_sampler import GridSampler
+from flowanchor.jumps.precision import state_dtype
 
 
 class MeanFlowSampler(GridSampler):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.sampling.grid_sampler import GridSampler
-from flowanchor.sampling.precision import state_dtype
-from flowanchor.sampling.segments import BEHIND, back, check_boundaries, segmented_grid
+from flowanchor.jumps.grid_sampler import GridSampler
+from flowanchor.jumps.precision import state_dtype
+from flowanchor.jumps.segments import BEHIND, back, check_boundaries, segmented_grid
 
 
 class ConsistencySampler(GridSampler):

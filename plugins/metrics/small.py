@@ -12,7 +12,7 @@ from torch_fidelity.utils import create_feature_extractor
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.metrics.base import Metric
-from flowanchor.metrics.classifier import (
+from flowanchor.plugins.metrics.classifier import (
     FEATURES,
     ClassifierSpec,
     SmallClassifier,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowanchor.checkpoints.stock_folder import without_code
+from flowanchor.base.stock_folder import without_code
 from flowanchor.errors import CheckpointError, ConfigError
 
 BYTES = 256  # a vocabulary of CLIP has at least all single bytes

@@ -1,7 +1,7 @@
 """The one door from what a file says to an object: a checkpoint is data, and this is all that it can have built.
 
 `build` takes plain values (`flowanchor.base.plain`), allows the classes that are registered for that place
-(`flowanchor.checkpoints.registry`), and calls them. It resolves nothing, and imports a class only once it is allowed.
+(`flowanchor.base.registry`), and calls them. It resolves nothing, and imports a class only once it is allowed.
 Hydra's `instantiate` is for what a user typed.
 """
 
@@ -13,9 +13,9 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+from flowanchor.base.arguments import check_arguments
 from flowanchor.base.plain import described, plain, shown
-from flowanchor.checkpoints.arguments import check_arguments
-from flowanchor.checkpoints.registry import current_name, registered
+from flowanchor.base.registry import current_name, registered
 from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
 
 # What may stand at a place: the module and the name of its contract.

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Sampler
-from flowanchor.sampling.grid import time_grid
-from flowanchor.sampling.guidance import Guidance
+from flowanchor.jumps.grid import time_grid
+from flowanchor.jumps.guidance import Guidance
 
 Self = TypeVar("Self", bound="GridSampler")
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from flowanchor.base.reading import read_regular, shown
-from flowanchor.data.array_pickle import load_arrays
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ArrayImages, ImageSet, interleave_classes
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data.array_pickle import load_arrays
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (3, 32, 32)

@@ -12,8 +12,8 @@ from torch import Tensor
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.files import add_file
 from flowanchor.base.plain import bare
-from flowanchor.checkpoints.stock_folder import without_code
-from flowanchor.checkpoints.trusted import brief
+from flowanchor.base.stock_folder import without_code
+from flowanchor.base.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Codec, Posterior
 from flowanchor.weights import check_finite

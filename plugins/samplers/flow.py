@@ -11,9 +11,9 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, Sampler
-from flowanchor.sampling.grid import time_grid
-from flowanchor.sampling.guidance import Guidance
-from flowanchor.sampling.precision import state_dtype
+from flowanchor.jumps.grid import time_grid
+from flowanchor.jumps.guidance import Guidance
+from flowanchor.jumps.precision import state_dtype
 
 # Velocity evaluations per step of torchdiffeq's fixed-grid solvers; every other solver there is adaptive.
 FIXED_SOLVERS = {"midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}

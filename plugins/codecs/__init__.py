@@ -1,0 +1,1 @@
+"""Codecs (`codec=`): samples of a network to pixels and back."""

@@ -1,0 +1,1 @@
+"""Data modules (`data=`): what is learned."""

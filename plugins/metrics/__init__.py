@@ -1,0 +1,1 @@
+"""Metrics (`metric=`): how images are looked at."""

@@ -1,0 +1,1 @@
+"""Samplers (`sampler=`): how images are drawn from a trained network."""

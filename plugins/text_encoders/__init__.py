@@ -1,0 +1,1 @@
+"""Text encoders (`text_encoder=`): prompts to the embeddings that a network of texts reads."""
