@@ -23,8 +23,7 @@ from pathlib import Path
 
 # From the ground up. A file belongs to the first room whose prefix it has; what is not listed stands at the top.
 ROOMS = [
-    ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number",
-                "flowanchor"]),
+    ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number"]),
     ("contracts", ["flowanchor.interfaces", "flowanchor.conditioning", "flowanchor.request", "flowanchor.deferred",
                    "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity"]),
     ("reporting", ["flowanchor.reporting", "flowanchor.provenance"]),
@@ -39,7 +38,7 @@ ROOMS = [
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
                   "flowanchor.skipped_steps", "flowanchor.run_lock"]),
     ("plugins", ["flowanchor.plugins"]),
-    ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__"]),
+    ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
 ]  # fmt: skip
 
 WALK = r"""

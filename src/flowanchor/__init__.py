@@ -7,10 +7,12 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from flowanchor.base.version import VERSION as _VERSION
+
 if _TYPE_CHECKING:
     from flowanchor.generation.opened import OpenedModel as _OpenedModel
 
-__version__ = "0.1.0"
+__version__ = _VERSION
 
 # In a checkout, `flowanchor.plugins` and `flowanchor.conf` are the folders plugins/ and conf/ beside src/: they come
 # from the same tree as this file, whatever version is installed. In a wheel they lie inside the package.

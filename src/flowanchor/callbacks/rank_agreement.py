@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-import flowanchor
 from flowanchor.base.rank_zero import rank_zero_warn
+from flowanchor.base.version import VERSION
 from flowanchor.errors import ConfigError, RankDisagreement
 from flowanchor.interfaces import Batch
 from flowanchor.weights import local
@@ -77,7 +77,7 @@ class RankAgreement(pl.Callback):
         self._taken, self._step = 0, None
         if not _several():
             return
-        versions = {"flowanchor": flowanchor.__version__, "torch": torch.__version__}
+        versions = {"flowanchor": VERSION, "torch": torch.__version__}
         config = _flat({k: v for k, v in getattr(pl_module, "config", {}).items() if k not in OWN})
         check_same("versions", versions, "install the same packages on every machine")
         check_same("settings", config, "start every process with the same command")
