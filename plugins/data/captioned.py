@@ -51,9 +51,9 @@ class CaptionedDataModule(FlowDataModule):
         text_dim: int,
         size: int = 0,
         num_classes: int = 0,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if not root:
             raise ConfigError("data=captions needs to know the folder: add data.root=FOLDER (python src/encode.py).")
         if num_classes:
@@ -65,7 +65,7 @@ class CaptionedDataModule(FlowDataModule):
         manifest = CaptionManifest.read(self.root)
         if manifest is None:
             raise DataError(f"{self.root} holds no complete set: run python src/encode.py data=captions, it goes on.")
-        self.manifest = manifest
+        self.manifest, self.encoded_by = manifest, manifest.codec
         expected = {
             "channels": (channels, manifest.shape[0]),
             "frames": (frames, manifest.shape[1]),
@@ -104,7 +104,7 @@ class CaptionedDataModule(FlowDataModule):
         accumulate = self._accumulated()
         return GroupedSampler(groups, self.batch_size, self.seed, rank, world_size, self.repeat, accumulate)
 
-    def val_dataloader(self) -> DataLoader | list[Any]:  # type: ignore[override]
+    def val_dataloader(self) -> DataLoader | list[Any]:
         """Nothing: no samples are held out."""
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,9 @@ class CIFAR10DataModule(FlowDataModule):
         num_classes: int = 10,
         mirror: bool = True,
         download: bool = False,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if (channels, size) != (3, 32) or num_classes not in (0, 10):
             raise ConfigError(
                 f"data=cifar10 has 3 channels, size 32 and 10 classes, not {channels}, {size} and {num_classes}: use "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -22,8 +24,8 @@ class DigitsDataModule(FlowDataModule):
 
     name = "digits"
 
-    def __init__(self, channels: int = 1, size: int = 8, num_classes: int = 10, **loader: int | bool) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+    def __init__(self, channels: int = 1, size: int = 8, num_classes: int = 10, **loader: Any) -> None:
+        super().__init__(**loader)
         if (channels, size) != (1, 8) or num_classes not in (0, 10):
             raise ConfigError(
                 f"data=digits has 1 channel, size 8 and 10 classes, not {channels}, {size} and {num_classes}: use "

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,9 @@ class FashionMNISTDataModule(FlowDataModule):
         size: int = SIDE,
         num_classes: int = 10,
         download: bool = False,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if channels != 1 or size not in (SIDE, 32) or num_classes not in (0, 10):
             raise ConfigError(
                 f"data=fashion_mnist has 1 channel, size 28 (or 32, with a border) and 10 classes, not {channels}, "

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -51,9 +52,9 @@ class ImageFolderDataModule(FlowDataModule):
         mirror: bool = False,
         heldout: float = 0.1,
         max_bad: int = 0,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if not root:
             raise ConfigError("data=image_folder needs to know the folder: add data.root=FOLDER.")
         if channels not in (1, 3):

@@ -56,9 +56,9 @@ class LatentsDataModule(FlowDataModule):
         statistics: Any = None,
         heldout: int = 0,
         max_bad: int = 0,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if not root:
             raise ConfigError("data=latents needs to know the folder: add data.root=FOLDER (python src/encode.py).")
         if heldout < 0 or max_bad < 0:
@@ -69,6 +69,7 @@ class LatentsDataModule(FlowDataModule):
         self.flips, self.heldout, self.max_bad = flips, heldout, max_bad
         self.manifest, values = read_description(self.root, channels, size, num_classes, values, "safetensors")
         self.class_names = self.manifest.class_names if self.manifest else ()
+        self.encoded_by = self.manifest.codec if self.manifest else {}
         self.statistics = read_statistics(statistics, self.root, channels)
         self.stored = StoredLatents((channels, size, size), values, self.statistics, self.seed)
         self._files: LatentFiles | None = None
@@ -101,7 +102,7 @@ class LatentsDataModule(FlowDataModule):
             self._files = files
         return self._files
 
-    def val_dataloader(self) -> DataLoader | list[Any]:  # type: ignore[override]
+    def val_dataloader(self) -> DataLoader | list[Any]:
         """The held-out samples, plain and in order; nothing where none are held out."""
         return super().val_dataloader() if self.heldout else []
 

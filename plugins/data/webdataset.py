@@ -68,9 +68,9 @@ class WebDatasetDataModule(FlowDataModule):
         statistics: Any = None,
         window: int = 1000,
         max_bad: int = 0,
-        **loader: int | bool,
+        **loader: Any,
     ) -> None:
-        super().__init__(**loader)  # type: ignore[arg-type]
+        super().__init__(**loader)
         if not root:
             raise ConfigError(
                 "data=webdataset needs to know the tars: add data.root=FOLDER, or a path or URL with braces."
@@ -84,6 +84,7 @@ class WebDatasetDataModule(FlowDataModule):
         self.flips, self.window, self.max_bad = flips, window, max_bad
         self.manifest, values = read_description(self.folder, channels, size, num_classes, values, "webdataset")
         self.class_names = self.manifest.class_names if self.manifest else ()
+        self.encoded_by = self.manifest.codec if self.manifest else {}
         self.statistics = read_statistics(statistics, self.folder, channels)
         self.stored = StoredLatents((channels, size, size), values, self.statistics, self.seed)
         self._tars: tuple[list[str], list[int]] | None = None
@@ -111,7 +112,7 @@ class WebDatasetDataModule(FlowDataModule):
             self._batches(), position=self._batches_trained, num_workers=self.num_workers, pin_memory=self.pins
         )
 
-    def val_dataloader(self) -> list[Any]:  # type: ignore[override]
+    def val_dataloader(self) -> list[Any]:
         return []
 
     def _batches(self) -> TarBatches:

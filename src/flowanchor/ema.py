@@ -113,7 +113,7 @@ class EMA(pl.Callback):
     # -------------------------------------------------------------------------------------------------- averaging
 
     @staticmethod
-    def _averaged(student: nn.Module) -> dict[str, Tensor]:
+    def _averaged(student: nn.Module) -> dict[str, nn.Parameter]:
         for module in student.modules():  # a stage may still be whole after a forward without a backward
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -123,7 +123,7 @@ class EMA(pl.Callback):
         """The same without names, at each step; the modules of a student that is not sharded are walked once."""
         if self._trained is None or self._trained[0] is not student:
             if any(isinstance(module, FSDPModule) for module in student.modules()):
-                return list(self._averaged(student).values())  # type: ignore[arg-type]
+                return list(self._averaged(student).values())
             self._trained = student, [p for p in student.parameters() if p.requires_grad]
         return self._trained[1]
 

@@ -152,7 +152,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         raise ConfigError(
             f"{path} cannot be read as the record of a run: pick another folder with name=NAME, or remove that file."
         ) from error
-    return recorded if isinstance(recorded, dict) else {}  # type: ignore[return-value]
+    return {str(key): value for key, value in recorded.items()} if isinstance(recorded, dict) else {}
 
 
 def _joint_batch(settings: Any) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowanchor.base.files import remove, superseded
 from flowanchor.base.rank_zero import rank_zero_warn
+from flowanchor.callbacks.attached import callbacks_of, is_trial
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.ema import EMA
 from flowanchor.errors import NonFiniteLossError
@@ -107,7 +108,7 @@ class LastCheckpoint(SoundCheckpoint):
         return bool(trainer.global_step == self._last_global_step_saved)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_trial(trainer):
             return
         if trainer.global_step != self._last_global_step_saved and not skipped_steps(pl_module):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -166,6 +167,6 @@ def _saved(trainer: pl.Trainer) -> Iterator[Tensor]:
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EMA):
             yield from callback.shadows()

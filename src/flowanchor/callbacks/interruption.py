@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.signals import current, stopped_by
+from flowanchor.callbacks.attached import callback_of, callbacks_of
 from flowanchor.callbacks.checkpointing import LastCheckpoint
 from flowanchor.callbacks.rank_watchdog import WatchRanks
 from flowanchor.strategies.stopping import Undecided
@@ -114,7 +115,7 @@ class Interruption(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, signum: int) -> None:
         step, run = trainer.global_step, trainer.default_root_dir
-        last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
+        last = callback_of(trainer, LastCheckpoint)
         if step == self._first:
             end = f"no step has been made since {run} was resumed, so there is nothing to save"
         elif last is None:
@@ -146,8 +147,9 @@ def take_over(trainer: pl.Trainer) -> pl.Trainer:
     trainer._checkpoint_connector = _NoOtherCheckpoint(trainer)
     # Asked before every batch by all ranks, with a synchronisation of the device.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    trainer.callbacks.append(Interruption())  # type: ignore[attr-defined]
-    trainer.callbacks.sort(key=lambda callback: isinstance(callback, pl.callbacks.Checkpoint))  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
+    callbacks.append(Interruption())
+    callbacks.sort(key=lambda callback: isinstance(callback, pl.callbacks.Checkpoint))
     for other in sorted(Path(trainer.default_root_dir).glob("hpc_ckpt_*")):
         rank_zero_warn(
             f"{other} was written by an earlier version at a signal of SLURM and is not read: delete it, or put it in "
@@ -166,7 +168,7 @@ class _NoOtherCheckpoint(_CheckpointConnector):
 
 
 def _watchdog(trainer: pl.Trainer) -> Any:
-    found = next((c for c in trainer.callbacks if isinstance(c, WatchRanks)), None)  # type: ignore[attr-defined]
+    found = callback_of(trainer, WatchRanks)
     return None if found is None or found.watchdog.timeout is None else found.watchdog
 
 

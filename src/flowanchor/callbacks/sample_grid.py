@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_warn
-from flowanchor.conditioning import Conditioning, Text
+from flowanchor.callbacks.attached import callback_of, trained
+from flowanchor.conditioning import Text
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
 from flowanchor.ema import EMA
@@ -74,7 +75,7 @@ class SampleGrid(pl.Callback):
             self.samplers = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shape: tuple[int, ...] = pl_module.student.sample_shape  # type: ignore[union-attr,assignment]
+        shape: tuple[int, ...] = trained(pl_module).student.sample_shape
         image = shape if len(shape) == 3 else (shape[0], *shape[2:]) if len(shape) == 4 and shape[1] == 1 else ()
         if self.samplers and self.codec.latent_channels is None and (not image or image[0] not in (1, 3)):
             rank_zero_warn(
@@ -120,9 +121,8 @@ class SampleGrid(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, request: Request
     ) -> dict[int, np.ndarray[Any, Any]]:
         """NFE -> uint8 [N, H, W, C]. Leaves weights, mode and random state as it found them."""
-        student: Any = pl_module.student
-        interval: Any = pl_module.objective.interval  # type: ignore[union-attr]
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        student, interval = trained(pl_module).student, trained(pl_module).objective.interval
+        ema = callback_of(trainer, EMA)
         device = pl_module.device
         training = student.training
         self.codec.to(device)
@@ -145,7 +145,7 @@ class SampleGrid(pl.Callback):
         """What is drawn, the same every time, and the names of the rows."""
         data, rows, columns = data_of(trainer), self.max_classes, range(self.per_class)
         ours = isinstance(data, FlowDataModule)
-        conditioning: Conditioning = pl_module.student.conditioning  # type: ignore[union-attr,assignment]
+        conditioning = trained(pl_module).student.conditioning
         if isinstance(conditioning, Text) and ours:
             known = data.fixed_prompts(rows)
             prompts = [prompt for prompt in known for _ in columns]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from flowanchor.base.trusted import build
+from flowanchor.data.base import FlowDataModule
 from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
@@ -50,12 +51,12 @@ def load_codec(model: LoadedModel, chosen: DictConfig | None = None) -> Codec:
     return codec.eval()
 
 
-def adopt_statistics(cfg: DictConfig, data: Any) -> None:
+def adopt_statistics(cfg: DictConfig, data: FlowDataModule) -> None:
     """Write the statistics of encoded data into the configuration of the codec, as plain numbers.
 
     So a checkpoint holds what decodes its samples. Raises `ConfigError` where codec and data do not fit.
     """
-    statistics = getattr(data, "statistics", None)
+    statistics = data.statistics
     channels = cfg.codec.get("latent_channels")
     if channels is not None and channels != data.channels:
         raise ConfigError(
@@ -69,19 +70,19 @@ def adopt_statistics(cfg: DictConfig, data: Any) -> None:
             cfg.codec.statistics = statistics.as_config()
 
 
-def check_codec(cfg: DictConfig, data: Any) -> None:
+def check_codec(cfg: DictConfig, data: FlowDataModule) -> None:
     """Raise `ConfigError` where encoded data says that another codec has made it; without its weights, by the name."""
-    manifest = getattr(data, "manifest", None)
-    if manifest is None or "name" not in manifest.codec:
+    encoded = data.encoded_by
+    if "name" not in encoded:
         return
     from hydra.utils import instantiate
 
     codec: Codec = instantiate(cfg.codec, _convert_="all")
-    name, digest = manifest.codec["name"], manifest.codec.get("digest")
+    name, digest, where = encoded["name"], encoded.get("digest"), cfg.data.get("root") or data.name
     if codec.name != name:
-        raise ConfigError(f"{data.root} was encoded by {name} and the run has codec={codec.name}: use codec={name}.")
+        raise ConfigError(f"{where} was encoded by {name} and the run has codec={codec.name}: use codec={name}.")
     if codec.usable and digest and codec.fingerprint() != digest:
         raise ConfigError(
-            f"{data.root} was encoded by other weights than codec.weights={cfg.codec.get('weights')}: use those of the "
+            f"{where} was encoded by other weights than codec.weights={cfg.codec.get('weights')}: use those of the "
             "encoding, or encode again."
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sized
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.data.epoch_sampler import BatchLoader, EpochBatchSampler, ResumableLoader
 from flowanchor.data.images import ImageBatches, ImageSet
+from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import ConfigError
 
 SPLITS = ("train", "heldout")
@@ -37,6 +39,8 @@ class FlowDataModule:
         class_names: one per class.
         mirror: whether mirrored copies are trained on, too.
         null_condition: what stands for no text, the condition of one sample; None: labels, or nothing.
+        statistics: of encoded data: what normalises its latents, and is written into the codec's settings; else None.
+        encoded_by: name and digest of the codec that encoded data were made by; empty for images.
         random_views: whether what is shown of a sample is drawn anew in every pass (`EpochBatchSampler.views`).
         trainer: who trains on it; None: nobody, as in an evaluation.
     """
@@ -49,6 +53,8 @@ class FlowDataModule:
     mirror: bool = False
     random_views: bool = False
     null_condition: Any = None
+    statistics: LatentStatistics | None = None
+    encoded_by: Mapping[str, str] = MappingProxyType({})
     trainer: Any = None
 
     def __init__(
@@ -112,10 +118,10 @@ class FlowDataModule:
         """Lightning's hook, on the device."""
         return batch
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | list[Any]:
         """The held-out samples in order, all of them."""
         rank, world_size = self._process()
-        length = len(self.examples("heldout"))  # type: ignore[arg-type]
+        length = len(cast(Sized, self.examples("heldout")))
         order = EpochBatchSampler(
             length, self.batch_size, rank=rank, world_size=world_size, drop_last=False, shuffle=False
         )
@@ -124,7 +130,7 @@ class FlowDataModule:
     def _train_order(self) -> EpochBatchSampler:
         rank, world_size = self._process()
         return EpochBatchSampler(
-            len(self.examples("train")),  # type: ignore[arg-type]
+            len(cast(Sized, self.examples("train"))),
             self.batch_size,
             self.seed,
             rank,

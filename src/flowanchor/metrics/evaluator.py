@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import hydra.utils
 import torch
@@ -136,7 +136,7 @@ class Evaluator:
 
     def measure(self, images: Dataset[Tensor], prefix: int | None = None) -> Collected:
         """As `collect`, for a dataset of uint8 images [C, H, W], read once and in order."""
-        n = len(images)  # type: ignore[arg-type]
+        n = len(cast(Sized, images))
         return self.collect(batches(images, self.batch_size), self.wanted(n, prefix))
 
     # ------------------------------------------------------------------------------------------------------- scoring
@@ -226,6 +226,6 @@ class Evaluator:
 
 def batches(images: Dataset[Tensor], batch_size: int) -> Iterator[Tensor]:
     """A dataset as batches in order."""
-    n = len(images)  # type: ignore[arg-type]
+    n = len(cast(Sized, images))
     for start in range(0, n, batch_size):
         yield torch.stack([images[index] for index in range(start, min(start + batch_size, n))])

@@ -94,13 +94,14 @@ def _given(evaluator: Looker) -> tuple[Gaussian | None, Gaussian | None]:
             f"The reference {reference.name} holds statistics of {given} features, and the extractor of this metric "
             f"({evaluator.label}) has {size}: use metric=inception for published statistics, or reference=FOLDER."
         )
-    fits = reference.spatial is not None and blank.spatial is not None
-    if fits and len(reference.spatial.mean) != blank.spatial.shape[1]:  # type: ignore[union-attr]
+    if reference.spatial is None or blank.spatial is None:
+        return reference.gaussian, None
+    if len(reference.spatial.mean) != blank.spatial.shape[1]:
         raise DataError(
             f"The reference {reference.name} holds spatial statistics (mu_s) of another size than the extractor's "
-            f"{blank.spatial.shape[1]}: use metric=inception."  # type: ignore[union-attr]
+            f"{blank.spatial.shape[1]}: use metric=inception."
         )
-    return reference.gaussian, reference.spatial if fits else None
+    return reference.gaussian, reference.spatial
 
 
 def _collected(evaluator: Looker, reference: Reference) -> Collected:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig
 
 from flowanchor.base.rank_zero import rank_zero_info
+from flowanchor.callbacks.attached import is_trial, repeats_batches, trained
 from flowanchor.checkpoints import latest_checkpoint
 from flowanchor.checkpoints.sources import identify, resumed_sources, weight_settings
 from flowanchor.errors import ConfigError, FlowAnchorError
@@ -80,14 +81,15 @@ class RunIdentity(pl.Callback):
         error, identity = trainer.strategy.broadcast((error, self._identity))
         if error is not None:
             raise error
-        pl_module.identity = identity  # type: ignore[assignment]
+        assert identity is not None
+        trained(pl_module).identity = identity
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not (trainer.fast_dev_run or trainer.overfit_batches):  # type: ignore[attr-defined]
+        if not (is_trial(trainer) or repeats_batches(trainer)):
             wanted = self.cfg.get("global_batch_size")
             check_epoch(trainer.num_training_batches, trainer.accumulate_grad_batches, wanted)
         if trainer.is_global_zero:
-            identity: dict[str, Any] = pl_module.identity  # type: ignore[assignment]
+            identity = trained(pl_module).identity
             told = {"run": identity["run"], "sources": identity["sources"]}
             step = 0 if self.earlier is None else self.earlier.step
             write_run_record(self.folder, self.cfg, step, **told, **({"changed": self.changed} if self.changed else {}))

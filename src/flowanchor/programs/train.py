@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.base.rank_zero import rank_zero_info, rank_zero_warn
+from flowanchor.callbacks.attached import callbacks_of
 from flowanchor.callbacks.interruption import take_over
 from flowanchor.checkpoints import initialise_student, latest_checkpoint
 from flowanchor.checkpoints.lightning import use_run_checkpoints
@@ -52,7 +53,7 @@ def train(cfg: DictConfig) -> float | None:
     resumed = None if cfg.trainer.fast_dev_run else trained
     earlier = None if resumed is None else EarlierPart.read(readable(resumed))
     if earlier is not None:
-        plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        plain = plain_config(cfg)
         check_same_run(folder, cfg, earlier.config, known=weight_settings(plain))
         if 0 < cfg.trainer.max_steps <= earlier.step:
             rank_zero_info(
@@ -74,7 +75,7 @@ def train(cfg: DictConfig) -> float | None:
     module = build_module(cfg, initialise=resumed is None, deferred=abilities(strategy).deferred_initialisation)
     check_samples(cfg, module.student, data)
     trainer = build_trainer(cfg, folder, module, strategy)
-    trainer.callbacks.append(identity)  # type: ignore[attr-defined]
+    callbacks_of(trainer).append(identity)
     try:
         identity.begin(trainer, module)
         trainer.fit(module, datamodule=LightningData(data), ckpt_path=resumed, weights_only=True)
@@ -112,7 +113,7 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
         velocity=velocity,
         engine=instantiate(cfg.jvp),
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        config=cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)),
+        config=plain_config(cfg),
         seed=cfg.seed,
         max_nonfinite_steps=cfg.max_nonfinite_steps,
         compile_options=compile_options(cfg.compile),
@@ -121,8 +122,13 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
     if student.borrowed() and not cfg.initialise_from:
         raise ConfigError("Adapters need the weights that they adapt: add initialise_from=PATH (docs/wan.md).")
     if cfg.initialise_from and (initialise or student.borrowed()):
-        initialise_student(student, OmegaConf.to_container(cfg, resolve=True)["initialise_from"])  # type: ignore
+        initialise_student(student, plain_config(cfg)["initialise_from"])
     return module
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """All settings, as plain values."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def build_student(cfg: DictConfig, deferred: bool) -> Backbone:
