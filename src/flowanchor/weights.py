@@ -33,35 +33,62 @@ class LazyWeights(Mapping[str, Tensor]):
         raise NotImplementedError
 
 
-class Renamed(LazyWeights):
-    """The entries of other weights under shorter names: `prefix + name` there is `name` here."""
+class View(LazyWeights):
+    """Entries of other weights, each found under a name of its own; a subclass says where, and lists the names."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self.weights, self.prefix = weights, prefix
+    def _find(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        """The weights that hold an entry, and its name there; raises `KeyError` where none can."""
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.weights[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.weights if name.startswith(self.prefix))
+        weights, theirs = self._find(name)
+        return weights[theirs]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.prefix + name in self.weights
+        if not isinstance(name, str):
+            return False
+        try:
+            weights, theirs = self._find(name)
+        except KeyError:
+            return False
+        return theirs in weights
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def shape(self, name: str) -> torch.Size:
-        return shape_of(self.weights, self.prefix + name)
+        return shape_of(*self._find(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        return dtype_of(self.weights, self.prefix + name)
+        return dtype_of(*self._find(name))
 
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
-        copy_weights(self.weights, {self.prefix + name: tensor for name, tensor in targets.items()})
+        found: dict[int, tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+        for name, tensor in targets.items():
+            weights, theirs = self._find(name)
+            own = found.setdefault(id(weights), (weights, {}))[1]
+            if theirs in own:  # the same entry under two names
+                copy_weights(weights, {theirs: tensor})
+            else:
+                own[theirs] = tensor
+        for weights, own in found.values():
+            copy_weights(weights, own)
 
 
-class Joined(LazyWeights):
+class Renamed(View):
+    """The entries of other weights under shorter names: `prefix + name` there is `name` here."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.weights, self.prefix = weights, prefix
+
+    def _find(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        return self.weights, self.prefix + name
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.weights if name.startswith(self.prefix))
+
+
+class Joined(View):
     """The entries of several networks in one: `prefix + name`."""
 
     def __init__(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -73,66 +100,22 @@ class Joined(LazyWeights):
                 return weights, name.removeprefix(prefix)
         raise KeyError(name)
 
-    def __getitem__(self, name: str) -> Tensor:
-        weights, inner = self._find(name)
-        return weights[inner]
-
     def __iter__(self) -> Iterator[str]:
         return (prefix + name for prefix, weights in self.parts.items() for name in weights)
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(
-            name.startswith(prefix) and name.removeprefix(prefix) in weights for prefix, weights in self.parts.items()
-        )
 
-    def __len__(self) -> int:
-        return sum(map(len, self.parts.values()))
-
-    def shape(self, name: str) -> torch.Size:
-        weights, inner = self._find(name)
-        return shape_of(weights, inner)
-
-    def dtype(self, name: str) -> torch.dtype:
-        weights, inner = self._find(name)
-        return dtype_of(weights, inner)
-
-    def copy_into(self, targets: Mapping[str, Tensor]) -> None:
-        for prefix, weights in self.parts.items():
-            own = {name.removeprefix(prefix): tensor for name, tensor in targets.items() if name.startswith(prefix)}
-            copy_weights(weights, own)
-
-
-class Overlaid(LazyWeights):
+class Overlaid(View):
     """The entries of `above`, and of `below` those that it lacks."""
 
     def __init__(self, above: Mapping[str, Tensor], below: Mapping[str, Tensor]) -> None:
         self.above, self.below = above, below
 
-    def _of(self, name: str) -> Mapping[str, Tensor]:
-        return self.above if name in self.above else self.below
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._of(name)[name]
+    def _find(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        return (self.above if name in self.above else self.below), name
 
     def __iter__(self) -> Iterator[str]:
         yield from self.above
         yield from (name for name in self.below if name not in self.above)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.above or name in self.below
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def shape(self, name: str) -> torch.Size:
-        return shape_of(self._of(name), name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return dtype_of(self._of(name), name)
-
-    def copy_into(self, targets: Mapping[str, Tensor]) -> None:
-        copy_weights(self.above, {name: t for name, t in targets.items() if name in self.above})
-        copy_weights(self.below, {name: t for name, t in targets.items() if name not in self.above})
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str) -> torch.Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def package(tmp_path, monkeypatch):
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs-of-formats\nVersion: 1\n")
         (info / "entry_points.txt").write_text("[flowanchor.plugins]\ntheirs = theirs_of_formats\n")
         monkeypatch.syspath_prepend(str(site))
+        for module in [module for module in sys.modules if module.startswith("theirs_of_formats")]:
+            monkeypatch.delitem(sys.modules, module)  # of another test, in another folder
 
     return install
 
