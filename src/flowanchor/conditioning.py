@@ -185,37 +185,25 @@ class Text(nn.Module, Conditioning):
 
     def null(self, cond: Any) -> Any:
         """The null text for as many samples, of the length of the longer one."""
-        fields = zip(self.kind._fields, cond, self.null_text, strict=True)
-        return self.kind(*(self._expanded(name, value, null) for name, value, null in fields))
-
-    def _expanded(self, name: str, value: Tensor, null: Tensor) -> Tensor:
-        null = null.to(value)[None]
-        null = _filled(null, value.shape[1]) if name in self.longest else null
-        return null.expand(value.shape[0], *null.shape[1:])
+        one = (_filled(null.to(value)[None], value) for null, value in zip(self.null_text, cond, strict=True))
+        return self.kind(*(null.expand(len(cond[0]), *null.shape[1:]) for null in one))
 
     def is_null(self, cond: Any) -> Tensor:
         null = self.null(cond)
-        return torch.stack(
-            [(a == b).flatten(1).all(1) for a, b in zip(self._alike(cond, null), null, strict=True)]
-        ).all(0)
+        alike = [(_filled(a, b) == b).flatten(1).all(1) for a, b in zip(cond, null, strict=True)]
+        return torch.stack(alike).all(0)
 
     def stack(self, first: Any, second: Any) -> Any:
         """The shorter one is filled up."""
-        pairs = zip(self._alike(first, second), self._alike(second, first), strict=True)
-        return self.kind(*(torch.cat(pair) for pair in pairs))
+        pairs = zip(first, second, strict=True)
+        return self.kind(*(torch.cat([_filled(a, b), _filled(b, a)]) for a, b in pairs))
 
     def dropped(self, cond: Any) -> Any:
         if self.dropout <= 0:
             return cond
-        null = self.null(cond)
-        chosen = torch.rand(cond[0].shape[0], device=cond[0].device) < self.dropout
-        pairs = zip(null, self._alike(cond, null), strict=True)
-        return self.kind(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
-
-    def _alike(self, cond: Any, other: Any) -> Any:
-        """`cond`, its sequences at least as long as those of the other."""
-        fields = zip(self.kind._fields, cond, other, strict=True)
-        return self.kind(*(_filled(a, b.shape[1]) if name in self.longest else a for name, a, b in fields))
+        chosen = torch.rand(len(cond[0]), device=cond[0].device) < self.dropout
+        pairs = zip(self.null(cond), cond, strict=True)
+        return self.kind(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, _filled(b, a)) for a, b in pairs))
 
     def batch(self, texts: Sequence[Any]) -> Any:
         """Conditions of single samples as one of a batch, at least as long as the null text."""
@@ -226,31 +214,27 @@ class Text(nn.Module, Conditioning):
 
         Raises `ConfigError` for an encoder that the network was not trained with.
         """
-        found = encoder.encode(prompts)
-        for name, value, null in zip(self.kind._fields, self._checked(encoder, found[0]), self.null_text, strict=True):
-            if value.shape[name in self.longest :] != null.shape[name in self.longest :]:
+        found, null = encoder.encode(prompts), self.null_text
+        advice = "use the encoder that it was trained with"
+        if found[0]._fields != null._fields:
+            theirs, ours = ", ".join(found[0]._fields), ", ".join(null._fields)
+            raise ConfigError(f"text_encoder={encoder.name} gives {theirs} and the network reads {ours}: {advice}.")
+        for name, theirs, ours in zip(null._fields, found[0], null, strict=True):
+            if theirs.shape[name in self.longest :] != ours.shape[name in self.longest :]:
                 raise ConfigError(
-                    f"text_encoder={encoder.name} has {value.shape[-1]} channels and the network reads "
-                    f"{null.shape[-1]}: use the encoder that it was trained with."
+                    f"text_encoder={encoder.name} has {theirs.shape[-1]} channels and the network reads "
+                    f"{ours.shape[-1]}: {advice}."
                 )
-        for prompt, text in zip(prompts, found, strict=True):
-            for name, longest in self.longest.items():
-                if len(getattr(text, name)) > longest:
-                    shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
-                    warnings.warn(
-                        f"This network reads {longest} tokens of a prompt; the rest of '{shown}' is cut off.",
-                        stacklevel=2,
-                    )
-        return [
-            text._replace(**{name: getattr(text, name)[:end] for name, end in self.longest.items()}) for text in found
-        ]
+        return [self._cut(prompt, text) for prompt, text in zip(prompts, found, strict=True)]
 
-    def _checked(self, encoder: TextEncoder, text: Any) -> Any:
-        if text._fields != self.kind._fields:
-            raise ConfigError(
-                f"text_encoder={encoder.name} gives {', '.join(text._fields)} and the network reads "
-                f"{', '.join(self.kind._fields)}: use the encoder that it was trained with."
-            )
+    def _cut(self, prompt: str, text: Any) -> Any:
+        for name, longest in self.longest.items():
+            if len(getattr(text, name)) > longest:
+                shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+                warnings.warn(
+                    f"This network reads {longest} tokens of a prompt; the rest of '{shown}' is cut off.", stacklevel=3
+                )
+                text = text._replace(**{name: getattr(text, name)[:longest]})
         return text
 
     def request(
@@ -280,13 +264,12 @@ def batch_of(texts: Sequence[Any], *others: Any) -> Any:
     """
     found = []
     for values in zip(*texts, *others, strict=True):
-        longest = max(len(value) for value in values) if values[0].ndim else 0
-        rows = [_filled(value[None], longest) if value.ndim else value[None] for value in values[: len(texts)]]
-        found.append(torch.cat(rows))
+        longest = max((value[None] for value in values), key=lambda value: value.shape[1] if value.ndim > 1 else 0)
+        found.append(torch.cat([_filled(value[None], longest) for value in values[: len(texts)]]))
     return type(texts[0])(*found)
 
 
-def _filled(values: Tensor, length: int) -> Tensor:
-    """[B, L, ...] with zeros behind, up to a length; longer ones as they are."""
-    missing = max(length - values.shape[1], 0)
-    return functional.pad(values, [0, 0] * (values.ndim - 2) + [0, missing]) if missing else values
+def _filled(values: Tensor, other: Tensor) -> Tensor:
+    """[B, L, ...] with zeros behind, as long as another one; longer ones, and [B], as they are."""
+    missing = other.shape[1] - values.shape[1] if values.ndim > 1 else 0
+    return functional.pad(values, [0, 0] * (values.ndim - 2) + [0, missing]) if missing > 0 else values
