@@ -31,22 +31,13 @@ class Shard:
 
 
 class Manifest:
-    """Written last, when a set is complete; a kind of set is a frozen dataclass whose fields are what is written.
+    """Written last, when a set is complete; a kind of set is a frozen dataclass whose fields are what is written."""
 
-    Attributes:
-        KIND: what `kind` is in the file; files of latents alone do not say.
-        shards: the files.
-        count: images in all.
-        unreadable: images that were left out, relative to the source, and why.
-        source: the settings that it was made with, and where the images came from.
-        format: of the file.
-    """
-
-    KIND: ClassVar[str | None] = None
+    KIND: ClassVar[str | None] = None  # what `kind` is in the file; sets of latents alone do not say
     shards: tuple[Shard, ...]
-    count: int
-    unreadable: tuple[str, ...]
-    source: dict[str, Any]
+    count: int  # images in all
+    unreadable: tuple[str, ...]  # images that were left out, relative to the source, and why
+    source: dict[str, Any]  # the settings that it was made with, and what the images were like
     format: int
 
     @abstractmethod

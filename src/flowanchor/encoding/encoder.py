@@ -109,8 +109,7 @@ class Encoder:
                 raise DataError(
                     f"No image for {file.file} could be read (the first: {unreadable[0]}): check data.root."
                 )
-            flat = writer.flat_channels()
-            if flat:
+            if writer.measured is not None and (flat := writer.measured.flat_channels()):
                 warnings.warn(
                     f"All latents of {file.file} have one value in channel {flat[0]}: if those of the other files have "
                     "it, too, the set cannot be normalised. Are these pictures of one flat colour?",
@@ -118,7 +117,8 @@ class Encoder:
                 )
             writer.close()
             shard = Shard(file.file, writer.count, draft.stat().st_size, sha256(draft))
-        finished = FinishedShard(shard, tuple(unreadable), writer.statistics(), self.form.stamp(file))
+        statistics = {} if writer.measured is None else writer.measured.state()
+        finished = FinishedShard(shard, tuple(unreadable), statistics, self.form.stamp(file))
         self.record.finish(file.number, finished)
         return finished
 

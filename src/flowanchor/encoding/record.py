@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flowanchor.base.files import write_whole
+from flowanchor.base.files import read_note, write_whole
 from flowanchor.encoded.manifest import Shard
 from flowanchor.errors import ConfigError, DataError
 
@@ -50,9 +50,8 @@ class EncodingRecord:
 
     def finished(self, number: int) -> FinishedShard | None:
         """The record of a shard, None where its file is not there as recorded."""
-        try:
-            content = _read(self._shard(number))
-        except (FileNotFoundError, ValueError):
+        content = read_note(self._shard(number))
+        if content is None:
             return None
         known = (content["unreadable"], content["statistics"], content.get("stamp", ""))
         found = FinishedShard(Shard(**content["shard"]), tuple(known[0]), *known[1:])

@@ -34,11 +34,15 @@ class Rows(NamedTuple):
 
 
 class ShardWriter(ABC):
-    """Takes the images of one file, in order, and writes them into a draft of it; `close` completes it."""
+    """Takes the images of one file, in order, and writes them into a draft of it; `close` completes it.
+
+    `measured` are the statistics of the values so far, where they are to be normalised by those of the whole set.
+    """
+
+    measured: RunningStatistics | None
 
     def __init__(self, draft: Path) -> None:
-        self.draft = draft
-        self.count = 0
+        self.draft, self.count, self.measured = draft, 0, None
 
     def add(self, rows: Rows) -> None:
         """The next images."""
@@ -48,31 +52,19 @@ class ShardWriter(ABC):
     def close(self) -> None:
         """Write what is held."""
 
-    def statistics(self) -> dict[str, Any]:
-        """What is recorded of the values so far (`RunningStatistics.state`); empty where that is of no use."""
-        return {}
-
-    def flat_channels(self) -> list[int]:
-        """Channels that have had one value so far, which cannot be normalised."""
-        return []
-
 
 class LatentWriter(ShardWriter):
     """Latents [F, C, h, w], and the statistics of the first `channels` of C: of moments, those of the mean."""
 
+    measured: RunningStatistics
+
     def __init__(self, draft: Path, channels: int) -> None:
         super().__init__(draft)
-        self._statistics = RunningStatistics(channels)
+        self.channels, self.measured = channels, RunningStatistics(channels)
 
     def add(self, rows: Rows) -> None:
         super().add(rows)
-        self._statistics.add(rows.latents[:, :, : len(self._statistics.mean)].flatten(0, 1))
-
-    def statistics(self) -> dict[str, Any]:
-        return self._statistics.state()
-
-    def flat_channels(self) -> list[int]:
-        return self._statistics.flat_channels()
+        self.measured.add(rows.latents[:, :, : self.channels].flatten(0, 1))
 
 
 class SafetensorsWriter(LatentWriter):
