@@ -31,7 +31,7 @@ from flowanchor.jvp.stages import Stage, check_stages, is_sharded, silenced, sta
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.watch import other_branch, seen, watch, watched
 
-MODES = (True, False, "selective")
+MODES = (True, False, "selective", "auto")
 
 
 class Chain:
@@ -40,14 +40,17 @@ class Chain:
     Args:
         recompute: what a stage keeps for the backward pass. True: its input; the backward pass runs the plain forward
             again (fused attention, same autocast and random state). "selective": its input and the outputs of its
-            linear layers; only what lies between them is computed again. False: the whole graph of the values.
+            linear layers; only what lies between them is computed again. False: the whole graph of the values. "auto":
+            the fastest of these that fits, which a training run decides in its first step (`flowanchor.recompute`);
+            elsewhere True.
         attention: how attention's tangent is computed (`flowanchor.jvp.attention`): a name or an object.
     """
 
     def __init__(self, recompute: bool | str = True, attention: str | AttentionTangent = "auto") -> None:
         if recompute not in MODES:
-            raise ConfigError(f"jvp.recompute={recompute} is unknown: choose true, false or selective.")
+            raise ConfigError(f"jvp.recompute={recompute} is unknown: choose true, false or selective, or auto.")
         self.recompute = recompute
+        self.form = True if recompute == "auto" else recompute
         self.attention = resolve(attention)
 
     def __repr__(self) -> str:
@@ -130,7 +133,7 @@ class Chain:
             now = _put_back(state, tensors)
             if not torch.is_grad_enabled():
                 return self._without_graph(stage, now)[:3]
-            if self.recompute is False:
+            if self.form is False:
                 return self._with_graph(stage, now)
             return self._recomputed(stage, now, tensors)
 
@@ -171,7 +174,7 @@ class Chain:
 
     def _recomputed(self, stage: Stage, now: _Branches, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         recordings: list[Recording | None] = [None, None]
-        if self.recompute == "selective":
+        if self.form == "selective":
             recordings = [Recording(), Recording()]
         value, tangent, other, forwards = self._without_graph(stage, now, recordings)
         outputs = [value] if other is None else [value, other]

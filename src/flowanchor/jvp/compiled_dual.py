@@ -80,7 +80,7 @@ def _traced(
     """The pass as a graph that is compiled when it is first called; None where random numbers are drawn."""
 
     def trace() -> GraphModule:
-        with torch.no_grad(), autocast, _Traceable():
+        with torch.no_grad(), autocast, Traceable():
             return make_fx(dual, tracing_mode="fake")(parameters, tensors)
 
     before = random.getstate(), np.random.get_state()
@@ -101,7 +101,7 @@ def _traced(
     return compiled
 
 
-class _Traceable(TorchFunctionMode):
+class Traceable(TorchFunctionMode):
     """What has a forward-mode rule that cannot be traced, in operators that can."""
 
     def __torch_function__(
