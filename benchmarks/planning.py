@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -28,6 +27,7 @@ from flowanchor.interfaces import Backbone, Batch, TangentEngine
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
+from flowanchor.jvp.memory_plan import ShapesOnly
 from flowanchor.optimizers.adamw_bf16 import LARGEST
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
@@ -89,15 +89,6 @@ class Plan:
     @property
     def peak(self) -> int:
         return sum(self.parts.values())
-
-
-class ShapesOnly(FakeTensorMode):
-    """Tensors without values. Real ones may still be compared: the engines look whether random numbers were drawn."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.equal.default and not any(isinstance(a, FakeTensor) for a in args):
-            return func(*args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Fused(AttentionTangent):

@@ -36,7 +36,7 @@ ROOMS = [
     ("evaluation", ["flowanchor.metrics", "flowanchor.evaluation"]),
     ("training", ["flowanchor.module", "flowanchor.ema", "flowanchor.callbacks", "flowanchor.strategies",
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
-                  "flowanchor.skipped_steps", "flowanchor.run_lock"]),
+                  "flowanchor.skipped_steps", "flowanchor.recompute", "flowanchor.run_lock"]),
     ("plugins", ["flowanchor.plugins"]),
     ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
 ]  # fmt: skip

@@ -290,12 +290,16 @@ class WanBlock(WanTransformerBlock):
 
 
 class _KeepDouble(TorchFunctionMode):
-    """diffusers widens to float32 by `.float()`; what is float64 already must not be narrowed by it."""
+    """diffusers widens to float32 by `.float()`; what is float64 already must not be narrowed by it.
+
+    The tensors of a tracer call it `.to(dtype=torch.float32)`.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.float and args[0].dtype == torch.float64:
+        narrows = func is Tensor.float or func is Tensor.to and (kwargs or {}).get("dtype") is torch.float32
+        if narrows and args[0].dtype == torch.float64:
             return args[0]
         return func(*args, **(kwargs or {}))
 

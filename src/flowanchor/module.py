@@ -22,11 +22,16 @@ from flowanchor.graphs.cuda import CudaGraphs, Graphs
 from flowanchor.graphs.possible import check_choice, why_not
 from flowanchor.graphs.steps import GraphedSteps
 from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
+from flowanchor.jvp.chain import Chain
 from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
+from flowanchor.jvp.stages import is_sharded
+from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
+from flowanchor.recompute import Lasting, Memory, RecomputeChoice, memory_of
 from flowanchor.skipped_steps import SkippedSteps
 from flowanchor.strategies.abilities import abilities
+from flowanchor.weights import local
 
 # Streams of random numbers, so that no two uses of one seed share their draws.
 TRAIN_STREAM, VALIDATION_STREAM = 1, 2
@@ -56,6 +61,7 @@ class FlowModule(pl.LightningModule):
     """
 
     make_graphs: Callable[[], Graphs] | None = None  # what captures in the place of CUDA graphs, on any device
+    memory: Memory | None = None  # in the place of the device's (`jvp.recompute=auto`)
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class FlowModule(pl.LightningModule):
         self.cuda_graph = cuda_graph
         self.graphed = False  # decided for each fit
         self._steps: GraphedSteps | None = None
+        self._choice: RecomputeChoice | None = None  # until it is made, in the first step of a fit
         self.identity: dict[str, Any] = {}  # saved with it: the run's name, whose weights it uses, what resumes changed
         self.kept_settings: Container[str] = ()  # of the optimizer: those that a resume takes from the checkpoint
         self.skips = SkippedSteps(max_nonfinite_steps)
@@ -97,6 +104,8 @@ class FlowModule(pl.LightningModule):
         if self.objective.kind == "shortcut":  # the others ask for no tangent
             low = is_low(self.trainer.precision)
             check(self.engine, self.student, sharded=strategy.shards, low_precision=low)
+            if isinstance(self.engine, Chain) and self.engine.recompute == "auto":
+                self._choice = RecomputeChoice(self.engine, self.student, self.objective, self.velocity)
         strategy.parallelise(self)
         self._decide_on_graphs()
         if self.compile_options is not None:
@@ -135,6 +144,8 @@ class FlowModule(pl.LightningModule):
         self.objective.at_step(self.trainer.global_step)
         noise, times, on_host = self._draw(batch, TRAIN_STREAM, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         with self._told(on_host) as routes:
+            if self._choice is not None:
+                self._choose_recompute(self._choice, batch, noise, times, on_host)
             if self.graphed:
                 return self._graphed_step(batch, batch_idx, noise, times, routes)
             result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
@@ -187,6 +198,52 @@ class FlowModule(pl.LightningModule):
             self.skips.note(terms)
             # An only term is the loss itself.
             self.shown |= {f"train/{name}" for name in terms} if len(terms) > 1 else set()
+
+    # ---------------------------------------------------------------------------------------- jvp.recompute=auto
+
+    def _choose_recompute(
+        self, choice: RecomputeChoice, batch: Batch, noise: Tensor, times: Times, on_host: Tensor
+    ) -> None:
+        """By the plan, and by a trial of this step; a sharded network is measured as it makes the step."""
+        if choice.settled:
+            return
+        device, sharded = self.trainer.strategy.root_device, is_sharded(self.student)
+        trained = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
+        gradients, held = _own_bytes(trained), _own_bytes([*self.parameters(), *self.buffers()])
+        fresh = not any(optimizer.state for optimizer in self.trainer.optimizers)
+        width = 2 if is_low(self.trainer.precision) else 4
+        lasting = Lasting(held, gradients, 2 * gradients * fresh, width if sharded else None)
+        memory = self.memory or memory_of(device, self.trainer.num_devices)
+        choice.plan(memory, lasting, batch, noise, times, on_host, self.trainer.global_step)
+        choice.settle(self._most, None if sharded else lambda: self._try_step(batch, noise, times))
+        if not sharded:
+            self._end_choice(choice)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._choice is not None:
+            self._choice.correct(self._most)
+            self._end_choice(self._choice)
+
+    def _end_choice(self, choice: RecomputeChoice) -> None:
+        self._choice = None
+        rank_zero_info(choice.said())
+
+    def _most(self, number: int) -> int:
+        """The largest one of all processes."""
+        mine = torch.tensor(number, device=self.trainer.strategy.root_device)
+        return int(self.trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def _try_step(self, batch: Batch, noise: Tensor, times: Times) -> None:
+        """Forward and backward, of which nothing remains: neither gradients nor draws nor what a buffer counts."""
+        buffers = [(buffer, buffer.clone()) for part in (self.student, self.objective) for buffer in part.buffers()]
+        try:
+            with Surroundings.here(batch.x1.device, others=True):
+                self._forward_backward(*batch, noise, *times)
+        finally:
+            for parameter in self.parameters():
+                parameter.grad = None
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
 
     # ------------------------------------------------------------------------------------------------ a graph of it
 
@@ -322,6 +379,11 @@ def _float32_at_least() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def _own_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

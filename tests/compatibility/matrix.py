@@ -164,8 +164,8 @@ Such a choice is refused with that sentence before training starts.
   small network with random weights, not of a trained one.
 - `compile=true` compiles the blocks of student and teacher (`torch.compile` with inductor, no breaks of the graph): the
   passes of teacher and anchor, ordinary forwards, and what `jvp=chain` recomputes run compiled. Tangent
-  passes of `chain` and `two_pass` run in a compiled graph of their own, those of `full` eagerly; `recompute=selective`
-  and `recompute=false` run eagerly what they differentiate of the shortcut. Compiled code draws other random numbers
+  passes of `chain` and `two_pass` run in a compiled graph of their own, those of `full` eagerly; what
+  `recompute=selective` and `recompute=false` differentiate runs compiled too. Compiled code draws other random numbers
   than eager code, so a block with dropout runs eagerly wherever it repeats what a tangent pass drew.
 
 ## On a GPU

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Question
-from flowanchor.jvp import Chain, TwoPass, compile_blocks, compiled_dual
+from flowanchor.jvp import Chain, TwoPass, compile_blocks, compiled_forms
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.sit import SiT
 
@@ -49,7 +49,7 @@ ENGINES = {"chain": Chain(), "selective": Chain("selective"), "graph": Chain(Fal
 
 @pytest.fixture(autouse=True)
 def fresh():
-    compiled_dual._KINDS.clear()
+    compiled_forms._KINDS.clear()
 
 
 def made(kind, dtype=torch.float64):
@@ -81,8 +81,11 @@ def relative(a, b):
 
 def forms():
     """How many passes were compiled, and how many have to run eagerly."""
-    found = [graph for kind in compiled_dual._KINDS.values() for graph in kind.forms.values()]
+    found = [graph for kind in compiled_forms._KINDS.values() for graph in kind.forms.values()]
     return sum(graph is not None for graph in found), sum(graph is None for graph in found)
+
+
+GRAPHS = {"chain": 1, "selective": 3, "graph": 2, "two_pass": 1}  # a tangent pass; one that records, one that replays
 
 
 def compare(engine, network, given, limit, backend="aot_eager", compiled=(1, 0)):
@@ -100,12 +103,17 @@ def compare(engine, network, given, limit, backend="aot_eager", compiled=(1, 0))
     [
         *(("chain", kind) for kind in NETWORKS),
         *((name, "released") for name in ENGINES if name != "chain"),
-        pytest.param("selective", "wan", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name in ("selective", "graph")
+            for kind in NETWORKS
+            if kind != "released"
+        ),
     ],
 )
 def test_equals_the_eager_pass(name, kind):
-    """And all blocks of a network share one graph."""
-    compare(ENGINES[name], *made(kind), 1e-12)
+    """And all blocks of a network share the graphs."""
+    compare(ENGINES[name], *made(kind), 1e-12, compiled=(GRAPHS[name], 0))
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5)])
@@ -139,7 +147,7 @@ def test_shapes_settings_and_modes_have_graphs_of_their_own():
     for block in wanted_of.blocks:
         block.pixel_norm = True
     assert relative(answer(Chain(), network, given)[1], answer(Chain(), wanted_of, given)[1]) < 1e-12
-    assert len(compiled_dual._KINDS) == 2
+    assert len(compiled_forms._KINDS) == 2
 
 
 def test_a_weight_that_is_replaced_is_seen():
@@ -156,7 +164,7 @@ def test_a_weight_that_is_replaced_is_seen():
 
 
 def test_the_number_of_graphs_is_bounded(monkeypatch):
-    monkeypatch.setattr(compiled_dual, "FORMS", 1)
+    monkeypatch.setattr(compiled_forms, "FORMS", 1)
     network, given = made("released")
     compile_blocks(network, backend="eager")
     some = {name: value[:2] for name, value in given.items()}
@@ -181,7 +189,7 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["chain", "selective", "two_pass"])
+@pytest.mark.parametrize("name", ["chain", "selective", "graph", "two_pass"])
 def test_a_sharded_network(name, mesh):
     """The whole parameters of a unit are other tensors in each step: they are inputs of the graph."""
     from flowanchor.strategies.sharding import shard_backbone
@@ -197,7 +205,7 @@ def test_a_sharded_network(name, mesh):
         with torch.no_grad():  # a step of an optimizer
             for parameter in (*network.parameters(), *whole.parameters()):
                 parameter.mul_(0.9)
-    assert forms() == (1, 0)
+    assert forms() == (GRAPHS[name], 0)
 
 
 # ------------------------------------------------------------------------------------------------ what runs eagerly

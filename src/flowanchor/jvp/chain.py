@@ -22,15 +22,16 @@ from torch.utils._pytree import tree_leaves
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Answer, Backbone, Question, StageContext
 from flowanchor.jvp.attention import AttentionTangent, resolve
-from flowanchor.jvp.compiled import is_compiled
+from flowanchor.jvp.compiled import eager_forwards
+from flowanchor.jvp.compiled_replay import recorded, replayed
 from flowanchor.jvp.dual import Directions, Moving, embed_dual, run_network, stage_dual, still_or
 from flowanchor.jvp.inside import mapped
-from flowanchor.jvp.replay import Recording, record, replay
+from flowanchor.jvp.replay import Recording
 from flowanchor.jvp.stages import Stage, ask, check_stages, is_sharded, silenced, stages, through
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.jvp.watch import other_branch, seen, watch, watched
 
-MODES = (True, False, "selective")
+MODES = (True, False, "selective", "auto")
 
 
 class Chain:
@@ -39,14 +40,17 @@ class Chain:
     Args:
         recompute: what a stage keeps for the backward pass. True: its input; the backward pass runs the plain forward
             again (fused attention, same autocast and random state). "selective": its input and the outputs of its
-            linear layers; only what lies between them is computed again. False: the whole graph of the values.
+            linear layers; only what lies between them is computed again. False: the whole graph of the values. "auto":
+            the fastest of these that fits, which a training run decides in its first step (`flowanchor.recompute`);
+            elsewhere True.
         attention: how attention's tangent is computed (`flowanchor.jvp.attention`): a name or an object.
     """
 
     def __init__(self, recompute: bool | str = True, attention: str | AttentionTangent = "auto") -> None:
         if recompute not in MODES:
-            raise ConfigError(f"jvp.recompute={recompute} is unknown: choose true, false or selective.")
+            raise ConfigError(f"jvp.recompute={recompute} is unknown: choose true, false or selective, or auto.")
         self.recompute = recompute
+        self.form = True if recompute == "auto" else recompute
         self.attention = resolve(attention)
 
     def __repr__(self) -> str:
@@ -113,7 +117,7 @@ class Chain:
             now = _put_back(state, tensors)
             if not torch.is_grad_enabled():
                 return self._without_graph(stage, now)[:3]
-            if self.recompute is False:
+            if self.form is False:
                 return self._with_graph(stage, now)
             return self._recomputed(stage, now, tensors)
 
@@ -133,9 +137,9 @@ class Chain:
             if now.tokens is None:
                 return value, tangent, None, [first]
             assert now.context is not None
-            second = _before(now.tokens)
-            with record(recordings[1]), other_branch():
-                other = stage.call(now.tokens, now.context)
+            second = _before(now.tokens, eager=recordings[1] is not None)
+            with eager_forwards() if first.must_run_eagerly and recordings[1] else nullcontext(), other_branch():
+                other = recorded(stage, now.tokens, now.context, recordings[1])
             second.forget_if_unused()
         return value, tangent, other, [first, second]
 
@@ -146,17 +150,16 @@ class Chain:
             before = _before(now.moving.tokens, eager=True)
             _, tangent = stage_dual(stage, now.moving, self.attention, linears)
             before.forget_if_unused()
-        with before, replay(linears):
-            value = stage.call(now.moving.tokens, now.moving.context)
+        with before:
+            value = replayed(stage, now.moving.tokens, now.moving.context, linears)
         with other_branch():
             other = None if now.tokens is None else stage.call(now.tokens, now.context)
         return value, tangent, other
 
     def _recomputed(self, stage: Stage, now: _Branches, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         recordings: list[Recording | None] = [None, None]
-        if self.recompute == "selective":
-            # An ordinary pass of a compiled block runs compiled, where nothing can be recorded: it is recomputed whole.
-            recordings = [Recording(), None if is_compiled(stage.call) else Recording()]
+        if self.form == "selective":
+            recordings = [Recording(), Recording()]
         value, tangent, other, forwards = self._without_graph(stage, now, recordings)
         outputs = [value] if other is None else [value, other]
         plan = _Plan(stage, now, forwards, recordings, outputs, len(tensors))
@@ -296,10 +299,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Run one branch of a stage again and differentiate it."""
     stage, before = plan.stage, plan.forwards[branch]
-    recording = plan.recordings[branch]
-    again = nullcontext() if recording is None else replay(recording)
-    with silenced(stage.units), torch.enable_grad(), before, before.autocasting(), again:
-        output = stage.call(*inputs)
+    with silenced(stage.units), torch.enable_grad(), before, before.autocasting():
+        output = replayed(stage, *inputs, plan.recordings[branch])
     if output.grad_fn is None:
         return (None,) * (len(wanted) + len(parameters))
     _check_leaves(stage, output, wanted, parameters)

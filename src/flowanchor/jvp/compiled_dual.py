@@ -8,112 +8,65 @@ all blocks of a network; attention stays one operator in it. Whatever cannot be 
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, field
-from textwrap import shorten
-from typing import Any, cast
-from weakref import WeakSet
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowanchor.errors import FlowAnchorError
 from flowanchor.jvp.attention import AttentionTangent
 from flowanchor.jvp.attention.base import wide
 from flowanchor.jvp.attention.operator import Opaque, number
-from flowanchor.jvp.comparable import PLAIN, comparable
-from flowanchor.jvp.compiled import CompiledForward, choices, is_compiled
+from flowanchor.jvp.compiled_forms import Graph, Pass, Rebuild, ask_graph
 from flowanchor.jvp.replay import Recording
 from flowanchor.jvp.stages import Stage
 
-FORMS = 8  # graphs of one kind of block (shapes, what moves, precision); more of them run eagerly
-
-Pass = Callable[..., tuple[Tensor, Tensor | None]]
-Graph = Callable[..., tuple[Tensor, Tensor | None, list[Tensor]]]
-
-
-@dataclass
-class _Kind:
-    """What has been made of blocks of one kind."""
-
-    forms: dict[Any, Graph | None] = field(default_factory=dict)  # None: runs eagerly
-    warned: bool = False
-
-    def warn(self, stage: Stage, why: str) -> None:
-        """Once."""
-        if not self.warned:
-            warnings.warn(
-                f"The tangent pass of {stage.name} runs eagerly, as exact and slower, for it was not compiled: {why}.",
-                stacklevel=2,
-            )
-        self.warned = True
-
-
-_KINDS: dict[Any, _Kind] = {}
-_CHANGING: WeakSet[nn.Module] = WeakSet()  # blocks that keep something, which a graph would not
+Dual = Callable[..., tuple[Tensor, Tensor | None]]
+Traced = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None, list[Tensor]]]
 
 
 def compiled_dual(
-    eager: Pass, stage: Stage, moving: Any, attention: AttentionTangent, recording: Recording | None
+    eager: Dual, stage: Stage, moving: Any, attention: AttentionTangent, recording: Recording | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """What `eager(stage, moving, attention, recording)` returns, by a compiled graph; None where it has to run itself.
 
-    It has to where a stage is not compiled, draws random numbers (compiled code draws others), has hooks, or depends
-    on what is no tensor and cannot be compared; and, after a warning, where it keeps something in attributes, or where
-    tracing or compiling fails.
+    It has to where there is no graph (`ask_graph`), and where a stage draws random numbers: compiled code draws others.
     """
-    if not is_compiled(stage.call) or torch.is_grad_enabled() or stage.call in _CHANGING:
+    if torch.is_grad_enabled():
         return None
-    block = _Block(cast(nn.Module, stage.call))
-    leaves, structure = tree_flatten(tuple(moving))
-    if block.has_hooks() or not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
-        return None
-    others = tuple(None if isinstance(leaf, Tensor) else comparable(leaf) for leaf in leaves)
-    parameters = [p.detach() for p in block.tensors().values()]
-    tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
     device = moving.tokens.device.type
-    settings = block.settings()
-    kind = _KINDS.setdefault((settings, number(attention), comparable(block.options)), _Kind())
-    form = (
-        str(structure), others, recording is None, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
-        tuple((x.shape, x.stride(), x.dtype, x.device) for x in (*parameters, *tensors)),
-    )  # fmt: skip
-    if form not in kind.forms:
-        if len(kind.forms) >= FORMS:
-            kind.warn(stage, f"it has met more than {FORMS} shapes or kinds of input")
-            return None
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
+    def make(
+        rebuild: Rebuild, parameters: list[Tensor], tensors: list[Tensor], options: dict[str, Any]
+    ) -> Graph | None:
         def dual(parameters: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-            rest = iter(tensors)
-            state = tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+            called, state = rebuild(parameters, tensors)
             linears = None if recording is None else Recording()
-            called = stage._replace(call=block.called_with(parameters))
             value, tangent = eager(called, type(moving)(*state), Opaque(attention), linears)
             return value, tangent, [] if linears is None else linears.outputs
 
-        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        kind.forms[form] = _or_none(lambda: _traced(dual, parameters, tensors, block.options, autocast), stage, kind)
-        if block.settings() != settings:
-            _CHANGING.add(block.called)
-            kind.warn(stage, "it changes attributes of its modules")
+        graph = _traced(dual, parameters, tensors, options, autocast)
+        if graph is None:
             return None
-    graph = kind.forms[form]
-    if graph is None:
-        return None
-    # The casts of autocast are in the graph already.
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        answer = _or_none(lambda: graph(parameters, tensors), stage, kind)
+
+        def run(parameters: list[Tensor], tensors: list[Tensor]) -> Any:
+            # The casts of autocast are in the graph already.
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return graph(parameters, tensors)
+
+        return run
+
+    what = Pass("tangent pass", make, (number(attention), recording is None))
+    answer = ask_graph(what, stage, tuple(moving), detached=True)
     if answer is None:
-        kind.forms[form] = None
         return None
     value, tangent, linears = answer
     if recording is not None:
@@ -121,26 +74,13 @@ def compiled_dual(
     return value, tangent
 
 
-def _or_none(call: Callable[[], Any], stage: Stage, kind: _Kind) -> Any:
-    """What a call returns; None, and a warning, where it fails: compilers fail in many ways."""
-    try:
-        return call()
-    except torch.OutOfMemoryError:
-        raise
-    except FlowAnchorError:
-        return None  # a fault of the stage, which the eager pass will name
-    except Exception as error:  # noqa: BLE001
-        kind.warn(stage, shorten(f"{type(error).__name__}, {error}", 300))
-        return None
-
-
 def _traced(
-    dual: Graph, parameters: list[Tensor], tensors: list[Tensor], options: dict[str, Any], autocast: torch.autocast
-) -> Graph | None:
+    dual: Traced, parameters: list[Tensor], tensors: list[Tensor], options: dict[str, Any], autocast: torch.autocast
+) -> Traced | None:
     """The pass as a graph that is compiled when it is first called; None where random numbers are drawn."""
 
     def trace() -> GraphModule:
-        with torch.no_grad(), autocast, _Traceable():
+        with torch.no_grad(), autocast, Traceable():
             return make_fx(dual, tracing_mode="fake")(parameters, tensors)
 
     before = random.getstate(), np.random.get_state()
@@ -157,11 +97,11 @@ def _traced(
     _check_inputs(graph)
     graph.graph.eliminate_dead_code()  # forward-mode AD leaves comparisons of sizes behind, which nobody reads
     graph.recompile()
-    compiled: Graph = torch.compile(graph, **{**options, "fullgraph": True, "dynamic": False})
+    compiled: Traced = torch.compile(graph, **{**options, "fullgraph": True, "dynamic": False})
     return compiled
 
 
-class _Traceable(TorchFunctionMode):
+class Traceable(TorchFunctionMode):
     """What has a forward-mode rule that cannot be traced, in operators that can."""
 
     def __torch_function__(
@@ -205,58 +145,3 @@ def _check_inputs(graph: GraphModule) -> None:
         if node.op == "get_attr":
             held = getattr(graph, node.target)
             raise TypeError(f"it uses a tensor of shape {tuple(held.shape)} that is no parameter, buffer or input")
-
-
-# --------------------------------------------------------------------------------------------------- the block
-
-
-class _Block(nn.Module):
-    """A compiled block, or the several modules that it asks, as one module that can be called with other parameters."""
-
-    called: nn.Module
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["called"] = block
-        self.parts = nn.ModuleList(choices(block))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Those of `torch.compile`."""
-        found = self.parts[0].__dict__["forward"]
-        assert isinstance(found, CompiledForward)
-        return found.options
-
-    def forward(self, tokens: Tensor, context: Any) -> Tensor:
-        out: Tensor = self.called(tokens, context)
-        return out
-
-    def has_hooks(self) -> bool:
-        """Whether anything else sees its calls; the hooks of sharding units are silent here."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.parts.modules())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their names."""
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
-
-    def called_with(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, Any], Tensor]:
-        """The block as a function, with these in the place of `tensors()`."""
-        replaced = dict(zip(self.tensors(), tensors, strict=True))
-        return lambda tokens, context: torch.func.functional_call(self, replaced, (tokens, context))
-
-    def settings(self) -> Any:
-        """All that the block's Python code may read beside tensors: kinds, modes and attributes of its modules."""
-        return type(self.called), tuple((name, _settings(module)) for name, module in self.parts.named_modules())
-
-
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_SHARDING = "composable_api"  # in the names under which FSDP2 keeps its state of a unit
-
-
-def _settings(module: nn.Module) -> Any:
-    own = (
-        (name, comparable(value))
-        for name, value in vars(module).items()
-        if name not in _INTERNAL and _SHARDING not in name and not isinstance(value, CompiledForward)
-    )
-    return type(module), tuple(own)

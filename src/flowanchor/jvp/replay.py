@@ -6,7 +6,7 @@ its gradient needs the input, which the second pass computes anyway, and the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,8 +23,8 @@ from flowanchor.jvp.compiled import eager_forwards
 class Recording:
     """Outputs of the linear layers of one pass, in order."""
 
-    def __init__(self) -> None:
-        self.outputs: list[Tensor] = []
+    def __init__(self, outputs: Iterable[Tensor] = ()) -> None:
+        self.outputs = list(outputs)
 
 
 @contextmanager

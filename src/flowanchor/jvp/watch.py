@@ -37,6 +37,11 @@ def seen(backbone: nn.Module, joint: bool) -> bool:
     return (backbone.training, joint) in _SEEN.setdefault(backbone, set())
 
 
+def take_as_seen(backbone: nn.Module) -> None:
+    """Watch no walk along this network: its tensors have no values (`flowanchor.jvp.memory_plan`)."""
+    _SEEN[backbone] = {(training, joint) for training in (True, False) for joint in (True, False)}
+
+
 @contextmanager
 def watched(backbone: nn.Module, joint: bool = False) -> Iterator[None]:
     """A walk along the stages of a network, `joint` with an ordinary branch; watched if it is the first such one."""

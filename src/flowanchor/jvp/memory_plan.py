@@ -1,0 +1,99 @@
+"""What a training step takes, by running it on tensors that have shapes and no values.
+
+The networks are copied without their values, before a strategy shards them. Objective, teacher and engine run as they
+are, forward and backward, and every tensor is counted from the operator that makes it to its release. Kernels need more
+while they run, compiled code less; attention's tangent counts as its outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
+from flowanchor.jvp.compiled_dual import Traceable
+from flowanchor.jvp.live_bytes import LiveBytes
+from flowanchor.jvp.surroundings import Surroundings
+from flowanchor.jvp.watch import take_as_seen
+
+
+class ShapesOnly(FakeTensorMode):
+    """Tensors without values. Real ones may still be compared: the engines look whether random numbers were drawn."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.equal.default and not any(isinstance(a, FakeTensor) for a in args):
+            return func(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class StepOfShapes:
+    """A training step of copies without values, which can be run again and again."""
+
+    def __init__(self, student: Backbone, objective: Objective, velocity: VelocityField) -> None:
+        self.mode = ShapesOnly(allow_non_fake_inputs=True)
+        self.originals = student, objective, velocity
+        with FakeCopyMode(self.mode):
+            self.student, self.objective, self.velocity = copy.deepcopy(self.originals)
+        self.device: torch.device | None = None  # where they are taken to be
+        take_as_seen(self.student)
+
+    def largest_stage(self) -> int:
+        """How many values the parameters of the student's largest stage have."""
+        return max(
+            sum(p.numel() for part in stage for p in part.parameters()) for stage in self.student.stage_modules()
+        )
+
+    def peak(self, engine: TangentEngine, batch: Batch, noise: Tensor, times: Times, on_host: Tensor, step: int) -> int:
+        """Bytes that forward and backward hold at most, beside the weights and the gradients of earlier stages.
+
+        Args:
+            batch, noise, times: what an objective takes; with values or without.
+            on_host: the times `t` [B] on the host.
+            step: the number of the step.
+        """
+        device = batch.x1.device
+        for ours, theirs in zip(self.copies(), self.originals, strict=True):
+            for module, original in zip(ours.modules(), theirs.modules(), strict=True):
+                module.training = original.training
+        with Surroundings.here(device, others=True), self.mode:
+            self._place(device)
+            batch, noise, times = tree_map(self._without_values, (batch, noise, times))
+            self.objective.at_step(step)
+            self.student.at_times(on_host)
+            self.velocity.at_times(on_host)
+            with Traceable(), LiveBytes() as counter:
+                loss = self.objective(self.student, batch, self.velocity, engine, noise, *times).loss
+                with torch.autocast(device.type, enabled=False):  # as a step's own backward
+                    loss.backward()
+        return counter.peak
+
+    def _place(self, device: torch.device) -> None:
+        """The copies on a device; their gradients are dropped as soon as they are made."""
+        if self.device == device:
+            return
+        self.device = device
+        made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+        for module in {m: None for network in self.copies() for m in network.modules()}:
+            for name, old in module._parameters.items():
+                if old is not None and id(old) not in made:
+                    made[id(old)] = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
+                    if old.requires_grad:
+                        made[id(old)].register_post_accumulate_grad_hook(_drop)
+                module._parameters[name] = None if old is None else made[id(old)]
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)
+
+    def copies(self) -> tuple[Backbone, Objective, VelocityField]:
+        return self.student, self.objective, self.velocity
+
+    def _without_values(self, leaf: Any) -> Any:
+        return self.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
