@@ -216,6 +216,7 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
             if key or name not in _NEUTRAL:
                 found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
         return found
+    theirs, ours = (None if value == {} else value for value in (theirs, ours))  # version 0.1 wrote {} for null
     same = theirs == ours or _one_place(theirs, ours) or (key.endswith("_target_") and _one_class(theirs, ours))
     return {} if same else {key: (theirs, ours)}
 
