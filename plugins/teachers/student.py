@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.broadcast import like
+from flowanchor.conditioning import NoCondition
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
 from flowanchor.jumps.guidance import Guidance
@@ -62,7 +63,11 @@ class SelfVelocity(VelocityField):
 
     def check(self, student: Backbone) -> None:
         """Raise `ConfigError` where the student's null class is never trained."""
-        if (self.guidance_scale != 1 or self.mix) and student.conditioning.dropout <= 0:
+        if self.guidance_scale == 1 and not self.mix:
+            return
+        if isinstance(student.conditioning, NoCondition):
+            raise ConfigError("teacher=self guides by labels, and the data has none: choose teacher=none.")
+        if student.conditioning.dropout <= 0:
             raise ConfigError(
                 "teacher=self takes the unconditional velocity from the student's null class, which is never trained "
                 "here: set backbone.disable_label_dropout=false and backbone.class_dropout_prob=0.1 "

@@ -102,7 +102,7 @@ class NoCondition(Conditioning):
     """Nothing: an unconditional network."""
 
     def described(self) -> str:
-        return "no classes"
+        return "0 classes"
 
     def null(self, cond: Any) -> Any:
         raise ConfigError(

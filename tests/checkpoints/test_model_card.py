@@ -20,7 +20,7 @@ DIT = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "d
 NETWORKS = {
     "texts": (Wan, WAN, "3 x 1 x 8 x 8, texts of 384 channels"),
     "classes": (LightningDiT, {**DIT, "num_classes": 3}, "1 x 4 x 4, 3 classes"),
-    "neither": (LightningDiT, {**DIT, "num_classes": 0, "class_dropout_prob": 0.0}, "1 x 4 x 4, no classes"),
+    "neither": (LightningDiT, {**DIT, "num_classes": 0, "class_dropout_prob": 0.0}, "1 x 4 x 4, unconditional"),
 }
 
 

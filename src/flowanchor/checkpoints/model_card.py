@@ -12,6 +12,7 @@ from torch import Tensor
 from flowanchor.base.plain import read_json
 from flowanchor.base.registry import current_name, registered
 from flowanchor.checkpoints.outline import outline
+from flowanchor.conditioning import NoCondition
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 
@@ -90,7 +91,8 @@ def model_card(
 def _samples(network: Backbone | None) -> str:
     if network is None:
         return "those of its plugin package"
-    return f"{' x '.join(map(str, network.sample_shape))}, {network.conditioning.described()}"
+    known = "unconditional" if isinstance(network.conditioning, NoCondition) else network.conditioning.described()
+    return f"{' x '.join(map(str, network.sample_shape))}, {known}"
 
 
 def _use(config: Mapping[str, Any], network: Backbone | None, with_codec: bool) -> Iterator[str]:
