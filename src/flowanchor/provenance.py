@@ -219,7 +219,8 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
             if key or name not in _NEUTRAL:
                 found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
         return found
-    return {} if theirs == ours or _one_place(theirs, ours) else {key: (theirs, ours)}
+    nothing = theirs in (None, {}) and ours in (None, {})  # the option `none` of a group was recorded as {} once
+    return {} if nothing or theirs == ours or _one_place(theirs, ours) else {key: (theirs, ours)}
 
 
 def _one_place(theirs: Any, ours: Any) -> bool:
