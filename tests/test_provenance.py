@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from flowanchor.errors import ConfigError
-from flowanchor.provenance import check_same_run, git_state, write_run_record
+from flowanchor.provenance import check_same_run, differences, git_state, write_run_record
 
 
 def config(**changes):
@@ -115,3 +115,9 @@ def test_unreadable_record_is_one_sentence(tmp_path):
     (tmp_path / "config.yaml").write_text("{: [")
     with pytest.raises(ConfigError, match="pick another folder with name=NAME"):
         check_same_run(tmp_path, config())
+
+
+def test_nothing_is_nothing_however_it_was_recorded():
+    assert differences({"objective": {"weight": {}, "anchor": {}}}, {"objective": {"weight": None}}) == {}
+    assert differences({"seed": 0}, {"seed": None}) == {"seed": (0, None)}
+    assert differences({"a": {}}, {"a": {"b": 1}}) == {"a.b": (None, 1)}

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Batch, Point, StageContext
+from flowanchor.interfaces import Backbone, Batch, Point, Shortcut, StageContext, TermResult
 from flowanchor.jvp import Full
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
@@ -299,3 +299,29 @@ def test_the_anchor_warms_up_alone_on_both_halves():
     assert set(objective(spy, batch, DataVelocity(), Full(), noise, t).terms) == {"anchor", "shortcut"}
     with pytest.raises(ConfigError, match="needs an anchor"):
         ComposedObjective(ExpandedInterval(), Uniform(), None, ConsistencyShortcut(), anchor_warmup_steps=3).check(spy)
+
+
+def test_the_anchor_is_asked_with_the_first_question_that_carries_gradient():
+    """In one call of the engine, so that it can be one walk; and never where its gradient would be lost."""
+    batch, noise, t = batch_of()
+    calls = []
+
+    class Asking(Shortcut):
+        def loss(self, ask, point):
+            x, t, end, v = point
+            ask.fixed(x, t, t)
+            with torch.no_grad():
+                ask(x, t, end)
+            prediction, _ = ask.along(v, x, t, end)
+            ask(x + 1, t, end)
+            return TermResult(self.weight(prediction.square().flatten(1).mean(1), t))
+
+    def engine(network, x, cond, questions):
+        calls.append([(bool(torch.equal(q.t, 2 - t)), q.along is not None) for q in questions])
+        return Full()(network, x, cond, questions)
+
+    objective = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor(), Asking())
+    spy = Spy()
+    assert objective(spy, batch, DataVelocity(), engine, noise, t).loss.requires_grad
+    anchor, plain, moving = (True, False), (False, False), (False, True)
+    assert calls == [[anchor], [plain], [anchor, moving], [plain]]  # the first: F(x, t, t), told as the anchor is
