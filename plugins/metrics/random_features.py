@@ -7,21 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from flowanchor.base.pixels import from_uint8
 from flowanchor.data.base import FlowDataModule
-from flowanchor.metrics.base import Metric
+from flowanchor.metrics.base import LAYERS, Metric, SmallExtractor
 
 EXTRACTOR = "flowanchor-random"
 FEATURES, CLASSES = 64, 16
-LAYERS = (str(FEATURES), "logits")
 WIDTHS = (3, 16, 32, FEATURES // 4)  # the last one on a grid of 2 x 2
 
 
-class RandomExtractor(FeatureExtractorBase):
+class RandomExtractor(SmallExtractor):
     """Three convolutions of stride 2 with orthogonal weights drawn from a seed: layers `64` and `logits`.
 
     `forward`: uint8 [B, 3, H, W] of any size -> (features [B, 64], logits [B, 16]).
@@ -40,22 +38,9 @@ class RandomExtractor(FeatureExtractorBase):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(module.weight, gain=2.0, generator=generator)
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else str(FEATURES)
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.convolutions(from_uint8(images))
-        found = {str(FEATURES): features, "logits": self.logits(functional.relu(features))}
-        return tuple(found[layer] for layer in self.features_list)
+        return self.chosen(features, self.logits(functional.relu(features)))
 
 
 if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
@@ -79,7 +64,7 @@ class RandomMetric(Metric):
     def label(self, data: FlowDataModule | None) -> str:
         return "FD-random"
 
-    def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
+    def extractor(self, data: FlowDataModule | None) -> SmallExtractor:
         return create_feature_extractor(EXTRACTOR, list(LAYERS), cuda=False, verbose=False, seed=self.seed)
 
     def prepare(self, image: Tensor) -> Tensor:

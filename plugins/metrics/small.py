@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError, DataError
-from flowanchor.metrics.base import Metric
+from flowanchor.metrics.base import LAYERS, Metric, SmallExtractor
 from flowanchor.plugins.metrics.classifier import (
-    FEATURES,
     ClassifierSpec,
     SmallClassifier,
     TrainedClassifier,
@@ -21,31 +19,17 @@ from flowanchor.plugins.metrics.classifier import (
 )
 
 EXTRACTOR = "flowanchor-small-classifier"
-LAYERS = (str(FEATURES), "logits")
 
 
-class SmallClassifierExtractor(FeatureExtractorBase):
-    """A `SmallClassifier` in torch-fidelity's clothes: layers `64` (penultimate) and `logits`."""
+class SmallClassifierExtractor(SmallExtractor):
+    """A `SmallClassifier` as torch-fidelity wants one."""
 
     def __init__(self, name: str, features_list: list[str], classifier: SmallClassifier, **_: Any) -> None:
         super().__init__(name, features_list)
         self.classifier = classifier
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else str(FEATURES)
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = dict(zip(LAYERS, self.classifier(images), strict=True))
-        return tuple(features[layer] for layer in self.features_list)
+        return self.chosen(*self.classifier(images))
 
 
 if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
@@ -89,7 +73,7 @@ class SmallMetric(Metric):
         )
         return cached_classifier(train, heldout, spec, self.classifier_dir, data.name)
 
-    def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
+    def extractor(self, data: FlowDataModule | None) -> SmallExtractor:
         trained = self.classifier(_needed(data))
         return create_feature_extractor(EXTRACTOR, list(LAYERS), cuda=False, verbose=False, classifier=trained.model)
 

@@ -10,6 +10,29 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from flowanchor.data.base import FlowDataModule
 
+LAYERS = ("64", "logits")
+
+
+class SmallExtractor(FeatureExtractorBase):
+    """An extractor of ours as torch-fidelity wants one: layers `64` (penultimate) and `logits`."""
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return LAYERS[metric == "isc"]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def chosen(self, features: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        """Those of the two that were asked for."""
+        found = dict(zip(LAYERS, (features, logits), strict=True))
+        return tuple(found[layer] for layer in self.features_list)
+
 
 class Metric(ABC):
     """A way to look at images (the `metric` group).
