@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -67,6 +68,7 @@ SLOWEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {HERE / name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path, len(SLOWEST)))
+    gc.freeze()  # a million objects of the libraries, which every trainer's gc.collect() would go through
     if torch.cuda.is_available():
         return
     for item in items:

@@ -82,6 +82,7 @@ class WarmStart:
 
 def serve(listener: socket.socket, executable: str) -> None:
     """Returns in each fork, when its job is done, and in the server, when the tests have ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, which end it
     before = dict(os.environ)
     given = sensitive(before)
     for name in SLOW:
