@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.flowanchor-installed
+PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # For train, sample, eval-fid, demo, the benchmarks and the tests: more arguments for the program, for example make train ARGS="seed=1"
 ARGS ?=
@@ -13,6 +14,15 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 
 # Test files at the same time; each may start a process or two of its own. WORKERS=0: one after the other, in one process.
 WORKERS ?= 2
+DISTRIBUTED = -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The tests that say whether a release of PyTorch is one that we run with: `make test TORCH=2.11`.
+CORE := tests/jvp tests/graphs tests/strategies tests/plugins tests/sampling tests/callbacks \
+	$(filter-out tests/test_docs.py tests/test_packaging.py,$(wildcard tests/test_*.py))
+
+# What goes with that release.
+TORCHVISION_2.11 := 0.26.0
+TRITON_2.11 := 3.6.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation gpu-check compatibility docs clean
@@ -41,8 +51,25 @@ format: $(STAMP) ## repair style (ruff)
 typecheck: $(STAMP) ## check types (mypy)
 	$(BIN)/python -m mypy
 
-test: $(STAMP) ## run the tests that take seconds (WORKERS=4: more of them at the same time)
-	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
+ifdef TORCH
+test: $(VENV)-torch-$(TORCH)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)-torch-$(TORCH)/bin/python -m pytest $(DISTRIBUTED) $(CORE) $(ARGS)
+
+# The packages of $(VENV), with another torch before them.
+$(VENV)-torch-$(TORCH)/.installed: $(STAMP)
+	@test -n '$(TRITON_$(TORCH))' || \
+		{ echo "Which triton and torchvision go with torch $(TORCH)? Write TRITON_$(TORCH) and TORCHVISION_$(TORCH) in the Makefile" >&2; exit 1; }
+	$(BIN)/python -m venv --clear --without-pip $(VENV)-torch-$(TORCH)
+	for packages in $(VENV)-torch-$(TORCH)/lib/python3*/site-packages; do \
+		echo "import site; site.addsitedir('$(PACKAGES)')" > "$$packages/zz_others.pth" && \
+		$(BIN)/python -m pip install --no-deps --target "$$packages" torch==$(TORCH).* \
+			triton==$(TRITON_$(TORCH)) torchvision==$(TORCHVISION_$(TORCH)) || exit 1; \
+	done
+	@touch $@
+else
+test: $(STAMP) ## run the tests that take seconds (WORKERS=4: more at a time; TORCH=2.11: with that release)
+	$(PYTEST) $(DISTRIBUTED) $(ARGS)
+endif
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)

@@ -1,8 +1,10 @@
-"""What every test shares: tests that need a GPU are skipped where there is none."""
+"""What every test shares: how it starts interpreters, what is skipped without a GPU."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +17,58 @@ import torch
 
 from flowanchor.base.rank_zero import rank_zero_only
 
-TRAINING = Path(__file__).parent / "strategies" / "training.py"
+HERE = Path(__file__).parent
+WARM = "FLOWANCHOR_WARM_PYTHON"  # names the program to start; processes of pytest-xdist inherit it
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """A file of the tests as a module, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COLD = sys.executable
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One warm start for the whole session, begun by the process that hands out the tests to the others."""
+    config.addinivalue_line(
+        "markers", "cold: starts fresh interpreters, not forks of one that has imported the libraries"
+    )
+    if WARM not in os.environ and sys.platform == "linux":
+        started = load("warm_start", HERE / "warm" / "start.py").WarmStart()
+        os.environ[WARM] = str(started.python)
+        config.add_cleanup(started.close)
+        config.add_cleanup(lambda: os.environ.pop(WARM))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a test starts as `sys.executable` is warm, unless the test is marked `cold`."""
+    sys.executable = COLD if item.get_closest_marker("cold") else os.environ.get(WARM, COLD)
+    try:
+        return (yield)
+    finally:
+        sys.executable = COLD
+
+
+# The files that take longest: they begin first, so that no process is left with one of them when the others are done.
+SLOWEST = (
+    "test_docs.py", "checkpoints/test_fuzz.py", "integration/test_bad_input.py", "programs/test_launch.py",
+    "graphs/test_trainer.py", "programs/test_convert_released.py", "integration/test_recipes.py",
+    "strategies/test_command_line.py", "programs/test_evaluate_again.py", "checkpoints/test_stranger.py",
+    "graphs/test_contract.py", "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py",
+    "integration/test_configs.py", "sampling/test_samplers.py", "strategies/test_watchdog.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {HERE / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(SLOWEST)))
+    gc.freeze()  # a million objects of the libraries, which every trainer's gc.collect() would go through
     if torch.cuda.is_available():
         return
     for item in items:
@@ -68,9 +118,4 @@ def assert_same() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def training() -> ModuleType:
     """Small runs in this process (tests/strategies/training.py)."""
-    spec = importlib.util.spec_from_file_location("strategy_training", TRAINING)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["strategy_training"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("strategy_training", HERE / "strategies" / "training.py")

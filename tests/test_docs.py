@@ -7,14 +7,10 @@ A page is read from top to bottom in a clone of its own (a copy of what the prog
 - each line of a ```bash block is run as written, with the shortest possible training added to it; `make` is expanded
   and the programs it would start are run; `pip install` of a local folder goes to a folder beside the clone;
 - a block after `<!-- not run: reason -->` is skipped, with the reason in the test report.
-
-Programs and scripts start in forks of a process with the libraries in it (tests/warm_start.py): importing them anew
-for each of some fifty commands would be most of the time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -130,13 +126,12 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     def run_page(page: Path) -> None:
         copy = clone(folders[page])
-        with Interpreter() as python:
-            for step in pages[page]:
-                try:
-                    wrong = attempt(step, copy, python)
-                except (AssertionError, subprocess.TimeoutExpired) as error:
-                    wrong = str(error) or "an assertion"
-                found[str(step)] = found.get(str(step)) or wrong  # a block may say the same twice
+        for step in pages[page]:
+            try:
+                wrong = attempt(step, copy)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                wrong = str(error) or "an assertion"
+            found[str(step)] = found.get(str(step)) or wrong  # a block may say the same twice
 
     longest_first = sorted(pages, key=lambda page: -len(pages[page]))
     with ThreadPoolExecutor(2) as pool:
@@ -144,31 +139,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-class Interpreter:
-    """A warm interpreter, which runs one command at a time."""
-
-    def __enter__(self) -> Interpreter:
-        server = [sys.executable, str(ROOT / "tests" / "warm_start.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(
-            server, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.communicate()
-
-    def run(self, words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
-        """`words` without the interpreter -> exit code, what it printed."""
-        output = folder.parent / "output"
-        job = {"words": words, "folder": str(folder), "environment": environment, "output": str(output)}
-        assert self.server.stdin is not None and self.server.stdout is not None
-        print(json.dumps({**job, "seconds": SECONDS}), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline() or 1)
-        return code, output.read_text(errors="replace") if output.exists() else "nothing"
-
-
-def attempt(step: Step, copy: Path, python: Interpreter) -> str:
+def attempt(step: Step, copy: Path) -> str:
     """Run one step in a clone; returns what went wrong."""
     for block in step.first:
         assert block.file is not None
@@ -177,13 +148,9 @@ def attempt(step: Step, copy: Path, python: Interpreter) -> str:
     paths = [copy.parent / "installed", copy / "src", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
     for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, copy):
-        if words[1] == "-m":
-            done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
-            code, printed = done.returncode, done.stdout + done.stderr
-        else:
-            code, printed = python.run(words[1:], copy, environment)
-        if code:
-            return f"{shlex.join(words)}\nexit code {code}\n{printed[-6000:]}"
+        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        if done.returncode:
+            return f"{shlex.join(words)}\nexit code {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
     return ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cold
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"src/flowanchor": "flowanchor", "plugins": "flowanchor/plugins", "conf": "flowanchor/conf"}
 BUILD_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")

@@ -58,6 +58,7 @@ def test_a_second_one_is_told_who_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "frozen"])
+@pytest.mark.cold
 def test_a_process_of_this_machine_is_looked_at(tmp_path, kill):
     """Not its beats: a frozen one still holds its folder; a killed one never does, though it be a zombie."""
     code = f"import time; from flowanchor.run_lock import RunLock; RunLock({str(tmp_path)!r}).take(); time.sleep(60)"

@@ -185,6 +185,7 @@ def test_packages_come_from_wheels_that_lie_there(tmp_path):
     assert done.stdout.strip() == "42"
 
 
+@pytest.mark.cold
 def test_only_light_imports():
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu_check; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -98,6 +98,7 @@ def _may_mount() -> bool:
 
 
 @pytest.mark.skipif(not _may_mount(), reason="needs to mount a small /dev/shm")
+@pytest.mark.cold
 def test_a_small_shared_memory_does_not_hang():
     """Four of twenty batches fit; the fifth is refused by the system itself."""
     command = f'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "{sys.executable}" -c "$0"'

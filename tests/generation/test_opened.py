@@ -118,6 +118,7 @@ def test_settings_of_the_codec(file):
         flowanchor.load(file, codec={"wieghts": "vae.pt"})
 
 
+@pytest.mark.cold
 def test_the_package_is_imported_without_pytorch():
     import subprocess
 

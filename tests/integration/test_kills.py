@@ -9,8 +9,6 @@ import csv
 import json
 import os
 import random
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -60,23 +58,17 @@ finally:
 """
 
 
-class Interpreters:
-    """Forks of processes that have imported the slow libraries (tests/warm_start.py), one for each rank."""
+class Programs:
+    """Starts PROGRAM as `python` or torchrun would, in one process or several."""
 
-    def __init__(self, scratch: Path, count: int = 2) -> None:
+    def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.servers = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "warm_start.py")],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for _ in range(count)
-        ]  # fmt: skip
 
     def run(self, words: list[str], folder: Path, kill_at: int = 0, ranks: int = 1, killed_rank: int = 0) -> list[int]:
         """Exit codes of the ranks; a negative one is the number of the signal that ended it."""
         port = _free_port() if ranks > 1 else 0
-        for rank, server in enumerate(self.servers[:ranks]):
+        started = []
+        for rank in range(ranks):
             environment = {
                 **os.environ, "OMP_NUM_THREADS": "1", "FOLDER": str(folder),
                 "COUNT": str(self.scratch / f"count{rank}"),
@@ -89,44 +81,32 @@ class Interpreters:
                     "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     "TORCHELASTIC_RUN_ID": "kills",
                 }  # fmt: skip
-            job = {
-                "words": ["-c", PROGRAM, *words], "folder": str(ROOT), "environment": environment,
-                "output": str(self.scratch / f"output{rank}"), "seconds": 300,
-            }  # fmt: skip
-            assert server.stdin is not None
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
-        return self._codes(self.servers[:ranks])
+            with (self.scratch / f"output{rank}").open("w") as output:
+                command = [sys.executable, "-c", PROGRAM, *words]
+                started.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+                )
+        return self._codes(started)
 
-    def _codes(self, servers: list[subprocess.Popen[str]]) -> list[int]:
+    def _codes(self, started: list[subprocess.Popen[bytes]]) -> list[int]:
         """Exit codes. Ranks that outlive another one that failed are ended as torchrun would, but not at once: a run
         ends by itself from the moment on when its processes know of each other."""
-        codes: dict[int, int] = {}
+        until = time.monotonic() + 300
         alone_since = None
-        while len(codes) < len(servers):
-            waiting = {server.stdout: rank for rank, server in enumerate(servers) if rank not in codes}
-            for ready in select.select(list(waiting), [], [], 1.0)[0]:
-                codes[waiting[ready]] = int(ready.readline())
-            if any(codes.values()):
+        while any(process.poll() is None for process in started):
+            if any(process.returncode for process in started):
                 alone_since = alone_since or time.monotonic()
-                if time.monotonic() - alone_since > GRACE:
-                    for rank in set(waiting.values()) - codes.keys():
-                        server = servers[rank].pid
-                        for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
-                            os.kill(int(child), signal.SIGKILL)
-        return [codes[rank] for rank in range(len(servers))]
+            if time.monotonic() > min(until, (alone_since or until) + GRACE):
+                for process in started:
+                    process.kill()
+            time.sleep(0.02)
+        return [process.returncode for process in started]
 
     def printed(self, rank: int = 0) -> str:
         return (self.scratch / f"output{rank}").read_text(errors="replace")
 
     def count(self, rank: int = 0) -> int:
         return int((self.scratch / f"count{rank}").read_text())
-
-    def close(self) -> None:
-        for server in self.servers:
-            assert server.stdin is not None
-            server.stdin.close()
-            server.wait(timeout=60)
 
 
 def _free_port() -> int:
@@ -136,10 +116,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreters]:
-    found = Interpreters(tmp_path_factory.mktemp("scratch"))
-    yield found
-    found.close()
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture
@@ -186,7 +164,7 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy, kills, per_run", [("auto", 24, 3), ("ddp", 12, 2), ("fsdp_chain_jvp", 12, 2)])
 def test_killed_runs_equal_an_uninterrupted_one(
-    interpreters: Interpreters,
+    programs: Programs,
     folder: Path,
     strategy: str,
     kills: int,
@@ -196,8 +174,8 @@ def test_killed_runs_equal_an_uninterrupted_one(
     draw = random.Random(strategy)
     ranks = 1 if strategy == "auto" else 2
     whole = folder / "whole"
-    assert interpreters.run(training(whole, strategy), whole, ranks=ranks) == [0] * ranks, interpreters.printed()
-    wanted, writes = results(whole), interpreters.count()
+    assert programs.run(training(whole, strategy), whole, ranks=ranks) == [0] * ranks, programs.printed()
+    wanted, writes = results(whole), programs.count()
     assert wanted["global_step"] == STEPS and writes > 40
     done = 0
     for number in range(kills // per_run):
@@ -206,15 +184,13 @@ def test_killed_runs_equal_an_uninterrupted_one(
             rank = draw.randrange(ranks)
             # Rank 0 writes most files, so that the other one is killed by the few that it writes, or not at all.
             at = draw.randint(1, writes) if rank == 0 else draw.randint(1, 8)
-            codes = interpreters.run(training(run, strategy), run, at, ranks, rank)
+            codes = programs.run(training(run, strategy), run, at, ranks, rank)
             done += codes[rank] == -9
             together = all(code != 0 for code in codes) or codes == [0] * ranks
-            over = (
-                f"`max_steps={STEPS}` reached" in interpreters.printed()
-            )  # killed at its own end: the others are done
-            assert together or over, (codes, interpreters.printed())
-        codes = interpreters.run(training(run, strategy), run, ranks=ranks)
-        assert codes == [0] * ranks, interpreters.printed()
+            over = f"`max_steps={STEPS}` reached" in programs.printed()  # killed at its own end: the others are done
+            assert together or over, (codes, programs.printed())
+        codes = programs.run(training(run, strategy), run, ranks=ranks)
+        assert codes == [0] * ranks, programs.printed()
         found = results(run)
         # Lightning logs a step, and validates after it, when its checkpoint is written: a kill in between costs these.
         lost = [row for row in wanted["log"] if row not in found["log"]]
@@ -223,15 +199,15 @@ def test_killed_runs_equal_an_uninterrupted_one(
         left = [path for path in run.rglob("*") if path.name.endswith((".partial", ".damaged", ".diverged"))]
         assert not [path for path in left if path.stat().st_mtime < (run / "checkpoints/last.ckpt").stat().st_mtime]
     assert done >= kills // 2, "most of them must have been hit"
-    assert not [path for path in interpreters.scratch.iterdir() if path.name.startswith("tmp")], "nothing in TMPDIR"
+    assert not [path for path in programs.scratch.iterdir() if path.name.startswith("tmp")], "nothing in TMPDIR"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_evaluations_go_on(interpreters: Interpreters, folder: Path) -> None:
+def test_killed_evaluations_go_on(programs: Programs, folder: Path) -> None:
     """Caches (the metric's classifier, features of the reference) and partial results are written meanwhile."""
     run = folder / "run"
-    assert interpreters.run(training(run, "auto"), run) == [0], interpreters.printed()
+    assert programs.run(training(run, "auto"), run) == [0], programs.printed()
 
     def evaluation(name: str) -> list[str]:
         return [
@@ -243,11 +219,11 @@ def test_killed_evaluations_go_on(interpreters: Interpreters, folder: Path) -> N
         found = json.loads((folder / name / "eval" / "metrics.json").read_text())["results"]
         return [{key: value for key, value in line.items() if "second" not in key} for line in found]
 
-    assert interpreters.run(evaluation("whole"), folder / "whole") == [0], interpreters.printed()
-    writes, draw, done = interpreters.count(), random.Random(0), 0
+    assert programs.run(evaluation("whole"), folder / "whole") == [0], programs.printed()
+    writes, draw, done = programs.count(), random.Random(0), 0
     for number in range(4):
         name = f"part{number}"
-        done += interpreters.run(evaluation(name), folder / name, draw.randint(1, writes)) == [-9]
-        assert interpreters.run(evaluation(name), folder / name) == [0], interpreters.printed()
+        done += programs.run(evaluation(name), folder / name, draw.randint(1, writes)) == [-9]
+        assert programs.run(evaluation(name), folder / name) == [0], programs.printed()
         assert scores(name) == scores("whole")
     assert done >= 2

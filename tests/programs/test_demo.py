@@ -204,6 +204,7 @@ def test_failing_part_stops_the_demo(
     assert parts.commands == ["python src/train.py reason"]
 
 
+@pytest.mark.cold
 def test_a_demo_that_is_stopped_passes_it_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

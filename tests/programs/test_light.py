@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cold  # what a fresh interpreter imports
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("tiny_checkpoint", Path(__file__).with_name("tiny_checkpoint.py"))
 assert _spec is not None and _spec.loader is not None

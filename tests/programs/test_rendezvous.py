@@ -105,6 +105,7 @@ BEGIN = "import flowanchor.programs"
     ],
 )
 @pytest.mark.timeout(45)
+@pytest.mark.cold
 def test_a_rank_ends_with_the_process_that_started_it(launcher, environment, child, ends):
     starter = STARTER.format(launcher=launcher, child=CHILD.format(child), then="__import__('time').sleep(0.8)")
     given = {**os.environ, **environment, "PYTHONPATH": str(SRC)}
