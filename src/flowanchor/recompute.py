@@ -101,7 +101,7 @@ class RecomputeChoice:
         self.needs: dict[bool | str, int] = {}
         self.measured: dict[bool | str, int | None] = {}
         self.room = 0
-        self.why, self.settled = "", False
+        self.why, self.settled, self.others = "", False, False
         self.step: StepOfShapes | None = None
         try:
             self.step = StepOfShapes(student, objective, velocity)
@@ -131,7 +131,9 @@ class RecomputeChoice:
     def settle(self, agree: Callable[[int], int], attempt: Callable[[], None] | None) -> None:
         """Agree, and try; `attempt` makes the step and leaves nothing of it. None where it cannot be tried."""
         self.settled = True
-        self._take(agree(self.index))
+        mine = self.index
+        self._take(agree(mine))
+        self.others = self.index != mine
         while attempt is not None and self.engine.form is not True:
             if not self._correct(agree, self._fits(attempt)):
                 break
@@ -145,13 +147,15 @@ class RecomputeChoice:
         """In one line: what was chosen, and the numbers."""
         form = self.engine.form
         parts = [self.why] if self.why else []
+        if self.others:
+            parts.append("what another process has room for")
         if self.needs:
             plans = ", ".join(f"{_word(one)} {_gb(need)}" for one, need in self.needs.items())
             parts.append(f"planned: {plans}; there is room for {_gb(self.room)}")
         for one, taken in self.measured.items():
             took = "ran out of memory" if taken is None else f"took {_gb(taken)}"
             parts.append(f"a step of {_word(one)} {took}")
-        return f"jvp.recompute=auto is {_word(form)} in this run ({'; '.join(parts) or 'all processes agree'})."
+        return f"jvp.recompute=auto is {_word(form)} in this run ({'; '.join(parts)})."
 
     def _take(self, index: int) -> None:
         self.index = index

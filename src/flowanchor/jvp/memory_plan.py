@@ -8,6 +8,8 @@ while they run, compiled code less; attention's tangent counts as its outputs.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class StepOfShapes:
 
     def __init__(self, student: Backbone, objective: Objective, velocity: VelocityField) -> None:
         self.mode = ShapesOnly(allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # of another run in this process it may hold views that are dual numbers
         self.originals = student, objective, velocity
         with FakeCopyMode(self.mode):
             self.student, self.objective, self.velocity = copy.deepcopy(self.originals)
@@ -56,6 +59,17 @@ class StepOfShapes:
             on_host: the times `t` [B] on the host.
             step: the number of the step.
         """
+        # In a thread of its own, which modes around this step and what forward-mode AD has left do not reach.
+        with ThreadPoolExecutor(1) as thread:
+            kind = batch.x1.device.type
+            autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            given = batch, noise, times, on_host, step
+            return thread.submit(copy_context().run, self._peak, engine, autocast, *given).result()
+
+    def _peak(
+        self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: Times,
+        on_host: Tensor, step: int,
+    ) -> int:  # fmt: skip
         device = batch.x1.device
         for ours, theirs in zip(self.copies(), self.originals, strict=True):
             for module, original in zip(ours.modules(), theirs.modules(), strict=True):
@@ -67,9 +81,9 @@ class StepOfShapes:
             self.student.at_times(on_host)
             self.velocity.at_times(on_host)
             with Traceable(), LiveBytes() as counter:
-                loss = self.objective(self.student, batch, self.velocity, engine, noise, *times).loss
-                with torch.autocast(device.type, enabled=False):  # as a step's own backward
-                    loss.backward()
+                with autocast:
+                    loss = self.objective(self.student, batch, self.velocity, engine, noise, *times).loss
+                loss.backward()  # outside of autocast, as a step's own
         return counter.peak
 
     def _place(self, device: torch.device) -> None:
