@@ -17,7 +17,7 @@ from PIL import Image
 
 PROGRAM = Path(__file__).parents[2] / "src" / "encode.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SETTINGS = ["codec=identity", "image_size=8", "batch_size=2", "num_workers=0", "shard_size=20"]
+SETTINGS = ["codec=identity", "image_size=8", "batch_size=2", "num_workers=0", "shard_size=40"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def images(tmp_path_factory) -> Path:
     draw = np.random.default_rng(0)
     for label in ("cat", "dog"):
         (root / label).mkdir()
-        for index in range(80):
+        for index in range(200):
             Image.fromarray(draw.integers(0, 255, (24, 30, 3)).astype(np.uint8)).save(root / label / f"{index:03d}.png")
     return root
 
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_and_run_again_by_two_processes(images, tmp_path):
     whole = encode(tmp_path, f"data.root={images}", "out=whole")
     assert whole.returncode == 0, whole.stderr
-    assert "160 images, plain and mirrored" in whole.stdout and "images/s" in whole.stdout
+    assert "400 images, plain and mirrored" in whole.stdout and "images/s" in whole.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"], "nothing else is left behind"
 
     command = [sys.executable, str(PROGRAM), *SETTINGS, f"data.root={images}", "out=killed"]

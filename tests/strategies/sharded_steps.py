@@ -1,4 +1,4 @@
-"""A program for one of N gloo processes: ten FACM steps with a guided teacher, sharded, written down as JSON.
+"""A program for one of N gloo processes: four FACM steps with a guided teacher, sharded, written down as JSON.
 
     python sharded_steps.py RANK WORLD STORE RESULT SETTINGS
 
@@ -107,12 +107,12 @@ def run(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, first = [], {}
     held = WholeBytes(student, teacher)
-    for step in range(settings.get("steps", 10)):
+    for step in range(settings.get("steps", 4)):
         draw = torch.Generator().manual_seed(step)
         x1, noise = torch.randn(2, BATCH, 3, 4, 4, generator=draw)
         t, labels = torch.rand(BATCH, generator=draw), torch.randint(0, 5, (BATCH,), generator=draw)
         batch = Batch(x1[mine], labels[mine])
-        counting = step == settings.get("steps", 10) - 1 and world > 1
+        counting = step == settings.get("steps", 4) - 1 and world > 1
         with torch.autocast("cpu", torch.bfloat16, enabled=low), held if counting else nullcontext():
             result = objective(student, batch, velocity, engine, noise[mine], t[mine])
             result.loss.backward()

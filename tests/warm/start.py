@@ -38,6 +38,7 @@ AT_IMPORT = (
     "HF_", "HOME", "LD_", "MPL", "PYTHON", "TORCHINDUCTOR_", "TORCH_COMPILE", "TORCH_LOGS", "TRANSFORMERS_", "TRITON_",
     "XDG_",
 )  # fmt: skip
+LATER = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # which Lightning sets where it is imported, in the tests too
 
 
 class WarmStart:
@@ -127,7 +128,7 @@ def serve(listener: socket.socket, executable: str) -> None:
 
 
 def sensitive(environment: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key.startswith(AT_IMPORT) and key != "PYTHONPATH"}
+    return {key: value for key, value in environment.items() if key.startswith(AT_IMPORT) and key not in LATER}
 
 
 def tell(connection: socket.socket, number: int) -> None:
@@ -165,20 +166,22 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     own = [path for path in sys.path[1:] if path not in paths]
     importlib.invalidate_caches()
     kind, *rest = words
-    if kind == "-c":
-        sys.path[:] = ["", *ahead, *own]
-        sys.argv = ["-c", *rest[1:]]
-        main = types.ModuleType("__main__")
-        sys.modules["__main__"] = main
-        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
-    elif kind == "-m":
+    if kind == "-m":
         sys.path[:] = [os.getcwd(), *ahead, *own]
         sys.argv = ["-m", *rest[1:]]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if kind == "-c":
+        sys.path[:] = ["", *ahead, *own]
+        sys.argv = ["-c", *rest[1:]]
+        code = compile(rest[0], "<string>", "exec")
     else:
-        sys.path[:] = [os.path.dirname(os.path.abspath(kind)), *ahead, *own]
+        main.__file__ = os.path.abspath(kind)
+        sys.path[:] = [os.path.dirname(main.__file__), *ahead, *own]
         sys.argv = words
-        runpy.run_path(os.path.abspath(kind), run_name="__main__")
+        code = compile(Path(kind).read_bytes(), main.__file__, "exec")
+    exec(code, main.__dict__)
 
 
 def parent_of(asking: int) -> Callable[[], int]:
