@@ -235,7 +235,14 @@ def draw(root: Path, picture: Path) -> None:
         axes.add_patch(plt.Rectangle((0, level - 0.3), 5, 0.6, facecolor="#eef3f8", edgecolor="#5b7c99"))
         axes.text(0.1, level + 0.06, f"{title}", weight="bold", va="center")
         axes.text(4.9, level + 0.06, f"{lines[level]:,} lines", ha="right", va="center", color="#555555")
-        axes.text(0.1, level - 0.17, inside if len(inside) < 66 else inside[:62] + " ...", va="center", fontsize=7, color="#555555")
+        axes.text(
+            0.1,
+            level - 0.17,
+            inside if len(inside) < 66 else inside[:62] + " ...",
+            va="center",
+            fontsize=7,
+            color="#555555",
+        )
     for (above, below), count in sorted(arrows.items()):
         side, colour = (5, "#5b7c99") if above > below else (0, "#c0392b")
         bend = 0.35 if above > below else -0.35

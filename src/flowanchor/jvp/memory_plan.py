@@ -63,8 +63,10 @@ class StepOfShapes:
         with ThreadPoolExecutor(1) as thread:
             kind = batch.x1.device.type
             autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            given = batch, noise, times, on_host, step
-            return thread.submit(copy_context().run, self._peak, engine, autocast, *given).result()
+            here = copy_context()
+            return thread.submit(
+                lambda: here.run(self._peak, engine, autocast, batch, noise, times, on_host, step)
+            ).result()
 
     def _peak(
         self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: Times,
