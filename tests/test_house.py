@@ -115,6 +115,17 @@ def test_no_import_goes_in_a_circle_or_upwards(structure):
     assert found["up"] == []
 
 
+def test_the_ground_stands_on_nothing(structure):
+    """What every room uses imports none of them; files of encoded sets know neither who makes nor who reads them."""
+    allowed = {"base": {"base", "errors"}, "encoded": {"base", "encoded", "errors", "weights"}}
+    known = structure.files(ROOT)
+    for module, file in known.items():
+        room = module.split(".")[1] if module.count(".") else ""
+        if room in allowed:
+            used = structure.imports(ast.parse(file.read_text(encoding="utf-8")), module, known)
+            assert {name.split(".")[1] for name, _ in used} <= allowed[room], module
+
+
 def test_counting_sees_what_it_counts(structure, tmp_path):
     """A circle, an arrow that points up, an import inside a function, a probe."""
     source = tmp_path / "src" / "flowanchor"
