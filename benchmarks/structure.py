@@ -48,7 +48,8 @@ seen = []
 def here(frame, event, argument):
     if event == "call":
         file = frame.f_code.co_filename
-        if file.startswith(ROOT) and (not seen or seen[-1] != file) and frame.f_code.co_name != "<module>":
+        runs = frame.f_code.co_flags & 1  # a function: not the body of a module or class that is being imported
+        if runs and file.startswith(ROOT) and ".venv" not in file and (not seen or seen[-1] != file):
             seen.append(file)
 def walked(function, *arguments, **named):
     del seen[:]
