@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,10 +64,8 @@ class StepOfShapes:
         with ThreadPoolExecutor(1) as thread:
             kind = batch.x1.device.type
             autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            here = copy_context()
-            return thread.submit(
-                lambda: here.run(self._peak, engine, autocast, batch, noise, times, on_host, step)
-            ).result()
+            run = partial(self._peak, engine, autocast, batch, noise, times, on_host, step)
+            return thread.submit(copy_context().run, run).result()
 
     def _peak(
         self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: Times,
