@@ -46,6 +46,7 @@ def table(folder: Path, content: bytes, name: str = "c.csv") -> Path:
             ["\xe9t\xe9", "b"],
         ),
         ("c.jsonl", json.dumps({"file": "0.png", "caption": "x" * 200_000}).encode(), ["x" * 200_000]),
+        ("c.tsv", b'file\tcaption\n0.png\ta fox, red\n1.png\t"an\towl"\n', ["a fox, red", "an\towl"]),
     ],
 )
 def test_what_other_programs_write(tmp_path, name, content, expected):
@@ -73,13 +74,13 @@ def test_what_other_programs_write(tmp_path, name, content, expected):
             b"file;caption\n0.png;a\n",
             r"Row 1 of .*no columns 'file' and 'caption' \(it has file;caption\), line 2",
         ),
-        ("c.csv", b"caption,file\na fox\n", r"Row 1 of .* names no image under 'file', line 2"),
-        ("c.csv", b"file,caption\n\n0.png,a\n,b\n", r"Row 2 of .* names no image under 'file', line 4"),
+        ("c.csv", b"caption,file\na fox\n", r"Row 1 of .* names no image under 'file' .*, line 2"),
+        ("c.csv", b"file,caption\n\n0.png,a\n,b\n", r"Row 2 of .* names no image under 'file' .*, line 4"),
         ("c.jsonl", b'{"file": "a", "caption": "b"}\n\n{"fi', r"Row 2 of .* cannot be read \(JSONDecodeError.*line 3"),
         (
             "c.jsonl",
             b'{"file": "a", "caption": "b"}\n{"caption": "b"}',
-            r"Row 2 of .*names no image under 'file', line 2",
+            r"Row 2 of .*names no image under 'file' .*, line 2",
         ),
         (
             "c.jsonl",
@@ -93,6 +94,28 @@ def test_rows_that_cannot_be_meant_so(tmp_path, name, content, sentence):
     table(tmp_path, content, name)
     with pytest.raises(DataError, match=sentence):
         open_captions(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv", "c.jsonl"])
+def test_a_table_without_the_columns(tmp_path, name):
+    rows = [{"image": "0.png", "text": "a fox"}, {"image": "1.png", "text": "an owl"}]
+    separator = "," if name == "c.csv" else "\t"
+    lines = [separator.join(cells) for cells in (rows[0], *(row.values() for row in rows))]
+    lines = [json.dumps(row) for row in rows] if name == "c.jsonl" else lines
+    path = table(tmp_path, "\n".join(lines).encode(), name)
+    with pytest.raises(DataError, match=r"\(it has image, text\).* captions.file= and captions.caption="):
+        open_captions(str(tmp_path))
+    with pytest.raises(DataError, match=r"Row 1 of .* has no column 'caption' \(it has image, text\), line"):
+        read_captions(path)
+
+
+def test_rows_without_a_caption_are_counted(tmp_path, recwarn):
+    """The first one, too: JSONL says of each row what there is."""
+    path = table(tmp_path, b'{"file": "0.png"}\n{"file": "1.png", "caption": "an owl"}\n', "c.jsonl")
+    assert read_prompts(path) == ["an owl"]
+    assert "1 of the 2 rows of " in str(recwarn.pop(UserWarning).message)
+    source = open_captions(str(tmp_path))
+    assert (source.names, source.captions) == (["1.png"], [("an owl",)])
 
 
 def test_row_and_line_are_counted_apart(tmp_path):

@@ -1,4 +1,4 @@
-"""Tables of captions (CSV, JSONL) and lists of prompts: every error names the file, the row and its line."""
+"""Tables of captions (CSV, TSV, JSONL) and lists of prompts: every error names the file, the row and its line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from itertools import count as counting
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.reading import open_regular, shown
 from flowanchor.base.walk import is_hidden
 from flowanchor.errors import DataError
 
-TABLES = (".csv", ".jsonl")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TABLES = (*SEPARATORS, ".jsonl")
 NOTE = 1 << 24  # bytes of a line, and of a caption, at most
 
 
@@ -39,14 +41,17 @@ class Row:
 
 
 def read_rows(table: Path, *columns: str) -> Iterator[Row]:
-    """The rows of a table; raises `DataError` for one that cannot be read, and where the first lacks a column.
+    """The rows of a table; raises `DataError` for one that cannot be read, and where no row has one of the columns.
 
-    UTF-8, with or without a byte-order mark. CSV: commas, quotes as in RFC 4180, no more cells than the first line has.
-    JSONL: one object per line.
+    UTF-8, with or without a byte-order mark. CSV: commas, quotes as in RFC 4180, no more cells than the first line has;
+    TSV: the same with tabulators. JSONL: one object per line, which need not have every column.
     """
     with _opened(table) as file:
         lines = Lines(file)
-        rows = _csv(lines) if table.suffix.lower() == ".csv" else _jsonl(lines)
+        separator = SEPARATORS.get(table.suffix.lower())
+        rows = _jsonl(lines) if separator is None else _csv(lines, separator)
+        first: Row | None = None
+        missing = set(columns)
         for number in counting(1):
             try:
                 cells = next(rows, None)
@@ -54,14 +59,17 @@ def read_rows(table: Path, *columns: str) -> Iterator[Row]:
                 undecoded = isinstance(error, UnicodeDecodeError)  # the line behind those that were counted
                 broken = Row(table, number, lines.number + undecoded, {})
                 raise broken.refused(f"cannot be read ({_reason(error)})", "correct it") from error
-            if cells is None:
-                return
-            row = Row(table, number, lines.number, cells)
-            if number == 1 and not set(columns) <= cells.keys():
+            if cells is not None:
+                row = Row(table, number, lines.number, cells)
+                first = first or row
+                missing -= cells.keys()
+            if first is not None and missing and (cells is None or separator is not None):
                 wanted = f"column{'s' * (len(columns) > 1)} {' and '.join(map(repr, columns))}"
                 advice = "name them by captions.file= and captions.caption=" if len(columns) > 1 else "add it"
-                held = shown(", ".join(map(str, cells)))[:200]
-                raise row.refused(f"has no {wanted} (it has {held})", advice)
+                held = shown(", ".join(map(str, first.cells)))[:200]
+                raise first.refused(f"has no {wanted} (it has {held})", advice)
+            if cells is None:
+                return
             yield row
 
 
@@ -78,8 +86,12 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_captions(table: Path, caption: str = "caption") -> list[str]:
-    """The first caption of every row of a table that has one; raises `DataError` without the column."""
-    texts = (texts_in(row.cells.get(caption)) for row in read_rows(table, caption))
+    """The first caption of every row of a table that has one, the others are counted in a warning; raises `DataError`
+    without the column."""
+    texts = [texts_in(row.cells.get(caption)) for row in read_rows(table, caption)]
+    empty = sum(not found for found in texts)
+    if empty:
+        rank_zero_warn(f"{empty} of the {len(texts)} rows of {shown(table)} hold no {caption} and are left out.")
     return [found[0] for found in texts if found]
 
 
@@ -125,16 +137,17 @@ def _opened(path: Path) -> BinaryIO:
         raise DataError(f"{shown(path)} cannot be read ({error.strerror or error}).") from error
 
 
-def _csv(lines: Lines) -> Iterator[dict[str, Any]]:
-    rows = csv.reader(lines, strict=True)
+def _csv(lines: Lines, separator: str) -> Iterator[dict[str, Any]]:
+    rows = csv.reader(lines, delimiter=separator, strict=True)
     header = next((row for row in rows if row), [])
     named = [name for name in header if name]
     if len(set(named)) < len(named):
         raise ValueError(f"two columns of one name: {', '.join(header)}")
     for row in rows:
         if any(row[len(header) :]):
+            word = "tabulators" if separator == "\t" else "commas"
             raise ValueError(
-                f"{len(row)} cells, and the first line has {len(header)}: a text with commas must be in double quotes"
+                f"{len(row)} cells, and the first line has {len(header)}: a text with {word} must be in double quotes"
             )
         if row:
             yield dict.fromkeys(header) | dict(zip(header, row, strict=False))

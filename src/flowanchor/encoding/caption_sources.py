@@ -61,7 +61,7 @@ class CaptionedSource(Source):
 
 
 class TableSource(CaptionedSource):
-    """Images named in a CSV or JSONL table with a column of files, relative to the table, and one of captions.
+    """Images named in a CSV, TSV or JSONL table with a column of files, relative to the table, and one of captions.
 
     A caption may be a JSON list of several.
     """
@@ -75,7 +75,9 @@ class TableSource(CaptionedSource):
         for row in read_rows(table, file, caption):
             name = row.cells.get(file)
             if not isinstance(name, str) or not name.strip():
-                raise row.refused(f"names no image under '{shown(file)}'", "correct it")
+                held = shown(", ".join(map(str, row.cells)))[:200]
+                advice = "correct it, or name the columns by captions.file= and captions.caption="
+                raise row.refused(f"names no image under '{shown(file)}' (it has {held})", advice)
             yield name, texts_in(row.cells.get(caption))
 
     def read(self, index: int, count: int | None = None) -> bytes:
@@ -116,7 +118,7 @@ def open_captions(root: str | None, file: str = "file", caption: str = "caption"
     """
     if not root:
         raise ConfigError(
-            "Which images? Add data.root=FOLDER (tars of images with txt or json, or a CSV or JSONL table)."
+            "Which images? Add data.root=FOLDER (tars of images with txt or json, or a CSV, TSV or JSONL table)."
         )
     path = Path(root).expanduser()
     if is_table(path) and path.is_file():

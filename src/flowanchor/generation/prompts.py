@@ -32,7 +32,7 @@ def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file, one per line, or of a CSV or JSONL table: the first caption of every row.
+    """Prompts of a file, one per line, or of a CSV, TSV or JSONL table: the first caption of every row.
 
     Raises `ConfigError` without a file or without prompts, `DataError` for a table without the column `caption` and for
     a line that cannot be read.
