@@ -207,6 +207,7 @@ class FlowModule(pl.LightningModule):
         """By the plan, and by a trial of this step; a sharded network is measured as it makes the step."""
         if choice.settled:
             return
+        rank_zero_info("Planning what a step of each form of jvp.recompute takes; a large network takes a minute.")
         device, sharded = self.trainer.strategy.root_device, is_sharded(self.student)
         trained = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
         gradients, held = _own_bytes(trained), _own_bytes([*self.parameters(), *self.buffers()])
