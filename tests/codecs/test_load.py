@@ -33,9 +33,9 @@ def test_the_data_brings_the_statistics_as_plain_numbers():
     adopt_statistics(given, SimpleNamespace(channels=4, statistics=STATISTICS))
     assert given.codec.statistics == {"multiplier": 0.3}
     pixels = OmegaConf.create({"codec": {"_target_": "flowanchor.plugins.codecs.identity.Identity"}})
-    adopt_statistics(pixels, SimpleNamespace(channels=1))
+    adopt_statistics(pixels, SimpleNamespace(channels=1, statistics=None))
     with pytest.raises(ConfigError, match="latents of 4 channels and the data has 3: encode"):
-        adopt_statistics(cfg, SimpleNamespace(channels=3))
+        adopt_statistics(cfg, SimpleNamespace(channels=3, statistics=None))
 
 
 def test_another_file_of_the_codec_keeps_the_checkpoints_statistics(tmp_path):

@@ -80,7 +80,7 @@ def test_what_is_left_out_changes_and_the_captions_change(folder):
     assert seen == set(map(float, range(20))), "all but the one that is alone of its size"
     told = {}
     for batch in found:
-        for row, text in zip(batch.x1[:, 0, 0, 0, 0].tolist(), batch.cond, strict=True):
+        for row, text in zip(batch.x1[:, 0, 0, 0, 0].tolist(), batch.cond.tokens, strict=True):
             told.setdefault(row, set()).add(float(text[0, 0]) - 100 * row)
     assert told[0.0] == {0.0} and told[2.0] == {0.0, 1.0, 2.0}
 

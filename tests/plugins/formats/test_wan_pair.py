@@ -13,6 +13,7 @@ from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.errors import CheckpointError
 from flowanchor.plugins.formats.wan_pair import join_experts
 from flowanchor.programs.convert import main as convert
+from flowanchor.text.base import Tokens
 
 BOUNDED = {"overrides": ["objective.shortcut.boundaries=[0.125]"], "objective": "facm", "wan": "one", "validate": False}
 
@@ -36,7 +37,7 @@ def test_each_expert_answers_its_times(runs, tmp_path):
     write_consolidated(tmp_path / "pair.safetensors", joined.weights, joined.meta, joined.ema)
     pair = load_model(tmp_path / "pair.safetensors").backbone
     assert pair.boundary == 0.875 and str(joined.file) == runs["low"]
-    x, text = torch.randn(2, 1, 1, 8, 8), torch.randn(2, 4, 12)
+    x, text = torch.randn(2, 1, 1, 8, 8), Tokens(torch.randn(2, 4, 12))
     with torch.no_grad():
         for name, t in (("high", 0.1), ("low", 0.5)):
             alone = load_model(runs[name], ema="none").backbone
