@@ -70,7 +70,7 @@ class HostMemory:
     def room(self, held: int) -> int:
         limit = Path("/sys/fs/cgroup/memory.max")
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        allowed = limit.read_text().strip() if limit.is_file() else "max"
+        allowed = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
         return (total if allowed == "max" else min(total, int(allowed))) // 2 // self.processes - held
 
     def start(self) -> None: ...

@@ -332,7 +332,7 @@ def test_every_reader_finds_the_same_files_and_names_the_rest(tmp_path):
 
 def test_what_the_trainer_and_the_reference_leave_out_is_printed(tmp_path, monkeypatch):
     lines: list[str] = []
-    for module in ("data.image_folder", "metrics.reference_folder"):
+    for module in ("plugins.data.image_folder", "metrics.reference_folder"):
         monkeypatch.setattr(f"flowanchor.{module}.rank_zero_info", lines.append)
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(saved(Image.fromarray(NOISE)))

@@ -24,7 +24,8 @@ def test_a_sweep_in_one_page(tmp_path, monkeypatch, capsys):
     run(train, monkeypatch, "-m", "objective=facm,flow_matching", "seed=0,1", *TINY, *short)
     run(report, monkeypatch, "runs=outputs/multirun", "name=both")
     shown = capsys.readouterr().out
-    assert "| objective=facm | 2 of 2 |" in shown and "| objective=flow_matching | 2 of 2 |" in shown
+    assert "| objective=facm | FlowMatchingAnchor+ConsistencyShortcut | 2 of 2 |" in shown
+    assert "| objective=flow_matching | FlowMatchingAnchor | 2 of 2 |" in shown
     assert "± " in shown and (tmp_path / "outputs/report/both/report.html").is_file()
 
 

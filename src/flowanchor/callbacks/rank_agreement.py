@@ -20,7 +20,6 @@ from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.version import VERSION
 from flowanchor.errors import ConfigError, RankDisagreement
 from flowanchor.interfaces import Batch
-from flowanchor.module import FlowModule
 from flowanchor.weights import local
 
 OWN = ("callbacks", "logger", "name", "debug")  # parts of a config that may differ: what a machine shows and keeps
@@ -79,9 +78,8 @@ class RankAgreement(pl.Callback):
         if not _several():
             return
         versions = {"flowanchor": VERSION, "torch": torch.__version__}
-        config = _flat(
-            {k: v for k, v in (pl_module.config if isinstance(pl_module, FlowModule) else {}).items() if k not in OWN}
-        )
+        config = getattr(pl_module, "config", {})  # of a module of one's own, too
+        config = _flat({key: value for key, value in config.items() if key not in OWN})
         check_same("versions", versions, "install the same packages on every machine")
         check_same("settings", config, "start every process with the same command")
         check_same("starting points", {"step": trainer.global_step}, "let every machine see the same run folder")

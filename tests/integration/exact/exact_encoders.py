@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowanchor.interfaces import Codec, Posterior
-from flowanchor.text.base import TextEncoder
+from flowanchor.text.base import TextEncoder, Tokens
 
 
 class EveryOther(Codec):
@@ -32,9 +32,9 @@ class Letters(TextEncoder):
 
     name, width = "letters", 4
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str]) -> list[Tokens]:
         return [
-            torch.tensor([[ord(letter), place, 1, 0] for place, letter in enumerate(f"{prompt}.")]).float()
+            Tokens(torch.tensor([[ord(letter), place, 1, 0] for place, letter in enumerate(f"{prompt}.")]).float())
             for prompt in prompts
         ]
 
