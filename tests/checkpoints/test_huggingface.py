@@ -14,7 +14,9 @@ from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.huggingface import write_folder
 from flowanchor.errors import CheckpointError
 
-_spec = importlib.util.spec_from_file_location("released", Path(__file__).with_name("released.py"))
+_spec = importlib.util.spec_from_file_location(
+    "released", Path(__file__).parents[1] / "plugins" / "formats" / "released.py"
+)
 assert _spec is not None and _spec.loader is not None
 released = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(released)

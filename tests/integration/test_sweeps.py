@@ -40,6 +40,7 @@ def test_a_search_minimises_the_distance_at_two_steps(tmp_path):
     assert best["best_value"] == pytest.approx(min(report["results"][0]["fd"] for report in reports))
 
 
+@pytest.mark.cold  # submitit knows a job by the id of the process that it has started
 def test_jobs_as_processes_of_this_machine(tmp_path):
     done = train(tmp_path, "-m", "launcher=submitit_local", "seed=0,1", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
