@@ -159,6 +159,8 @@ class ByPurpose(LiveBytes):
 
     def _purpose(self) -> str:
         frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") in (__name__, LiveBytes.__module__):
+            frame = frame.f_back  # the counter's own
         while frame is not None:
             for place, purpose in self.places.items():
                 if place in frame.f_code.co_filename:

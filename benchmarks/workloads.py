@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flowanchor.interfaces import TangentEngine
+from flowanchor.interfaces import Question, TangentEngine
 from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, dual
 from flowanchor.jvp.attention import resolve
 from flowanchor.jvp.stages import stages
@@ -69,8 +69,8 @@ def engine_step(
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            dual = ask(network, x, t, labels, v, torch.ones_like(t))
-        dual.prediction.float().square().mean().backward()
+            (answer,) = ask(network, x, labels, [Question(t, along=(v, torch.ones_like(t)))])
+        answer.prediction.float().square().mean().backward()
 
     if not accumulate:
         return Workload(step, network)

@@ -68,7 +68,7 @@ def test_a_backward_pass_inside_a_function_counts():
 
 
 def test_storages_that_are_emptied_and_filled_again(monkeypatch):
-    monkeypatch.setattr("counting.RESIZING", ("aten",))
+    monkeypatch.setattr("flowanchor.jvp.live_bytes.RESIZING", ("aten",))
     with LiveBytes() as counter:
         x = torch.zeros(1000)
         x.untyped_storage().resize_(0)

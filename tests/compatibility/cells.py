@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch, ObjectiveResult, TangentEngine
-from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks
+from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks, compiled_forms, compiled_replay
 from flowanchor.jvp.attention import Math, Streaming
 from flowanchor.jvp.compatibility import check
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -138,14 +138,17 @@ class Spread:
             compile_blocks(student, fullgraph=True)
             for block in student.blocks:
                 block.forward.compiled = self._counted(block.forward.compiled)
+        # Passes of `selective` whose linear layers are known have graphs of their own, or no answer.
+        compiled_replay.ask_graph = self._counted(compiled_forms.ask_graph)
         if spread == "DDP":
             self.step = DistributedDataParallel(self.step)
         self.student = student
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*inputs: Any) -> Any:
-            self.compiled_calls += 1
-            return function(*inputs)
+        def call(*inputs: Any, **options: Any) -> Any:
+            answer = function(*inputs, **options)
+            self.compiled_calls += answer is not None
+            return answer
 
         return call
 

@@ -15,6 +15,7 @@ from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, TwoPass, compile_blocks, compiled_forms
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.sit import SiT
+from flowanchor.text.base import Tokens
 
 from .networks import RELEASED, CrossNet, ask_both, ask_one, inputs, lightningdit
 
@@ -57,7 +58,7 @@ def made(kind, dtype=torch.float64):
     network = NETWORKS[kind]().to(dtype).eval() if isinstance(kind, str) else kind.to(dtype)
     given = inputs(network, dtype=dtype)
     if kind == "wan":
-        given["cond"] = torch.randn(3, 4, 5, dtype=dtype)
+        given["cond"] = Tokens(torch.randn(3, 4, 5, dtype=dtype))
     return network, given
 
 

@@ -100,8 +100,8 @@ def run(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     objective = ComposedObjective(ExpandedInterval(), ArctanLogNormal(), FlowMatchingAnchor(), ConsistencyShortcut())
     engine = getattr(jvp, settings["engine"])(**settings.get("options", {}))
     if settings.get("separate"):
-        called, engine = engine, None
-        engine = lambda *a, **k: called(*a, **k)  # noqa: E731 - an engine without `joint`
+        joint = engine
+        engine = lambda *given: [joint(*given[:-1], [one])[0] for one in given[-1]]  # noqa: E731 - a walk each
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)

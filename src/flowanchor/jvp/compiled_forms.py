@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowanchor.errors import FlowAnchorError
 from flowanchor.jvp.comparable import PLAIN, comparable
 from flowanchor.jvp.compiled import CompiledForward, choices, is_compiled
-from flowanchor.jvp.stages import Stage
+from flowanchor.jvp.stages import Stage, is_unit, silenced
 
 FORMS = 8  # graphs of one kind of block (shapes, what moves, precision); more of them run eagerly
 
@@ -162,9 +162,20 @@ class _Block(nn.Module):
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def called_with(self, tensors: Sequence[Tensor]) -> Callable[[Tensor, Any], Tensor]:
-        """The block as a function, with these in the place of `tensors()`."""
+        """The block as a function, with these in the place of `tensors()`.
+
+        It serves other blocks as well, in whose passes this one's sharding hooks would gather its own parameters and
+        put them in the place of what was given.
+        """
         replaced = dict(zip(self.tensors(), tensors, strict=True))
-        return lambda tokens, context: torch.func.functional_call(self, replaced, (tokens, context))
+        units = [module for module in self.parts.modules() if is_unit(module)]
+
+        def call(tokens: Tensor, context: Any) -> Tensor:
+            with silenced(units):
+                out: Tensor = torch.func.functional_call(self, replaced, (tokens, context))
+            return out
+
+        return call
 
     def settings(self) -> Any:
         """All that the block's Python code may read beside tensors: kinds, modes and attributes of its modules."""
