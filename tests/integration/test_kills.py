@@ -93,7 +93,7 @@ class Programs:
         ends by itself from the moment on when its processes know of each other."""
         until = time.monotonic() + 300
         alone_since = None
-        while any(process.poll() is None for process in started):
+        while None in [process.poll() for process in started]:  # all are asked, whichever lives
             if any(process.returncode for process in started):
                 alone_since = alone_since or time.monotonic()
             if time.monotonic() > min(until, (alone_since or until) + GRACE):
