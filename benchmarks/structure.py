@@ -221,11 +221,9 @@ def draw(root: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     known = files(root)
-    lines = [0] * len(ROOMS)
     arrows: dict[tuple[int, int], int] = {}
     for name, file in known.items():
         text = file.read_text(encoding="utf-8")
-        lines[room(name)] += len(text.splitlines())
         for target, _ in imports(ast.parse(text), name, known):
             pair = room(name), room(target)
             if pair[0] != pair[1]:
@@ -235,7 +233,6 @@ def draw(root: Path, picture: Path) -> None:
         inside = ", ".join(folder.removeprefix("flowanchor.") for folder in folders if folder in known)
         axes.add_patch(plt.Rectangle((0, level - 0.3), 5, 0.6, facecolor="#eef3f8", edgecolor="#5b7c99"))
         axes.text(0.1, level + 0.06, f"{title}", weight="bold", va="center")
-        axes.text(4.9, level + 0.06, f"{lines[level]:,} lines", ha="right", va="center", color="#555555")
         axes.text(
             0.1,
             level - 0.17,
