@@ -80,10 +80,10 @@ ROWS = (
     ),
     Row("iMF", ("objective=imf", *R_EMBEDDER), 3),
     Row("iMF without adaptive weight", ("objective=imf", UNWEIGHTED, *R_EMBEDDER), 3),
-    Row("alpha-Flow", ("objective=alpha_flow", "objective.shortcut.end={half}", *R_EMBEDDER), 3),
+    Row("alpha-Flow", ("objective=alpha_flow", "objective.shortcut.end=0.5", *R_EMBEDDER), 3),
     Row(
         "alpha-Flow without adaptive weight",
-        ("objective=alpha_flow", "objective.shortcut.end={half}", UNWEIGHTED, *R_EMBEDDER),
+        ("objective=alpha_flow", "objective.shortcut.end=0.5", UNWEIGHTED, *R_EMBEDDER),
         3,
     ),
 )
@@ -126,7 +126,7 @@ class Ablation:
         """Train and evaluate one row with one seed; finished parts are found and kept."""
         steps = self.steps(row)
         folder = self.folder / "runs" / f"{_slug(row.name)}_{seed}"
-        words = [word.format(quarter=steps // 4, half=steps // 2) for word in row.words]
+        words = [word.format(quarter=steps // 4) for word in row.words]
         trained = self.run(
             "train.py", "experiment=digits_facm", *words, f"teacher.checkpoint={teacher}", f"seed={seed}",
             f"trainer.max_steps={steps}", "callbacks.sample_grid=null", "callbacks.best=null", "log_every_n_steps=10",
@@ -184,7 +184,7 @@ def measure_costs(rows: tuple[Row, ...], teacher: Path, rounds: int = 9) -> dict
     for row in rows:
         GlobalHydra.instance().clear()
         with initialize_config_module("flowanchor.conf", version_base="1.3"):
-            words = [word.format(quarter=1, half=1) for word in row.words]
+            words = [word.format(quarter=1) for word in row.words]
             cfg = compose("train", overrides=["experiment=digits_facm", *words])
         student = instantiate(cfg.backbone)
         initialise_student(student, teacher)

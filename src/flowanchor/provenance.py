@@ -39,6 +39,13 @@ IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
 # kept follows the trainer's precision.
 FREE = ("data.max_bad", "teacher.dtype", "teacher.precision")
 
+# Settings that came later, with what a run without them was trained with.
+_LATER = {
+    "objective.shortcut.weight_reduction": "mean",
+    "objective.weight.reduction": "mean",
+    "objective.shortcut.norm": "rms",
+}
+
 # Settings that change nothing that is computed.
 _NEUTRAL = ("name", "debug")
 
@@ -214,7 +221,8 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
         found: dict[str, tuple[Any, Any]] = {}
         for name in dict.fromkeys([*theirs, *ours]):
             if key or name not in _NEUTRAL:
-                found |= differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
+                inner = f"{key}.{name}" if key else str(name)
+                found |= differences(theirs.get(name, _LATER.get(inner)), ours.get(name), inner)
         return found
     theirs, ours = (None if value == {} else value for value in (theirs, ours))  # version 0.1 wrote {} for null
     same = theirs == ours or _one_place(theirs, ours) or (key.endswith("_target_") and _one_class(theirs, ours))

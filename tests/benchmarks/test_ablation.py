@@ -23,7 +23,7 @@ def test_every_row_is_a_legal_objective_of_its_own():
     prepare()
     seen = set()
     for row in ablation.ROWS:
-        words = [word.format(quarter=150, half=300) for word in row.words]
+        words = [word.format(quarter=150) for word in row.words]
         GlobalHydra.instance().clear()
         with initialize_config_module("flowanchor.conf", version_base="1.3"):
             cfg = compose("train", overrides=words)

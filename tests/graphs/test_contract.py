@@ -23,7 +23,7 @@ from .runs import CONF, assert_equal_runs, backbone, batch_for, fit, objective
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SCHEDULES = {
-    "alpha_flow": (["objective.shortcut.end=20"], [0, 5, 9, 10, 12, 25, 26]),
+    "alpha_flow": (["objective.shortcut.run_steps=20"], [0, 5, 9, 10, 12, 25, 26]),
     "scm": (["objective.shortcut.warmup_steps=20"], [0, 5, 9, 30]),
 }
 NAMES = sorted(file.stem for file in Path(CONF, "objective").glob("*.yaml"))
@@ -34,7 +34,7 @@ ENGINES = [Chain(), Full(), TwoPass()]  # the others: test_trainer.py
 def test_every_objective_keeps_it(name: str) -> None:
     overrides, steps = SCHEDULES.get(name, ([], range(3)))
     phases = check_objective(objective(f"objective={name}", *overrides), steps=steps)
-    assert phases == (["discrete", "tangent"] if name == "alpha_flow" else [None])
+    assert phases == (["flow", "discrete", "tangent"] if name == "alpha_flow" else [None])
 
 
 @pytest.mark.parametrize("network", ["sit", "dit", "wan"])

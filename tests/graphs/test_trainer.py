@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "facm": ("objective=facm",),
     "meanflow": ("objective=meanflow",),
-    "alpha_flow": ("objective=alpha_flow", "objective.shortcut.end=8"),
+    "alpha_flow": ("objective=alpha_flow", "objective.shortcut.run_steps=8"),
     "imf": ("objective=imf",),
     "scm": ("objective=scm", "objective.shortcut.warmup_steps=6"),
     "flow_matching": ("objective=flow_matching",),
@@ -43,8 +43,8 @@ def both(folder: Path, forms: int = 1, **settings: Any) -> tuple[dict[str, Any],
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective(tmp_path: Path, name: str) -> None:
-    changes = name in ("alpha_flow", "warm-up")
-    both(tmp_path, forms=2 if changes else 1, goal=OBJECTIVES[name], steps=11 if changes else 5)
+    forms = {"alpha_flow": 3, "warm-up": 2}.get(name, 1)
+    both(tmp_path, forms=forms, goal=OBJECTIVES[name], steps=5 if forms == 1 else 11)
 
 
 @pytest.mark.parametrize(

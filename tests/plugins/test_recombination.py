@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from flowanchor.errors import ConfigError
 from flowanchor.generation.samplers import check_sampler
@@ -32,6 +34,7 @@ from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.testing import Answers
 
+CONF = Path(__file__).parents[2] / "conf"
 INTERVALS = {"expanded": ExpandedInterval, "auxiliary": AuxiliaryInterval, "plain": PlainInterval}
 SHORTCUTS = {
     "consistency": ConsistencyShortcut, "meanflow": MeanFlowShortcut, "imf": ImprovedMeanFlowShortcut,
@@ -174,8 +177,85 @@ def test_alpha_flow_goes_from_flow_matching_to_meanflow():
     assert alphas == sorted(alphas, reverse=True) and alphas[0] == 1 and alphas[2] == 0.5 and alphas[-1] == 0
     target = gradient(mean, 0)
     assert torch.equal(gradient(objective, 1000), target)
-    near = [float((gradient(objective, step) - target).norm() / target.norm()) for step in (0, 500, 690)]
+    near = []
+    for step in (500, 600, 690):
+        scaled = gradient(objective, step) / shortcut.alpha(step) ** 2  # an error of order alpha, times alpha
+        near.append(float((scaled - target).norm() / target.norm()))
     assert near[0] > near[1] > near[2] and near[2] < 0.05  # at a small alpha it is MeanFlow's to first order
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.7, 0.01, 0.0])
+def test_rows_of_alpha_flow_by_hand(alpha):
+    """Loss and gradient of each row; those with r = t are MeanFlow's at every alpha."""
+    shortcut = AlphaFlowShortcut()
+    shortcut.now.set(alpha)
+    shortcut.doing = "flow" if alpha == 1 else "discrete" if alpha > 0 else "tangent"
+    draw = torch.Generator().manual_seed(0)
+    prediction, tangent, velocity, x, opinion = torch.randn(5, 4, 2, 3, 3, dtype=torch.float64, generator=draw)
+    prediction.requires_grad_()
+    opinion[1, 0, 0, 0] = 9.0
+    t = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    r = torch.tensor([0.2, 0.9, 0.6, 1.0], dtype=torch.float64)
+    asked = []
+
+    class Asked(Answers):
+        def fixed(self, x, t, end):
+            asked.append((x, t, end))
+            return opinion
+
+    loss = shortcut.loss(Asked(prediction, tangent), Point(x, t, r, velocity)).loss
+    means = MeanFlowShortcut().loss(Answers(prediction, tangent), Point(x, t, r, velocity)).loss
+    if 0 < alpha < 1:
+        ((point, s, end),) = asked
+        torch.testing.assert_close(s, torch.tensor([0.2, 0.4 + 0.5 * alpha, 0.6, 0.8 + 0.2 * alpha]).double())
+        torch.testing.assert_close(point[3], x[3] + 0.2 * alpha * velocity[3])
+        assert torch.equal(end, r)
+    else:
+        assert not asked
+    for row in range(4):
+        instant = row in (0, 2)
+        if instant or alpha == 1:
+            target, factor = velocity[row], 1.0
+        elif alpha == 0:
+            target, factor = velocity[row] + (r - t)[row] * tangent[row], 1.0
+        else:
+            target = (alpha * velocity[row] + (1 - alpha) * opinion[row]).clamp(-4, 4)
+            factor = alpha
+        difference = prediction[row].detach() - target
+        error = difference.square().mean()
+        torch.testing.assert_close(loss[row].detach(), factor * error / (error + 1e-3))
+        (gradient,) = torch.autograd.grad(loss[row], prediction, retain_graph=True)
+        torch.testing.assert_close(gradient[row], factor * 2 * difference / 18 / (error + 1e-3))
+        if instant:
+            assert torch.equal(loss[row], means[row])
+    if alpha == 0.01:
+        assert opinion.abs().max() > 4.1  # the bound was reached
+
+
+def test_the_gradient_of_a_nearly_solved_row_stays_small():
+    """(F - v)^2 = 1 and F(x_s) = F at alpha = 0.01: 2 alpha^2 / (alpha^2 + eps) of the row's share, not 2 / alpha."""
+    shortcut = AlphaFlowShortcut()
+    shortcut.now.set(0.01)
+    shortcut.doing = "discrete"
+    prediction = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    velocity = torch.zeros_like(prediction)
+    t, r = torch.tensor([0.2, 0.2]).double(), torch.tensor([0.2, 0.8]).double()
+    answers = Answers(prediction, velocity, fixed=prediction.detach())
+    loss = shortcut.loss(answers, Point(velocity, t, r, velocity)).loss
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    instant, discrete = gradient.flatten(1).sum(1).tolist()
+    assert instant == pytest.approx(2 / 1.001) and discrete == pytest.approx(2e-4 / (1e-4 + 1e-3))
+
+
+def test_alpha_falls_over_a_share_of_the_run():
+    shortcut = AlphaFlowShortcut(start=0.5, end=0.83, run_steps=1000)
+    assert [shortcut.alpha(step) for step in (0, 500, 830, 1000)] == [1, 1, 0, 0]
+    assert shortcut.alpha(665) == pytest.approx(0.5)
+    assert shortcut.alpha(600) == pytest.approx(1 - 1 / (1 + math.exp(-25 * (600 - 665) / 330)))
+    with pytest.raises(ConfigError, match="run_steps=null"):
+        AlphaFlowShortcut(start=0, end=1000, run_steps=1000)
+    with pytest.raises(ConfigError, match="trainer.max_steps"):
+        AlphaFlowShortcut(start=0, end=1, run_steps=-1)
 
 
 def test_imf_goes_along_the_networks_own_velocity():
@@ -197,8 +277,9 @@ def test_imf_goes_along_the_networks_own_velocity():
     torch.testing.assert_close(result.loss.detach(), (value - (x1 - noise)).square().mean())
 
 
-def test_scm_by_hand():
-    shortcut = SCMShortcut(warmup_steps=100, normalisation=0.1)
+@pytest.mark.parametrize("norm", ["l2", "rms"])
+def test_scm_by_hand(norm):
+    shortcut = SCMShortcut(warmup_steps=100, normalisation=0.1, norm=norm)
     shortcut.at_step(25)
     prediction, tangent, velocity = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
     prediction.requires_grad_()
@@ -206,10 +287,41 @@ def test_scm_by_hand():
     loss = shortcut.loss(Answers(prediction, tangent), Point(velocity, t, torch.ones_like(t), velocity)).loss
     for i, time in enumerate(t.tolist()):
         g = math.cos(math.pi * time / 2) * (prediction[i] - velocity[i] - (1 - time) * 0.25 * tangent[i]).detach()
-        g = g / (g.square().mean().sqrt() + 0.1)
+        g = g / ((g.square().mean() if norm == "rms" else g.square().sum()).sqrt() + 0.1)
         torch.testing.assert_close(loss[i].detach(), g.square().mean())
         (gradient,) = torch.autograd.grad(loss[i], prediction, retain_graph=True)
         torch.testing.assert_close(gradient[i], 2 * g / g.numel())  # the prediction is moved along -g
+
+
+@pytest.mark.parametrize("power, epsilon, reduction", [(0.5, 1e-3, "mean"), (1.0, 0.01, "sum"), (1.0, 1e-3, "mean")])
+def test_the_power_weight_by_hand(power, epsilon, reduction):
+    """Per row, loss and gradient; with the constants as FACM, MeanFlow (and iMF), alpha-Flow publish them."""
+    difference = (torch.arange(12, dtype=torch.float64).view(2, 2, 3) / 10 - 0.3).requires_grad_()
+    term = PowerWeight(power, epsilon, reduction).term(difference, torch.zeros(2), torch.tensor([1.0, 0.5]))
+    for row, factor in enumerate((1.0, 0.5)):
+        values = [value / 10 - 0.3 for value in range(6 * row, 6 * row + 6)]
+        total = sum(value * value for value in values)
+        error = total if reduction == "sum" else total / 6
+        weight = factor / (error + epsilon) ** power
+        assert float(term.loss[row]) == pytest.approx(weight * error)
+        assert float(term.parts["error"][row]) == pytest.approx(total / 6)  # what is logged can be compared
+        (gradient,) = torch.autograd.grad(term.loss[row], difference, retain_graph=True)
+        share = 1 if reduction == "sum" else 1 / 6
+        assert gradient[row].flatten().tolist() == pytest.approx([weight * 2 * value * share for value in values])
+
+
+@pytest.mark.parametrize(
+    "name, constants",
+    [
+        ("consistency", (0.5, 1e-3, "mean")),
+        ("meanflow", (1.0, 0.01, "sum")),
+        ("imf", (1.0, 0.01, "sum")),
+        ("alpha_flow", (1.0, 1e-3, "mean")),
+    ],
+)
+def test_every_published_weight_is_the_default(name, constants):
+    settings = OmegaConf.load(CONF / "objective" / "shortcut" / f"{name}.yaml")
+    assert (settings.weight_power, settings.weight_epsilon, settings.weight_reduction) == constants
 
 
 def test_the_learned_weight_is_per_sample():

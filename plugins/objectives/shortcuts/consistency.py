@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from flowanchor.base.broadcast import like
-from flowanchor.interfaces import Ask, Point, Shortcut, TermResult
+from flowanchor.interfaces import Ask, Point, Reduction, Shortcut, TermResult
 from flowanchor.jumps.segments import check_boundaries, segment
 from flowanchor.plugins.objectives.weights.power import PowerWeight
 
@@ -29,6 +29,7 @@ class ConsistencyShortcut(Shortcut):
         clamp: bound on each value of `g`; null switches it off.
         weight_power: `power` of the adaptive weight; 0 switches it off.
         weight_epsilon: `epsilon` of the adaptive weight.
+        weight_reduction: whether `e` is the mean (as published) or the sum of a sample's squares.
         time_weight: whether `beta(t)` multiplies the loss.
         boundaries: increasing times within (0, 1); none: one jump to the data from everywhere.
     """
@@ -41,8 +42,9 @@ class ConsistencyShortcut(Shortcut):
         weight_epsilon: float = 1e-3,
         time_weight: bool = True,
         boundaries: Sequence[float] = (),
+        weight_reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(PowerWeight(weight_power, weight_epsilon))
+        super().__init__(PowerWeight(weight_power, weight_epsilon, weight_reduction))
         self.boundaries = check_boundaries(boundaries, "objective.shortcut.boundaries")
         self.relaxation_exponent = relaxation_exponent
         self.clamp = clamp
@@ -61,8 +63,5 @@ class ConsistencyShortcut(Shortcut):
             g = g.clamp(-self.clamp, self.clamp)
         alpha = 1.0 if self.relaxation_exponent is None else 1 - like(share, x) ** self.relaxation_exponent
         target = fixed - alpha * g
-        error = (prediction - target).square().flatten(1).mean(1)
-        loss = self.weight(error, t)
-        if self.time_weight:
-            loss = torch.cos(share * (math.pi / 2)) * loss  # beta
-        return TermResult(loss, {"error": error.detach()}, diagnostics)
+        beta = torch.cos(share * (math.pi / 2)) if self.time_weight else None
+        return self.weight.term(prediction - target, t, beta, **diagnostics)

@@ -23,5 +23,4 @@ class ImprovedMeanFlowShortcut(MeanFlowShortcut):
         x, t, r, v = point
         prediction, tangent = ask.along(ask.fixed(x, t, t), x, t, r)
         compound = prediction - like(r - t, x) * tangent
-        error = (compound - v).square().flatten(1).mean(1)
-        return TermResult(self.weight(error, t), {"error": error.detach()})
+        return self.weight.term(compound - v, t)

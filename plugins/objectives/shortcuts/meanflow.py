@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Ask, Interval, Point, Shortcut, TermResult, TimeDistribution, Times
+from flowanchor.interfaces import Ask, Interval, Point, Reduction, Shortcut, TermResult, TimeDistribution, Times
 from flowanchor.plugins.objectives.weights.power import PowerWeight
 
 
@@ -20,11 +20,18 @@ class MeanFlowShortcut(Shortcut):
 
     Args:
         share: of the samples with `r = t`.
-        weight_power, weight_epsilon: of the adaptive weight `1 / (e + epsilon)^power`; `objective/weight=` replaces it.
+        weight_power, weight_epsilon, weight_reduction: of the adaptive weight `1 / (e + epsilon)^power`, `e` the sum
+            (as published, with an epsilon of 0.01) or mean of a sample's squares; `objective/weight=` replaces it.
     """
 
-    def __init__(self, share: float = 0.75, weight_power: float = 1.0, weight_epsilon: float = 1e-3) -> None:
-        super().__init__(PowerWeight(weight_power, weight_epsilon))
+    def __init__(
+        self,
+        share: float = 0.75,
+        weight_power: float = 1.0,
+        weight_epsilon: float = 1e-3,
+        weight_reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(PowerWeight(weight_power, weight_epsilon, weight_reduction))
         if not 0 <= share <= 1:
             raise ConfigError(f"objective.shortcut.share={share} must be a share between 0 and 1.")
         self.share = share
@@ -53,5 +60,4 @@ class MeanFlowShortcut(Shortcut):
         x, t, r, v = point
         prediction, tangent = ask.along(v, x, t, r)
         target = v + like(r - t, x) * tangent  # eq. 6, the MeanFlow identity
-        error = (prediction - target).square().flatten(1).mean(1)
-        return TermResult(self.weight(error, t), {"error": error.detach()})
+        return self.weight.term(prediction - target, t)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowanchor.interfaces import Weight
+from flowanchor.interfaces import Reduction, Weight
 
 
 class LogVarianceWeight(Weight):
@@ -20,13 +20,16 @@ class LogVarianceWeight(Weight):
         features: number of Fourier features.
         bandwidth: standard deviation of their frequencies, in turns per unit of time.
         seed: of the frequencies.
+        reduction: `mean` or `sum` of a sample's squared differences. w learns the other away, from another start.
     """
 
     frequencies: Tensor
     phases: Tensor
 
-    def __init__(self, features: int = 128, bandwidth: float = 1.0, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self, features: int = 128, bandwidth: float = 1.0, seed: int = 0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__(reduction)
         draw = torch.Generator().manual_seed(seed)
         self.register_buffer("frequencies", 2 * math.pi * bandwidth * torch.randn(features, generator=draw))
         self.register_buffer("phases", 2 * math.pi * torch.rand(features, generator=draw))

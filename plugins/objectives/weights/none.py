@@ -1,4 +1,4 @@
-"""No weight: the mean squared error as it is."""
+"""No weight: the squared error as it is."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from flowanchor.interfaces import Weight
 
 
 class NoWeight(Weight):
-    """The error itself."""
+    """The error itself: the mean squared difference, or with `reduction: sum` their sum."""
