@@ -121,3 +121,10 @@ def test_nothing_is_nothing_however_it_was_recorded():
     assert differences({"objective": {"weight": {}, "anchor": {}}}, {"objective": {"weight": None}}) == {}
     assert differences({"seed": 0}, {"seed": None}) == {"seed": (0, None)}
     assert differences({"a": {}}, {"a": {"b": 1}}) == {"a.b": (None, 1)}
+
+
+def test_a_setting_that_came_later_had_the_value_of_before():
+    earlier = {"objective": {"shortcut": {"weight_epsilon": 1e-3}}}
+    assert differences(earlier, {"objective": {"shortcut": {"weight_epsilon": 1e-3, "weight_reduction": "mean"}}}) == {}
+    now = {"objective": {"shortcut": {"weight_epsilon": 1e-3, "weight_reduction": "sum"}}}
+    assert differences(earlier, now) == {"objective.shortcut.weight_reduction": ("mean", "sum")}

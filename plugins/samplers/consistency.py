@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval
 from flowanchor.jumps.grid_sampler import GridSampler
 from flowanchor.jumps.precision import state_dtype
-from flowanchor.jumps.segments import BEHIND, back, check_boundaries, segmented_grid
+from flowanchor.jumps.segments import BEHIND, back, check_boundaries, check_kept, kept_by_rule, segmented_grid
 
 
 class ConsistencySampler(GridSampler):
@@ -20,15 +21,33 @@ class ConsistencySampler(GridSampler):
     Args: those of `GridSampler`, and
         boundaries: of the segments that the network was trained with: a jump ends with its segment, and the next
             segment goes on from there. The grid's nearest points are moved onto them.
+        kept_noise: share in [0, 1] of the noise that a jump implies, `x - t F`, which the return keeps; 0: fresh noise.
+        kept_noise_h: instead of one share, that of each return by the rule of `kept_by_rule`; 0: deterministic.
     """
 
-    def __init__(self, *arguments: Any, boundaries: Sequence[float] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        boundaries: Sequence[float] = (),
+        kept_noise: float = 0.0,
+        kept_noise_h: float | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(*arguments, **settings)
+        self.kept_noise, self.kept_noise_h = check_kept(kept_noise), kept_noise_h
+        if kept_noise_h is not None and not (kept_noise_h >= 0 and kept_noise == 0):
+            raise ConfigError(
+                f"sampler.kept_noise_h={kept_noise_h} must be 0 or more, and stands in the place of sampler.kept_noise "
+                f"(which is {kept_noise}): set one of them."
+            )
+        if boundaries and (kept_noise or kept_noise_h is not None):
+            raise ConfigError("sampler.kept_noise needs jumps that end at the data: leave out sampler.boundaries.")
         self.boundaries = check_boundaries(boundaries, "sampler.boundaries")
         self.times = segmented_grid(self.times, self.boundaries, "sampler.steps")
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "boundaries": self.boundaries}
+        kept = {"kept_noise": self.kept_noise, "kept_noise_h": self.kept_noise_h}
+        return {**super().settings(), "boundaries": self.boundaries, **kept}
 
     @property
     def asked(self) -> list[float]:
@@ -57,5 +76,9 @@ class ConsistencySampler(GridSampler):
             t = torch.full((noise.shape[0],), self.asked[step], device=noise.device, dtype=dtype)
             velocity = self.guidance.velocity(backbone, x.to(dtype), interval.shortcut(t), cond, t).double()
             end = x + (ends[step] - now) * velocity
-            x = end if after == ends[step] else back(end, ends[step], after, renoise(step).double())
+            if after == ends[step]:
+                x = end
+                continue
+            kept = self.kept_noise if self.kept_noise_h is None else kept_by_rule(self.kept_noise_h, now, after)
+            x = back(end, ends[step], after, renoise(step).double(), x - now * velocity, kept)
         return end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class FlowSampler(Sampler):
             adaptive_heun` (adaptive).
         guidance_scale, guidance_low, guidance_high: classifier-free guidance for low <= t <= high; scale 1 for none.
         timestep_shift: shift of the grid, `s t / (1 + (s - 1) t)`; 0 for none.
+        times: explicit starts of the steps instead of a uniform grid, increasing, in [0, 1).
         rtol, atol: tolerances of adaptive solvers.
     """
 
@@ -46,14 +47,16 @@ class FlowSampler(Sampler):
         timestep_shift: float = 0.0,
         rtol: float = 1e-5,
         atol: float = 1e-5,
+        times: Sequence[float] | None = None,
     ) -> None:
         known = ("euler", "heun", *FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
         if solver not in known:
             raise ConfigError(f"Unknown solver sampler.solver={solver}: choose one of {', '.join(known)}.")
         if not (rtol >= TOLERANCE and atol >= TOLERANCE):
             raise ConfigError(f"sampler.rtol={rtol} and sampler.atol={atol} must be {TOLERANCE} at least.")
-        self.times = time_grid(steps, timestep_shift)
-        self.steps = steps
+        self.times = time_grid(steps, timestep_shift, times)
+        self.explicit = None if times is None else list(times)
+        self.steps = len(self.times) - 1
         self.solver = solver
         self.guidance = Guidance(guidance_scale, guidance_low, guidance_high)
         self.timestep_shift = timestep_shift
@@ -99,7 +102,13 @@ class FlowSampler(Sampler):
             raise ConfigError(
                 f"The solver {self.solver} spends {rule} evaluations, which nfe={nfe} is not: choose another nfe."
             )
-        return FlowSampler(steps, self.solver, g.scale, g.low, g.high, self.timestep_shift, self.rtol, self.atol)
+        if self.explicit is not None and steps != self.steps:
+            raise ConfigError(
+                f"sampler.times has {self.steps} steps and cannot be sampled with nfe={nfe}: remove the times or that "
+                "nfe."
+            )
+        guidance = (g.scale, g.low, g.high)
+        return FlowSampler(steps, self.solver, *guidance, self.timestep_shift, self.rtol, self.atol, self.explicit)
 
     @torch.no_grad()
     def sample(

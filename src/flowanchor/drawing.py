@@ -24,6 +24,7 @@ class Sampler(ABC):
     """Draws samples with a trained network. The state is kept in float64, the network sees float32 (or autocast)."""
 
     kind: Kind = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
+    needs_anchor: bool = False  # whether it also asks the instantaneous velocity of a network with a shortcut
     needs_end: bool = False  # whether it asks for averages that end anywhere, which not every interval can tell
 
     @abstractmethod

@@ -52,6 +52,11 @@ def check_sampler(sampler: Sampler, kind: str, interval: Interval) -> None:
             f"sampler=meanflow asks for averages between any two times, and {type(interval).__name__} cannot tell the "
             "network where they end: use sampler=consistency, or train with objective/interval=auxiliary."
         )
+    if sampler.needs_anchor and not interval.separates:
+        raise ConfigError(
+            f"sampler=jump_flow also asks for instantaneous velocities, and {type(interval).__name__} tells the "
+            "network the same as for a jump: use sampler=consistency, or train with objective/interval=expanded."
+        )
     if sampler.kind == "shortcut" and kind == "flow":
         raise ConfigError(
             "This network was trained as a flow model and has no shortcut to jump along: use sampler=flow, "

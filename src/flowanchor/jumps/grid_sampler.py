@@ -18,7 +18,8 @@ class GridSampler(Sampler):
 
     Args:
         steps: number of steps.
-        grid: explicit times of the steps instead of a uniform grid, increasing, in [0, 1).
+        times: explicit times of the steps instead of a uniform grid, increasing, in [0, 1).
+        grid: an older name of `times`.
         timestep_shift: shift of the uniform grid; 0 for none.
         guidance_scale, guidance_low, guidance_high: extra guidance; 1 for networks whose guidance is baked in.
     """
@@ -33,7 +34,11 @@ class GridSampler(Sampler):
         guidance_scale: float = 1.0,
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
+        times: Sequence[float] | None = None,
     ) -> None:
+        if grid is not None and times is not None:
+            raise ConfigError("sampler.grid is an older name of sampler.times: set one of them.")
+        grid = times if grid is None else grid
         self.times = time_grid(steps, timestep_shift, grid)
         self.timestep_shift = timestep_shift
         self.grid = None if grid is None else list(grid)
@@ -55,7 +60,8 @@ class GridSampler(Sampler):
             raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
         if self.grid is not None and nfe != self.nfe:
             raise ConfigError(
-                f"sampler.grid has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the grid or that nfe."
+                f"sampler.times has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the times or that "
+                "nfe."
             )
         return type(self)(**{**self.settings(), "steps": nfe})
 

@@ -61,7 +61,30 @@ def segmented_grid(times: Tensor, boundaries: Sequence[float], setting: str) -> 
     return times
 
 
-def back(x: Tensor, end: float, time: float, noise: Tensor) -> Tensor:
-    """A state at `end` with fresh noise added until it is one at the earlier `time` (both of `(1 - t) x0 + t x1`)."""
-    kept = time / end
-    return kept * x + math.sqrt((1 - time) ** 2 - (kept * (1 - end)) ** 2) * noise
+def back(x: Tensor, end: float, time: float, noise: Tensor, implied: Tensor | None = None, kept: float = 0.0) -> Tensor:
+    """A state at `end` with fresh noise added until it is one at the earlier `time` (both of `(1 - t) x0 + t x1`).
+
+    From the data (`end = 1`) a share `kept` of the noise may be what the jump to `x` implies, `implied`: the noise is
+    then `kept implied + sqrt(1 - kept^2) noise`, standard normal if `implied` is.
+    """
+    if kept:
+        assert implied is not None and end == 1
+        noise = kept * implied + math.sqrt(1 - kept**2) * noise
+    share = time / end
+    return share * x + math.sqrt((1 - time) ** 2 - (share * (1 - end)) ** 2) * noise
+
+
+def kept_by_rule(h: float, now: float, time: float) -> float:
+    """The share of implied noise that a return from a jump at `now` to `time` keeps, `(s_to a / (s a_to))^(h^2)` with
+    `s = 1 - t` and `a = t` of the two times: 1 (deterministic) for h = 0, fresh noise for h to infinity or now = 0."""
+    if h == 0:
+        return 1.0
+    ratio = (1 - time) * now / ((1 - now) * time)
+    return float(ratio ** (h * h))
+
+
+def check_kept(kept: float) -> float:
+    """A share of noise to keep; raises `ConfigError` unless it lies in [0, 1]."""
+    if not 0 <= kept <= 1:
+        raise ConfigError(f"sampler.kept_noise={kept} must be a share between 0 (fresh noise) and 1 (none).")
+    return kept
