@@ -106,7 +106,11 @@ class ComposedObjective(Objective):
         if t is None:
             t, end = self.draw(x1.shape[0], x1.device)
         if student.training:
-            cond = student.conditioning.dropped(cond)  # once: every branch must see the same labels
+            # Once: every branch must see the same labels.
+            if end is not None and self.shortcut is not None and self.shortcut.drops_instants:
+                cond = student.conditioning.dropped(cond, t == end)
+            else:
+                cond = student.conditioning.dropped(cond)
         times = like(t, x1)
         x_t = ((1 - times) * noise + times * x1).to(x1.dtype)  # times are float32 also where samples are bfloat16
         flow = x1 - noise
@@ -193,7 +197,9 @@ class _Asked(Ask):
         return self._answer(x, self.interval.shortcut(t, end)).prediction
 
     def along(self, velocity: Tensor, x: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        direction = (velocity.to(self.x_t.dtype), torch.ones_like(t))
+        direction: tuple[Tensor, ...] = (velocity.to(self.x_t.dtype), torch.ones_like(t))
+        if self.interval.end_rate:
+            direction = (*direction, torch.full_like(t, self.interval.end_rate))
         prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction))
         assert tangent is not None
         return prediction, tangent

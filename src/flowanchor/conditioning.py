@@ -53,8 +53,19 @@ class Conditioning(ABC):
         """Two batches of conditions as one of `B + B'` samples."""
 
     @abstractmethod
-    def dropped(self, cond: Any) -> Any:
-        """The same with a random share `dropout` of the conditions replaced by the null condition."""
+    def dropped(self, cond: Any, among: Tensor | None = None) -> Any:
+        """The same with a random share `dropout` of the conditions replaced by the null condition.
+
+        `among`: the samples, [B] (bool), that may lose theirs; the share is still one of the batch, where they are
+        enough for it.
+        """
+
+    def _chosen(self, size: int, device: torch.device, among: Tensor | None) -> Tensor:
+        """Which conditions are dropped, [B] (bool)."""
+        draw = torch.rand(size, device=device)
+        if among is None:
+            return draw < self.dropout
+        return (draw * among.sum().clamp(min=1) < self.dropout * size) & among
 
     def request(
         self,
@@ -113,7 +124,7 @@ class NoCondition(Conditioning):
     def stack(self, first: None, second: None) -> None:
         return None
 
-    def dropped(self, cond: Any) -> Any:
+    def dropped(self, cond: Any, among: Tensor | None = None) -> Any:
         return cond
 
 
@@ -143,10 +154,10 @@ class Classes(Conditioning):
     def stack(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second])
 
-    def dropped(self, cond: Tensor | None) -> Tensor | None:
+    def dropped(self, cond: Tensor | None, among: Tensor | None = None) -> Tensor | None:
         if cond is None or self.dropout <= 0:
             return cond
-        return torch.where(torch.rand(cond.shape[0], device=cond.device) < self.dropout, self.null(cond), cond)
+        return torch.where(self._chosen(cond.shape[0], cond.device, among), self.null(cond), cond)
 
 
 class Text(nn.Module, Conditioning):
@@ -198,10 +209,10 @@ class Text(nn.Module, Conditioning):
         pairs = zip(first, second, strict=True)
         return self.kind(*(torch.cat([_filled(a, b), _filled(b, a)]) for a, b in pairs))
 
-    def dropped(self, cond: Any) -> Any:
+    def dropped(self, cond: Any, among: Tensor | None = None) -> Any:
         if self.dropout <= 0:
             return cond
-        chosen = torch.rand(len(cond[0]), device=cond[0].device) < self.dropout
+        chosen = self._chosen(len(cond[0]), cond[0].device, among)
         pairs = zip(self.null(cond), cond, strict=True)
         return self.kind(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, _filled(b, a)) for a, b in pairs))
 

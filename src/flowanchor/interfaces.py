@@ -173,6 +173,7 @@ class Interval(ABC):
 
     needs_end_time: bool = False  # whether the backbone must embed `r`
     tells_end: bool = False  # whether a shortcut may end anywhere; otherwise at 1, or at `t` itself where it separates
+    end_rate: float = 0.0  # how fast what is told as `r` changes with `t` while the end of the average is held
     separates: bool = True  # whether shortcut and anchor are told different things
 
     @abstractmethod
@@ -299,9 +300,11 @@ class Shortcut(nn.Module, ABC):
 
     Attributes:
         asks_elsewhere: whether it asks about other times than those of its point, and `2 - t`.
+        drops_instants: whether conditions are dropped in training among samples whose end is their time, only.
     """
 
     asks_elsewhere: bool = False
+    drops_instants: bool = False
 
     def __init__(self, weight: Weight | None = None) -> None:
         super().__init__()

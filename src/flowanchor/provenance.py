@@ -44,6 +44,7 @@ _LATER = {
     "objective.shortcut.weight_reduction": "mean",
     "objective.weight.reduction": "mean",
     "objective.shortcut.norm": "rms",
+    "objective.interval.told": "end",
 }
 
 # Settings that change nothing that is computed.

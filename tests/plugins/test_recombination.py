@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Batch, Point
@@ -154,6 +155,55 @@ def test_with_r_equal_to_t_meanflow_is_flow_matching():
     times = t.view(-1, 1, 1, 1)
     plain = backbone.predict((1 - times) * noise + times * x1, t, cond, t)
     torch.testing.assert_close(result.loss, (plain - (x1 - noise)).square().mean())
+
+
+@pytest.mark.parametrize("engine", [Chain(), Full(), TwoPass(), FiniteDifference(1e-4, torch.float64)], ids=repr)
+def test_a_span_shrinks_as_time_goes_on(engine):
+    """Told r - t, the total derivative with the end held is that of F(x, t, r - t): against differences."""
+    backbone = network("auxiliary").double()
+    objective = ComposedObjective(AuxiliaryInterval("span"), Uniform(), shortcut=MeanFlowShortcut())
+    x1, cond = batch()
+    x1, noise = x1.double(), torch.randn(x1.shape, dtype=torch.float64)
+    t, end = torch.linspace(0.1, 0.6, 6).double(), torch.linspace(0.5, 0.9, 6).double()
+    result = objective(backbone, Batch(x1, cond), DataVelocity(), engine, noise, t, end)
+
+    def at(step):
+        moved = (t + step).view(-1, 1, 1, 1)
+        return backbone.predict((1 - moved) * noise + moved * x1, t + step, cond, end - t - step)
+
+    torch.testing.assert_close(result.prediction, at(0.0).detach())
+    difference = ((at(1e-5) - at(-1e-5)) / 2e-5).detach()
+    torch.testing.assert_close(result.tangent, difference, rtol=1e-5, atol=1e-7)
+    told = AuxiliaryInterval("span").anchor(t)
+    assert told.r.abs().max() == 0 and AuxiliaryInterval("span").shortcut(t).r.equal(1 - t)
+    with pytest.raises(ConfigError, match="choose end or span"):
+        AuxiliaryInterval("length")
+
+
+def test_meanflow_drops_conditions_among_instants():
+    """A share of the whole batch, and none of a sample that has an interval: its target is guided."""
+    torch.manual_seed(0)
+    kind = Classes(10, dropout=0.1)
+    labels = torch.zeros(40_000, dtype=torch.long)
+    instants = torch.rand(40_000) < 0.25
+    dropped = kind.dropped(labels, instants) == 10
+    assert not dropped[~instants].any() and float(dropped.float().mean()) == pytest.approx(0.1, abs=0.01)
+    few = torch.arange(40_000) < 100
+    assert (kind.dropped(labels, few) == 10).equal(few)  # 10 % of the batch are more than there are
+    seen = []
+
+    class Watched(Classes):
+        def dropped(self, cond, among=None):
+            seen.append(among)
+            return cond
+
+    backbone = network("auxiliary").train()
+    backbone.conditioning = Watched(3, dropout=0.1)
+    t, end = torch.linspace(0.1, 0.6, 6), torch.tensor([0.1, 0.9, 0.3, 0.9, 0.9, 0.9])
+    for shortcut in (MeanFlowShortcut(), ConsistencyShortcut()):
+        objective = ComposedObjective(AuxiliaryInterval(), Uniform(), shortcut=shortcut)
+        objective(backbone, batch(), DataVelocity(), Full(), None, t, end)
+    assert seen[0].tolist() == [True, False, True, False, False, False] and seen[1] is None
 
 
 def test_alpha_flow_goes_from_flow_matching_to_meanflow():
@@ -303,7 +353,7 @@ def test_the_power_weight_by_hand(power, epsilon, reduction):
         total = sum(value * value for value in values)
         error = total if reduction == "sum" else total / 6
         weight = factor / (error + epsilon) ** power
-        assert float(term.loss[row]) == pytest.approx(weight * error)
+        assert float(term.loss[row].detach()) == pytest.approx(weight * error)
         assert float(term.parts["error"][row]) == pytest.approx(total / 6)  # what is logged can be compared
         (gradient,) = torch.autograd.grad(term.loss[row], difference, retain_graph=True)
         share = 1 if reduction == "sum" else 1 / 6

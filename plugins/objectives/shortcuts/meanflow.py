@@ -16,13 +16,16 @@ class MeanFlowShortcut(Shortcut):
 
     A share of the samples has `r = t`: for them `F` is the instantaneous velocity, and this is flow matching. The
     others' ends come with their times: a second draw from the same distribution, the later one of the two being `r`.
-    Under an interval that knows the data as the only end (expanded), `r = 1` for them.
+    Under an interval that knows the data as the only end (expanded), `r = 1` for them. Conditions are dropped among
+    samples with `r = t`.
 
     Args:
         share: of the samples with `r = t`.
         weight_power, weight_epsilon, weight_reduction: of the adaptive weight `1 / (e + epsilon)^power`, `e` the sum
             (as published, with an epsilon of 0.01) or mean of a sample's squares; `objective/weight=` replaces it.
     """
+
+    drops_instants = True
 
     def __init__(
         self,
