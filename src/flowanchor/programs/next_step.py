@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ def command(program: str, *arguments: str) -> str:
     elif script.suffix == ".py" and script.with_name(f"{program}.py").is_file():
         words = ["python", str(from_here(script.with_name(f"{program}.py")))]
     else:
-        words = ["python", "-m", "flowanchor", program]
+        words = ["flowanchor", program] if shutil.which("flowanchor") else ["python", "-m", "flowanchor", program]
     return shlex.join([*words, *arguments])
 
 
