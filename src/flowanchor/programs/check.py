@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from flowanchor.base.plugins import own_conf
+from flowanchor.base.typed import instantiate
 from flowanchor.base.version import VERSION
 from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.conditioning import Text
