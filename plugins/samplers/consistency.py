@@ -22,8 +22,17 @@ class ConsistencySampler(GridSampler):
             segment goes on from there. The grid's nearest points are moved onto them.
     """
 
-    def __init__(self, *arguments: Any, boundaries: Sequence[float] = (), **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self,
+        steps: int = 2,
+        grid: Sequence[float] | None = None,
+        timestep_shift: float = 0.0,
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
+        boundaries: Sequence[float] = (),
+    ) -> None:
+        super().__init__(steps, grid, timestep_shift, guidance_scale, guidance_low, guidance_high)
         self.boundaries = check_boundaries(boundaries, "sampler.boundaries")
         self.times = segmented_grid(self.times, self.boundaries, "sampler.steps")
 
@@ -54,8 +63,10 @@ class ConsistencySampler(GridSampler):
         end = x
         ends = [next(edge for edge in (*self.boundaries, 1.0) if edge > now) for now in self.times[:-1].tolist()]
         for step, (now, after) in enumerate(zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True)):
+            self.tell(now, x)
             t = torch.full((noise.shape[0],), self.asked[step], device=noise.device, dtype=dtype)
             velocity = self.guidance.velocity(backbone, x.to(dtype), interval.shortcut(t), cond, t).double()
             end = x + (ends[step] - now) * velocity
             x = end if after == ends[step] else back(end, ends[step], after, renoise(step).double())
+        self.tell(1.0, end)
         return end

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints.consolidated import FORMAT
+from flowanchor.checkpoints.description import named_classes
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
 from flowanchor.errors import ConfigError
@@ -93,6 +94,7 @@ class FlowModule(pl.LightningModule):
         self.identity: dict[str, Any] = {}  # saved with it: the run's name, whose weights it uses, what resumes changed
         self.kept_settings: Container[str] = ()  # of the optimizer: those that a resume takes from the checkpoint
         self.skips = SkippedSteps(max_nonfinite_steps)
+        self.class_names: tuple[str, ...] = ()  # one for each class, as the data names them; kept in checkpoints
         self._borrowed: set[str] | None = None
         self.shown: set[str] = set()  # what is logged of a step and worth a place on the screen
         objective.check(student)
@@ -117,6 +119,8 @@ class FlowModule(pl.LightningModule):
         """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
         self._steps = None
         data = data_of(self.trainer)
+        if isinstance(data, FlowDataModule) and data.class_names:
+            self.class_names = tuple(data.class_names)
         if isinstance(data, FlowDataModule) and data.null_condition is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):
@@ -359,6 +363,9 @@ class FlowModule(pl.LightningModule):
             "nonfinite_steps": self.nonfinite_steps,
             **self.identity,
         }
+        names = named_classes(self.class_names, self.student.conditioning.classes)
+        if names:
+            checkpoint["flowanchor"]["class_names"] = names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.state_dict()

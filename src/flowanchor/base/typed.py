@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
 
-from flowanchor.base.typed import instantiate as hydra_instantiate
 from flowanchor.errors import FlowAnchorError
 
 

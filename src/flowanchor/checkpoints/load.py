@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.base.trusted import build, check
 from flowanchor.checkpoints.adapters import outlined
-from flowanchor.checkpoints.description import described_network
+from flowanchor.checkpoints.description import described_network, named_classes
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.fit import check_fit
@@ -38,6 +38,7 @@ class LoadedModel:
     path: str
     step: int
     sources: dict[str, str] = field(default_factory=dict)  # the sha256 of what lies elsewhere: adapters' base
+    class_names: tuple[str, ...] = ()  # one for each class, where the data had names and the checkpoint keeps them
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +100,7 @@ def load_model(
         path=str(file),
         step=meta["step"],
         sources=sources,
+        class_names=tuple(named_classes(meta.get("class_names", []), backbone.conditioning.classes)),
     )
 
 
