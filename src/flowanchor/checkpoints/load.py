@@ -58,6 +58,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     initialise_from: str | Path | Mapping[str, str] | None = None,
     hashed: bool = True,
+    network: Backbone | None = None,
 ) -> LoadedModel:
     """Load the network of a run.
 
@@ -72,19 +73,25 @@ def load_model(
             straight to the device; what the network wants in float32 stays there. None: float32.
         initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
         hashed: False leaves `digest` empty: the file is not read for it.
+        network: one of the user's own that takes the weights, in place of what the file describes.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
     meta = content["flowanchor"]
     config = meta["config"]
-    network, interval = described_network(config, file)
-    check(network, "backbone", file)
+    described, interval = described_network(config, file)
+    if network is None:
+        check(described, "backbone", file)
     check(interval, "objective.interval", file)
     name, weights = select_weights(content, ema, file)
-    shapes, weights, sources = outlined(meta, weights, file, initialise_from)
-    check_fit(shapes, weights, file)
-    with loading_context() if dtype is None else parameters_on_meta():
-        backbone = cast(Backbone, build(network, "backbone", file))
+    sources: dict[str, str] = {}
+    if network is not None:
+        backbone = network
+    else:
+        shapes, weights, sources = outlined(meta, weights, file, initialise_from)
+        check_fit(shapes, weights, file)
+        with loading_context() if dtype is None else parameters_on_meta():
+            backbone = cast(Backbone, build(described, "backbone", file))
     load_weights(backbone, weights, file)
     if dtype is not None:
         store_low(backbone, dtype)

@@ -26,7 +26,7 @@ from flowanchor.generation.class_names import class_numbers
 from flowanchor.generation.generator import Generator, Moment
 from flowanchor.generation.prompts import load_text_encoder
 from flowanchor.generation.samplers import build_sampler, check_sampler
-from flowanchor.interfaces import Codec, Sampler
+from flowanchor.interfaces import Backbone, Codec, Sampler
 from flowanchor.text.base import TextEncoder
 
 Classes = int | str | Sequence[int | str] | Tensor | None
@@ -173,6 +173,7 @@ def load(
     text_encoder: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     initialise_from: str | Path | Mapping[str, str] | None = None,
+    network: Backbone | None = None,
 ) -> OpenedModel:
     """Open a model for sampling.
 
@@ -185,6 +186,8 @@ def load(
         text_encoder: the same of its text encoder.
         dtype: torch.bfloat16 for half the memory; None: float32.
         initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
+        network: a `Backbone` of your own that takes the weights; any other module as
+            `PlainNetwork(module, sample_shape, classes)`, as it was trained.
 
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
@@ -200,7 +203,11 @@ def load(
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         if chosen is not None and not isinstance(chosen, Mapping):
             raise ConfigError(f"{part}= takes settings to replace, such as {{'weights': PATH}}, not {chosen!r}.")
-    model = load_model(local_folder(path_or_repo), ema, device, dtype, initialise_from)
+    if network is not None and not isinstance(network, Backbone):
+        raise ConfigError(
+            "network= takes a Backbone: wrap another module in PlainNetwork(module, sample_shape, classes)."
+        )
+    model = load_model(local_folder(path_or_repo), ema, device, dtype, initialise_from, network=network)
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         own = model.config.get(part) or {}
