@@ -25,7 +25,8 @@ from pathlib import Path
 ROOMS = [
     ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number"]),
     ("contracts", ["flowanchor.interfaces", "flowanchor.drawing", "flowanchor.conditioning", "flowanchor.request",
-                   "flowanchor.deferred", "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity"]),
+                   "flowanchor.deferred", "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity",
+                   "flowanchor.plain_network"]),
     ("reporting", ["flowanchor.reporting", "flowanchor.provenance"]),
     ("tangents", ["flowanchor.jvp"]),
     ("jumps", ["flowanchor.sampling", "flowanchor.jumps"]),
@@ -36,7 +37,7 @@ ROOMS = [
     ("evaluation", ["flowanchor.metrics", "flowanchor.evaluation"]),
     ("training", ["flowanchor.module", "flowanchor.ema", "flowanchor.callbacks", "flowanchor.strategies",
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
-                  "flowanchor.skipped_steps", "flowanchor.recompute", "flowanchor.run_lock"]),
+                  "flowanchor.skipped_steps", "flowanchor.recompute", "flowanchor.run_lock", "flowanchor.parts"]),
     ("plugins", ["flowanchor.plugins"]),
     ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
 ]  # fmt: skip

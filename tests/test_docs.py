@@ -176,6 +176,8 @@ def runnable(command: str, clone: Path) -> list[list[str]]:
         return [short(line) for line in lines]
     if words[0] in SCRIPTS:
         return [short(["python", f"src/{SCRIPTS[words[0]]}", *words[1:]])]
+    if words[0] == "flowanchor":
+        return [[sys.executable, "-m", "flowanchor", words[1], *short([words[0], f"{words[1]}.py", *words[2:]])[2:]]]
     program = Path(words[0]).name
     if program in ("pip", "python", "python3") and "install" in words and "pip" in " ".join(words[:3]):
         local = [word for word in words if (clone / word).is_dir()]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import PathDistribution
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from flowanchor.base.version import VERSION
 
 pytestmark = pytest.mark.cold
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +65,18 @@ def test_wheel_holds_every_module_and_every_config(wheel):
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == expected
+    assert held == expected and "flowanchor/py.typed" in held
+
+
+def test_the_version_is_said_in_one_place(wheel):
+    assert wheel.name.startswith(f"flowanchor-{VERSION}-")
+    assert f"version: {VERSION}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+    places = [file for file in (ROOT / "src").rglob("*.py") if f'"{VERSION}"' in file.read_text()]
+    assert [file.name for file in places] == ["version.py"]
 
 
 def test_console_scripts_name_programs_that_exist(installed):
@@ -71,17 +85,79 @@ def test_console_scripts_name_programs_that_exist(installed):
     )
     names = {script.name for script in scripts}
     programs = ("train", "sample", "eval", "demo", "convert", "report", "encode")
-    assert names == {f"flowanchor-{program}" for program in programs}
+    assert names == {"flowanchor", *(f"flowanchor-{program}" for program in programs)}
     for script in scripts:
-        assert (ROOT / "src" / "flowanchor" / "programs" / f"{script.module.rsplit('.', 1)[-1]}.py").is_file(), script
+        assert callable(script.load()), script
 
 
-def test_installed_program_composes_outside_the_repository(installed, tmp_path):
-    program = [sys.executable, installed / "bin" / "flowanchor-train", "--cfg", "job", "objective=flow_matching"]
-    done = run(*program, folder=tmp_path, PYTHONPATH=str(installed))
+def base_closure() -> Iterator[Distribution]:
+    """What `pip install` of the wheel brings, without any extra."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lines = re.findall(r'^ +"([^"]+)"', text[: text.index("[project.optional-dependencies]")], re.M)
+    wanted, seen = [Requirement(line) for line in lines if re.match(r"[a-z-]+([><=]|$)", line)], set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        extras = {(name, extra) for extra in ("", *requirement.extras)} - seen
+        if not extras or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen |= extras
+        found = distribution(name)
+        if (name, "") in extras:
+            yield found
+        for line in found.requires or ():
+            inner = Requirement(line)
+            if any(inner.marker is None or inner.marker.evaluate({"extra": extra}) for _, extra in extras):
+                inner.marker = None
+                wanted.append(inner)
+
+
+@pytest.fixture(scope="module")
+def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel and links to its dependencies: no clone, no extra, nothing of `dev`."""
+    folder = tmp_path_factory.mktemp("empty")
+    links = folder / "closure"
+    links.mkdir()
+    for found in base_closure():
+        tops = {Path(file).parts[0] for file in found.files or () if not Path(file).parts[0].startswith("..")}
+        for top in tops - {"__pycache__"}:
+            place = Path(found.locate_file(top))
+            if not (links / top).exists() and place.exists():
+                (links / top).symlink_to(place)
+    done = run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "flowanchor.plugins.backbones.lightningdit" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "closure.pth").write_text(f"{links}\n")
+    python = folder / "venv" / "bin" / "python"
+    done = run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "venv" / "bin"
+
+
+def test_an_empty_environment_trains_and_draws(empty, tmp_path):
+    """As after `pip install flowanchor` on a machine that has nothing else."""
+    alone = {"PYTHONPATH": ""}
+    code = (
+        "import flowanchor, importlib.util as found; print(flowanchor.__file__, flowanchor.__version__);"
+        "print([name for name in ('transformers', 'pytest', 'wandb', 'peft') if found.find_spec(name)])"
+    )
+    done = run(empty / "python", "-c", code, folder=tmp_path, **alone)
+    place, version, others = done.stdout.split(maxsplit=2)
+    assert Path(place).is_relative_to(empty.parent) and (version, others.strip()) == (VERSION, "[]"), done
+    small = ["backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2", "data.batch_size=32"]
+    done = run(empty / "flowanchor", "train", *small, "trainer.max_steps=2", "name=x", folder=tmp_path, **alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "draw:" in done.stdout and "sample outputs/train/x" in done.stdout, done.stdout
+    drawn = ["outputs/train/x", "num_samples=4", "classes=['3']", "out=pictures", "sampler.steps=1"]
+    done = run(empty / "flowanchor", "sample", *drawn, folder=tmp_path, **alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {f"0000{i}_3.png" for i in range(4)} | {"grid.png"} == {
+        path.name for path in (tmp_path / "pictures").iterdir()
+    }
+    done = run(empty / "flowanchor", "list", "experiment", folder=tmp_path, **alone)
+    assert "digits_facm" in done.stdout
 
 
 def test_installed_package_is_whole(installed, tmp_path):

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from flowanchor.base.trusted import build
+from flowanchor.base.typed import instantiate
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.format import DescribedWeights, Format
 from flowanchor.checkpoints.huggingface import is_published, write_folder

@@ -27,13 +27,18 @@ class ConsistencySampler(GridSampler):
 
     def __init__(
         self,
-        *arguments: Any,
+        steps: int = 2,
+        grid: Sequence[float] | None = None,
+        timestep_shift: float = 0.0,
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
         boundaries: Sequence[float] = (),
+        times: Sequence[float] | None = None,
         kept_noise: float = 0.0,
         kept_noise_h: float | None = None,
-        **settings: Any,
     ) -> None:
-        super().__init__(*arguments, **settings)
+        super().__init__(steps, grid, timestep_shift, guidance_scale, guidance_low, guidance_high, times)
         self.kept_noise, self.kept_noise_h = check_kept(kept_noise), kept_noise_h
         if kept_noise_h is not None and not (kept_noise_h >= 0 and kept_noise == 0):
             raise ConfigError(
@@ -73,6 +78,7 @@ class ConsistencySampler(GridSampler):
         end = x
         ends = [next(edge for edge in (*self.boundaries, 1.0) if edge > now) for now in self.times[:-1].tolist()]
         for step, (now, after) in enumerate(zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True)):
+            self.tell(now, x)
             t = torch.full((noise.shape[0],), self.asked[step], device=noise.device, dtype=dtype)
             velocity = self.guidance.velocity(backbone, x.to(dtype), interval.shortcut(t), cond, t).double()
             end = x + (ends[step] - now) * velocity
@@ -81,4 +87,5 @@ class ConsistencySampler(GridSampler):
                 continue
             kept = self.kept_noise if self.kept_noise_h is None else kept_by_rule(self.kept_noise_h, now, after)
             x = back(end, ends[step], after, renoise(step).double(), x - now * velocity, kept)
+        self.tell(1.0, end)
         return end

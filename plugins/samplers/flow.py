@@ -132,10 +132,12 @@ class FlowSampler(Sampler):
             return self._library_solve(velocity, x)
         times = self.times.tolist()
         for step, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            self.tell(now, x)
             slope = velocity(now, x)
             if self.solver == "heun" and step < self.steps - 1:
                 slope = (slope + velocity(after, x + (after - now) * slope)) / 2
             x = x + (after - now) * slope
+        self.tell(1.0, x)
         return x
 
     def _library_solve(self, velocity: Callable[[float, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -155,4 +157,6 @@ class FlowSampler(Sampler):
             method=self.solver,
             options=options,
         )
+        for now, state in zip(times.tolist(), path, strict=True):
+            self.tell(now, state)
         return path[-1]

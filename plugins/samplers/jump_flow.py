@@ -104,13 +104,18 @@ class JumpFlowSampler(Sampler):
             return self.guidance.velocity(backbone, x.to(dtype), told, cond, t).double()
 
         x = noise.double()
+        self.tell(0.0, x)
         end = x + velocity(interval.shortcut, 0.0, x)
         if self.steps == 1:
+            self.tell(1.0, end)
             return end
         x = back(end, 1.0, self.middle, renoise(0).double(), implied=x, kept=self.kept_noise)
         for now, after in zip(self.flow_times, self.flow_times[1:], strict=False):
+            self.tell(now, x)
             half = x + (after - now) / 2 * velocity(interval.anchor, now, x)
             x = x + (after - now) * velocity(interval.anchor, (now + after) / 2, half)
-        if self.steps % 2:
-            return x
-        return x + (1 - self.flow_times[-1]) * velocity(interval.shortcut, self.flow_times[-1], x)
+        if self.steps % 2 == 0:
+            self.tell(self.flow_times[-1], x)
+            x = x + (1 - self.flow_times[-1]) * velocity(interval.shortcut, self.flow_times[-1], x)
+        self.tell(1.0, x)
+        return x

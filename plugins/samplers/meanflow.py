@@ -39,7 +39,9 @@ class MeanFlowSampler(GridSampler):
         dtype = state_dtype(backbone)
         x = noise.double()
         for now, after in zip(self.times[:-1].tolist(), self.times[1:].tolist(), strict=True):
+            self.tell(now, x)
             t, end = (torch.full((noise.shape[0],), time, device=noise.device, dtype=dtype) for time in (now, after))
             told = interval.shortcut(t, end)
             x = x + (after - now) * self.guidance.velocity(backbone, x.to(dtype), told, cond, t).double()
+        self.tell(1.0, x)
         return x

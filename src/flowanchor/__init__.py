@@ -10,6 +10,8 @@ from typing import Any as _Any
 from flowanchor.base.version import VERSION as _VERSION
 
 if _TYPE_CHECKING:
+    from omegaconf import DictConfig as _DictConfig
+
     from flowanchor.generation.opened import OpenedModel as _OpenedModel
 
 __version__ = _VERSION
@@ -28,6 +30,7 @@ def load(
     codec: _Mapping[str, _Any] | None = None,
     text_encoder: _Mapping[str, _Any] | None = None,
     dtype: _Any = None,
+    network: _Any = None,
 ) -> _OpenedModel:
     """Open a trained model for sampling: `flowanchor.load(PATH).sample([0, 1, 2], steps=2)`.
 
@@ -35,4 +38,15 @@ def load(
     """
     from flowanchor.generation.opened import load as open_model  # PyTorch is imported on first use
 
-    return open_model(path_or_repo, ema=ema, device=device, codec=codec, text_encoder=text_encoder, dtype=dtype)
+    return open_model(path_or_repo, ema, device, codec, text_encoder, dtype, network=network)
+
+
+def compose(*overrides: str, program: str = "train") -> _DictConfig:
+    """The configuration of a command line: `flowanchor.compose("experiment=digits_facm", "seed=1")`.
+
+    See `flowanchor.programs.composing.compose`; what `build_module` and `build_trainer` of `flowanchor.programs.train`
+    make of it is what the program trains.
+    """
+    from flowanchor.programs.composing import compose as composed  # Hydra is imported on first use
+
+    return composed(*overrides, program=program)

@@ -26,6 +26,7 @@ class Sampler(ABC):
     kind: Kind = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
     needs_anchor: bool = False  # whether it also asks the instantaneous velocity of a network with a shortcut
     needs_end: bool = False  # whether it asks for averages that end anywhere, which not every interval can tell
+    watch: Callable[[float, Tensor], None] | None = None  # told the state [B, *] at each time on the way, noise first
 
     @abstractmethod
     def sample(
@@ -37,6 +38,11 @@ class Sampler(ABC):
         renoise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """noise [B, *] -> samples [B, *] (float64). `renoise(step)` gives fresh noise [B, *] after a step."""
+
+    def tell(self, time: float, state: Tensor) -> None:
+        """Called by `sample` at each time of its way, for whoever wants to see it; the data last, at 1."""
+        if self.watch is not None:
+            self.watch(time, state)
 
     @abstractmethod
     def with_nfe(self, nfe: int) -> Sampler:

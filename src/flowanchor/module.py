@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints.consolidated import FORMAT
+from flowanchor.checkpoints.description import named_classes
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.lightning import data_of
 from flowanchor.errors import ConfigError
@@ -25,9 +27,12 @@ from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Tim
 from flowanchor.jvp.chain import Chain
 from flowanchor.jvp.compatibility import check, is_low
 from flowanchor.jvp.compiled import compile_blocks
+from flowanchor.jvp.full import Full
 from flowanchor.jvp.stages import is_sharded
 from flowanchor.jvp.surroundings import Surroundings
 from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
+from flowanchor.parts import Described, build_network, configuration
+from flowanchor.plain_network import PlainNetwork
 from flowanchor.recompute import Lasting, Memory, RecomputeChoice, memory_of
 from flowanchor.skipped_steps import SkippedSteps
 from flowanchor.strategies.abilities import abilities
@@ -93,10 +98,61 @@ class FlowModule(pl.LightningModule):
         self.identity: dict[str, Any] = {}  # saved with it: the run's name, whose weights it uses, what resumes changed
         self.kept_settings: Container[str] = ()  # of the optimizer: those that a resume takes from the checkpoint
         self.skips = SkippedSteps(max_nonfinite_steps)
+        self.class_names: tuple[str, ...] = ()  # one for each class, as the data names them; kept in checkpoints
         self._borrowed: set[str] | None = None
         self.shown: set[str] = set()  # what is logged of a step and worth a place on the screen
         objective.check(student)
         velocity.check(student)
+
+    @classmethod
+    def from_parts(
+        cls,
+        network: Callable[..., Any] | nn.Module,
+        objective: Objective,
+        velocity: VelocityField,
+        *,
+        engine: TangentEngine | None = None,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
+        sampler: Described | None = None,
+        codec: Described = "identity",
+        sample_shape: Sequence[int] | None = None,
+        classes: int = 0,
+        class_names: Sequence[str] = (),
+        **settings: Any,
+    ) -> FlowModule:
+        """A training without a configuration, whose checkpoints `flowanchor.load` opens.
+
+        Args:
+            network: `partial(CLASS, argument=...)` of a backbone; or any module `network(x, t, cond)`, whose
+                checkpoints `flowanchor.load(PATH, network=...)` opens.
+            objective, velocity: the loss, and where its target comes from.
+            engine: of tangents; None: `Chain()`, and `Full()` for a module without stages.
+            optimizer: None: AdamW with a rate of 1e-3.
+            sampler, codec: how it is drawn from afterwards: the name of an option, or `partial(CLASS, argument=...)`.
+                None: as the objective is made for.
+            sample_shape, classes: of a module that is no backbone.
+            class_names: one for each class, kept with it.
+            settings: `seed`, `max_nonfinite_steps`, `compile_options`, `cuda_graph`, as of the class.
+
+        Raises:
+            ConfigError: parts that do not fit each other, or cannot be described in a checkpoint.
+        """
+        student, described = build_network(network, sample_shape, classes)
+        module = cls(
+            student,
+            objective,
+            velocity,
+            (Full() if isinstance(student, PlainNetwork) else Chain()) if engine is None else engine,
+            partial(torch.optim.AdamW, lr=1e-3) if optimizer is None else optimizer,
+            configuration(described, objective, sampler, codec),
+            **settings,
+        )
+        if class_names and len(class_names) != student.conditioning.classes:
+            raise ConfigError(
+                f"There are {len(class_names)} class_names, and the network has {student.conditioning.classes} classes."
+            )
+        module.class_names = tuple(class_names)
+        return module
 
     def configure_model(self) -> None:
         """Let a strategy that spreads the networks over the processes do so (`ChainJVPStrategy`); compile blocks."""
@@ -117,6 +173,8 @@ class FlowModule(pl.LightningModule):
         """Tell the networks what stands for no condition where the data says it (the negative prompt's text)."""
         self._steps = None
         data = data_of(self.trainer)
+        if isinstance(data, FlowDataModule) and data.class_names:
+            self.class_names = tuple(data.class_names)
         if isinstance(data, FlowDataModule) and data.null_condition is not None:
             for network in self.modules():
                 if isinstance(network, Backbone):
@@ -135,10 +193,11 @@ class FlowModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
         if not isinstance(batch, Batch):
             raise ConfigError(
-                f"The loader yields a {type(batch).__name__}, and a training step takes a Batch(x1, cond): return "
+                f"The loader yields a {type(batch).__name__}, and a training step takes samples and labels: return "
                 "flowanchor.interfaces.Batch from the collate function."
             )
         self.objective.at_step(self.trainer.global_step)
@@ -152,7 +211,8 @@ class FlowModule(pl.LightningModule):
         self._log_result("train", result.loss, result.terms, result.diagnostics, batch)
         return result.loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = as_batch(batch)
         noise, times, _ = self._draw(batch, VALIDATION_STREAM, batch_idx)
         result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
         self._log_result("val", result.loss, result.terms, result.diagnostics, batch)
@@ -359,11 +419,20 @@ class FlowModule(pl.LightningModule):
             "nonfinite_steps": self.nonfinite_steps,
             **self.identity,
         }
+        names = named_classes(self.class_names, self.student.conditioning.classes)
+        if names:
+            checkpoint["flowanchor"]["class_names"] = names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.state_dict()
         checkpoint["state_dict"].update({key: value for key, value in own.items() if self.is_elsewhere(key)})
         self.skips.restore(int(checkpoint.get("flowanchor", {}).get("nonfinite_steps", 0)))
+
+
+def as_batch(given: Any) -> Any:
+    """Samples, or samples and labels, of a loader of one's own as the `Batch` that they are; anything else as it is."""
+    pair = isinstance(given, (list, tuple)) and not isinstance(given, Batch) and len(given) in (1, 2)
+    return Batch(*given) if pair and all(isinstance(part, Tensor) for part in given) else given
 
 
 def skipped_steps(module: pl.LightningModule | None) -> int:

@@ -185,8 +185,8 @@ def test_arguments_that_are_none(file):
     for labels in ("3", [[1], [2, 3]], [None]):
         with pytest.raises(ConfigError, match="labels must be whole numbers between 0 and 2|How many images"):
             model.sample(labels)
-    for settings in ({"noise": 0}, {"guidence_scale": 2}):
-        with pytest.raises(ConfigError, match="has no setting|unexpected keyword argument"):
+    for settings in ({"noise": 0}, {"noize": 0}, {"guidence_scale": 2}):
+        with pytest.raises(ConfigError, match="noise=0 is no tensor|has no setting|unexpected keyword argument"):
             model.sample([1], **settings)
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowanchor.checkpoints import load_model
+from flowanchor.reporting.pictures import read_facts
 
 SHORT = ["callbacks=default", "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_val_batches=1"]
 
@@ -42,12 +43,29 @@ def test_two_stages_then_samples_and_scores(stages, command, capsys):
     assert images.shape == (64, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(64)]
     assert Image.open(drawn / "grid.png").width > 8 * 8
+    files = sorted((drawn / "images").iterdir())
+    assert [file.name for file in files[:12]] == [f"{i:05d}_{i % 10}.png" for i in range(12)] and len(files) == 64
+    facts = read_facts(files[13])
+    assert (facts["seed"], facts["nfe"], facts["class"], facts["index"]) == (0, 2, "3", 13)
+    model = load_model(run)
+    assert model.class_names == tuple("0123456789") and facts["checkpoint"] == model.digest
+    with Image.open(files[13]) as file:
+        assert np.array_equal(np.asarray(file)[16::32, 16::32], images[13, ..., 0])
     command("sample", f"checkpoint={run}", *choice, "name=again", "batch_size=7")
     with np.load(stages / "outputs" / "sample" / "again" / "samples.npz") as file:
         assert np.array_equal(file["images"], images)
     command("sample", f"checkpoint={run}", *choice, "name=other", "seed=1", "classes=[3]")
     with np.load(stages / "outputs" / "sample" / "other" / "samples.npz") as file:
         assert not np.array_equal(file["images"], images) and set(file["labels"].tolist()) == {3}
+    by_name = ["classes=['7','3']", "out=my pictures", "trajectory=gif", "num_samples=4", "grid_images=2", "scale=1"]
+    command("sample", f"checkpoint={run}", "sampler.steps=2", *by_name, "name=files")
+    names = [f"0000{i}_{'73'[i % 2]}.png" for i in range(4)]
+    assert sorted(path.name for path in (stages / "my pictures").iterdir()) == [*names, "grid.png", "trajectory.gif"]
+    assert not (stages / "outputs" / "sample" / "files" / "samples.npz").exists()  # out= was given, npz=true was not
+    with Image.open(stages / "my pictures" / "trajectory.gif") as film:
+        assert film.n_frames == 3
+    with Image.open(stages / "my pictures" / names[0]) as file:
+        assert file.size == (8, 8)
 
 
 def test_the_student_starts_from_the_teachers_average(command, tiny):

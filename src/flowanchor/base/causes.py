@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from flowanchor.base.processes import rank
 
 
@@ -18,3 +20,13 @@ def unwrapped(error: BaseException) -> BaseException:
     found = None if own is None else failures.get(own)
     inner = (found or failures[min(failures)])[0]
     return unwrapped(inner) if isinstance(inner, BaseException) else error
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from, each once."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__

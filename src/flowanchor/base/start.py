@@ -35,13 +35,24 @@ def begin() -> None:
     parent = _parent()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
-    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
-    module = (main.parent.name, main.stem) == ("flowanchor", "__main__")
-    ours = module or main.stem in PROGRAMS or main.name.startswith("flowanchor-")
-    if ours and threading.current_thread() is threading.main_thread():
+    if _is_ours() and threading.current_thread() is threading.main_thread():
         for signum in STOPS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(signum, _stop)
+
+
+def _is_ours() -> bool:
+    """Whether this process is a program of ours: by its script, or by the module that it was started with."""
+    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1 :][:1] if "-m" in words else []  # whose file is not known at its beginning
+    return (
+        main.parts[-2:] in (("flowanchor", "__main__.py"), ("programs", "__main__.py"))
+        or main.stem in PROGRAMS
+        or main.name.startswith("flowanchor-")
+        or bool(module)
+        and (module[0] == "flowanchor" or module[0].startswith("flowanchor.programs"))
+    )
 
 
 def _stop(signum: int, frame: object) -> None:

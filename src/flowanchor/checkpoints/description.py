@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from flowanchor.errors import CheckpointError
 from flowanchor.weights import checked_weights
 
 KINDS = ("flow", "shortcut")
+CLASSES, LONGEST = 1_000_000, 200  # names of classes, and characters of one
 _GROUPS = ("backbone", "objective", "sampler", "codec", "text_encoder", "data")
 _SETTINGS = (dict, type(None))
 
@@ -35,6 +36,7 @@ def checked_content(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if type(meta["step"]) is not int or not 0 <= meta["step"] < 2**53:
         raise CheckpointError(f"{file} says that it was trained for {shown(meta['step'])} steps: do not use it.")
     _check_groups(meta["config"], file)
+    _check_names(meta.get("class_names", []), file)
     profiles = content.get("ema") or {}
     if not isinstance(profiles, dict) or not all(isinstance(name, str) for name in profiles):
         raise CheckpointError(f"{file} holds averages that are none (ema): do not use it.")
@@ -52,6 +54,21 @@ def _check_groups(config: Any, file: Path) -> None:
             f"{file} holds no configuration that can be used ({what}): give a .ckpt file that flowanchor-train has "
             "written."
         )
+
+
+def _check_names(names: Any, file: Path) -> None:
+    """Raise `CheckpointError` where the names of classes are no list of short texts, on one line each."""
+    good = isinstance(names, list) and all(isinstance(n, str) and n.isprintable() and len(n) <= LONGEST for n in names)
+    if not good or len(names) > CLASSES:
+        raise CheckpointError(f"{file} holds names of classes that are none (class_names): do not use it.")
+
+
+def named_classes(names: Sequence[str], classes: int) -> list[str]:
+    """Names of classes as a file holds them; none where there is not one for each class."""
+    if len(names) != classes:
+        return []
+    printable = ("".join(c if c.isprintable() else "?" for c in str(name)[:LONGEST]) for name in names)
+    return [name.replace("${", "$ {") for name in printable]  # which no checkpoint may hold
 
 
 def described_network(config: Mapping[str, Any], file: object) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -74,6 +74,8 @@ def write_folder(
     if codec is not None:
         config["codec"] = {**config["codec"], "weights": CODEC}
     described = {"format": FORMAT, "kind": meta["kind"], "step": int(meta["step"]), "config": config, "ema": ema}
+    if meta.get("class_names"):
+        described["class_names"] = list(meta["class_names"])
     partial = unfinished(folder)
     remove(partial)
     partial.mkdir(parents=True)

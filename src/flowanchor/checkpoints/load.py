@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.base.trusted import build, check
 from flowanchor.checkpoints.adapters import outlined
-from flowanchor.checkpoints.description import described_network
+from flowanchor.checkpoints.description import described_network, named_classes
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.fit import check_fit
@@ -38,6 +38,7 @@ class LoadedModel:
     path: str
     step: int
     sources: dict[str, str] = field(default_factory=dict)  # the sha256 of what lies elsewhere: adapters' base
+    class_names: tuple[str, ...] = ()  # one for each class, where the data had names and the checkpoint keeps them
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +58,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     initialise_from: str | Path | Mapping[str, str] | None = None,
     hashed: bool = True,
+    network: Backbone | None = None,
 ) -> LoadedModel:
     """Load the network of a run.
 
@@ -71,19 +73,25 @@ def load_model(
             straight to the device; what the network wants in float32 stays there. None: float32.
         initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
         hashed: False leaves `digest` empty: the file is not read for it.
+        network: one of the user's own that takes the weights, in place of what the file describes.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
     meta = content["flowanchor"]
     config = meta["config"]
-    network, interval = described_network(config, file)
-    check(network, "backbone", file)
+    described, interval = described_network(config, file)
+    if network is None:
+        check(described, "backbone", file)
     check(interval, "objective.interval", file)
     name, weights = select_weights(content, ema, file)
-    shapes, weights, sources = outlined(meta, weights, file, initialise_from)
-    check_fit(shapes, weights, file)
-    with loading_context() if dtype is None else parameters_on_meta():
-        backbone = cast(Backbone, build(network, "backbone", file))
+    sources: dict[str, str] = {}
+    if network is not None:
+        backbone = network
+    else:
+        shapes, weights, sources = outlined(meta, weights, file, initialise_from)
+        check_fit(shapes, weights, file)
+        with loading_context() if dtype is None else parameters_on_meta():
+            backbone = cast(Backbone, build(described, "backbone", file))
     load_weights(backbone, weights, file)
     if dtype is not None:
         store_low(backbone, dtype)
@@ -99,6 +107,7 @@ def load_model(
         path=str(file),
         step=meta["step"],
         sources=sources,
+        class_names=tuple(named_classes(meta.get("class_names", []), backbone.conditioning.classes)),
     )
 
 

@@ -31,7 +31,7 @@ def load_codec(model: LoadedModel, chosen: DictConfig | None = None) -> Codec:
     if chosen is None:
         codec: Codec = build(own, "codec", model.path)
     else:
-        from hydra.utils import instantiate
+        from flowanchor.base.typed import instantiate
 
         settings: Any = OmegaConf.to_container(chosen, resolve=True)
         if "statistics" in settings and settings["statistics"] is None and own.get("statistics") is not None:
@@ -75,7 +75,7 @@ def check_codec(cfg: DictConfig, data: FlowDataModule) -> None:
     encoded = data.encoded_by
     if "name" not in encoded:
         return
-    from hydra.utils import instantiate
+    from flowanchor.base.typed import instantiate
 
     codec: Codec = instantiate(cfg.codec, _convert_="all")
     name, digest, where = encoded["name"], encoded.get("digest"), cfg.data.get("root") or data.name

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from flowanchor.request import Request
 from flowanchor.text.base import TextEncoder
 
 
+class Moment(NamedTuple):
+    """A batch on its way from noise to data."""
+
+    first: int  # number of its first sample among those that are drawn
+    step: int  # of the way; 0: the noise
+    time: float  # 0: noise, 1: data
+    samples: Tensor  # [b, *], in the network's own space, float64
+
+
 @dataclass
 class Generator:
     """A network with all that is needed to draw images of what is asked for.
@@ -33,6 +43,7 @@ class Generator:
         codec: from samples to pixels, on the same device.
         encoder: of prompts; None: the network reads none, or its requests are encoded already.
         strict: an image that is not finite is an error; else it becomes a black one.
+        watch: told of every moment of every batch, the noise first and the data last.
     """
 
     backbone: Backbone
@@ -41,6 +52,7 @@ class Generator:
     codec: Codec
     encoder: TextEncoder | None = None
     strict: bool = True
+    watch: Callable[[Moment], None] | None = None
 
     @classmethod
     def of(cls, model: LoadedModel, sampler: Any, codec: Any = None, text_encoder: Any = None) -> Generator:
@@ -60,6 +72,7 @@ class Generator:
         batch_size: int,
         size: str | Sequence[int] | None = None,
         first: int = 0,
+        noise: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Images of a request in order, uint8 [b, H, W, C] on the CPU, `b` the batch size but for the last chunk.
 
@@ -69,18 +82,24 @@ class Generator:
         Args:
             size: of the images, see `sample_shape`; None: the network's own.
             first: number of the first image, which decides the noise.
+            noise: to begin with, [n, *], in the place of that of the seed.
 
         Raises:
-            ConfigError: a size that the network cannot draw, videos.
+            ConfigError: a size that the network cannot draw, videos, noise of another shape.
             DataError: while drawing, where an image is not finite (`strict`).
         """
         if batch_size < 1 or request.n < 1:
             raise ConfigError(f"num_samples={request.n} and batch_size={batch_size} must both be at least 1.")
         shape = sample_shape(self.backbone, size, self.codec.downsampling)
-        return self._chunks(request, seed, batch_size, shape, first)
+        if noise is not None and tuple(noise.shape) != (request.n, *shape):
+            raise ConfigError(
+                f"noise has the shape {list(noise.shape)}, and these samples need {[request.n, *shape]}: leave it out, "
+                "or draw it with torch.randn."
+            )
+        return self._chunks(request, seed, batch_size, shape, first, noise)
 
     def _chunks(
-        self, request: Request, seed: int, batch_size: int, shape: tuple[int, ...], first: int
+        self, request: Request, seed: int, batch_size: int, shape: tuple[int, ...], first: int, given: Tensor | None
     ) -> Iterator[Tensor]:
         device, dtype = next(self.backbone.parameters()).device, state_dtype(self.backbone)
         for start in range(0, request.n, batch_size):
@@ -90,15 +109,31 @@ class Generator:
                 lambda part: part.to(device) if isinstance(part, Tensor) else part,
                 request.cond(start, stop, self.encoder),
             )
-            noise = sample_noise(seed, indices, shape).to(device=device, dtype=dtype)
+            noise = sample_noise(seed, indices, shape) if given is None else given[start:stop]
+            noise = noise.to(device=device, dtype=dtype)
             fresh = renoiser(seed, indices, shape, device)
+            self.sampler.watch = self._watcher(start)
             with asking(self.backbone, device):
                 latents = self.sampler.sample(self.backbone, noise, cond, self.interval, fresh)
-            with torch.no_grad():
-                images = self.codec.decode(one_image(latents.to(dtype)))
+            images = self._decoded(latents)
             if self.strict:
                 self._check_finite(images, request, start, first, seed)
-            yield to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
+            yield _as_uint8(images)
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Samples [b, *] of the network's space, on its device -> uint8 [b, H, W, C] on the CPU."""
+        return _as_uint8(self._decoded(samples))
+
+    @torch.no_grad()
+    def _decoded(self, samples: Tensor) -> Tensor:
+        return self.codec.decode(one_image(samples.to(state_dtype(self.backbone))))
+
+    def _watcher(self, first: int) -> Callable[[float, Tensor], None] | None:
+        """What the sampler tells, with what it does not know: which samples these are, and how often it has told."""
+        if self.watch is None:
+            return None
+        watch, told = self.watch, count()
+        return lambda time, state: watch(Moment(first, next(told), time, state))
 
     def _check_finite(self, images: Tensor, request: Request, start: int, first: int, seed: int) -> None:
         good = images.isfinite().flatten(1).all(1)
@@ -108,6 +143,10 @@ class Generator:
                 f"Sample {first + index} (seed {seed}{request.named(index)}, NFE {self.sampler.nfe}) is not finite: "
                 "the weights have diverged, or the codec overflows; try an earlier checkpoint, or codec.dtype=float32."
             )
+
+
+def _as_uint8(images: Tensor) -> Tensor:
+    return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def one_image(latents: Tensor) -> Tensor:

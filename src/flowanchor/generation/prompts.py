@@ -18,7 +18,7 @@ def load_text_encoder(model: LoadedModel, chosen: Any = None) -> TextEncoder:
     Raises `ConfigError` where neither is known.
     """
     if chosen is not None and "_target_" in chosen:
-        from hydra.utils import instantiate  # a model is opened and sampled without Hydra
+        from flowanchor.base.typed import instantiate  # a model is opened and sampled without Hydra
 
         encoder: TextEncoder = instantiate(chosen, _convert_="all")
         return encoder.eval()

@@ -19,7 +19,7 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
     """
     chosen = _given(settings)
     if "_target_" in chosen:  # the user's own choice
-        from hydra.utils import instantiate  # a model is opened and sampled without Hydra
+        from flowanchor.base.typed import instantiate  # a model is opened and sampled without Hydra
 
         sampler: Sampler = instantiate(chosen, _convert_="all")
     else:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import hydra.utils
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from flowanchor.base.typed import instantiate
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import ConfigError
 from flowanchor.metrics.base import Metric
@@ -72,7 +72,7 @@ class Evaluator:
         batch_size: int = 250,
         reference: Reference | None = None,
     ) -> None:
-        self.metric: Metric = metric if isinstance(metric, Metric) else hydra.utils.instantiate(metric)
+        self.metric: Metric = metric if isinstance(metric, Metric) else instantiate(metric)
         self.data, self.device, self.batch_size = data, device, batch_size
         self.label = self.metric.label(data)
         self._extractor = self.metric.extractor(data).to(device).eval()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import bare
 from flowanchor.base.registry import current_name, registered
+from flowanchor.base.typed import instantiate
 from flowanchor.checkpoints.adapters import by_part, outlined, whole_weights
 from flowanchor.checkpoints.consolidated import WRITABLE
 from flowanchor.checkpoints.description import described_network

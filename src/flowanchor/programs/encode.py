@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.processes import this_process
 from flowanchor.base.reading import shown
+from flowanchor.base.typed import instantiate
 from flowanchor.encoded.manifest import MANIFEST, Manifest
 from flowanchor.encoding.caption_sources import open_captions
 from flowanchor.encoding.captions import Captioned, CaptionEncoding

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowanchor.base.paths import from_here
 from flowanchor.base.trusted import build
+from flowanchor.base.typed import instantiate
 from flowanchor.checkpoints import LoadedModel, load_model
 from flowanchor.conditioning import Text
 from flowanchor.data.base import FlowDataModule

@@ -27,7 +27,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-import flowanchor
 from flowanchor.base.causes import unwrapped
 from flowanchor.base.moved import use_current_names
 from flowanchor.base.paths import from_here
@@ -35,6 +34,7 @@ from flowanchor.base.processes import is_first
 from flowanchor.base.rank_zero import is_first as speaks_for_all
 from flowanchor.base.signals import Interrupted, current, end_now, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
+from flowanchor.base.version import VERSION
 from flowanchor.programs import slurm
 from flowanchor.programs.folders import register_resolvers
 from flowanchor.programs.messages import explain
@@ -229,7 +229,7 @@ def _check_command_line(arguments: list[str]) -> None:
     """Exit with a sentence where Hydra's own parser would print its usage and exit with code 2."""
     parser = get_args_parser()
     if "--version" in arguments:  # Hydra would tell its own
-        print(f"flowanchor {flowanchor.__version__}")
+        print(f"flowanchor {VERSION}")
         sys.exit(0)
 
     def refuse(message: str) -> NoReturn:

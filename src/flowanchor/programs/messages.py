@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
@@ -21,7 +20,8 @@ from hydra.errors import (
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from flowanchor.base.causes import unwrapped
+from flowanchor.base.causes import chain, unwrapped
+from flowanchor.base.typed import misfit
 from flowanchor.errors import FlowAnchorError
 from flowanchor.programs.rendezvous import trouble
 from flowanchor.programs.suspects import blame
@@ -34,7 +34,7 @@ _FOLDER_TROUBLE = {
 def explain(error: BaseException, config_name: str, config_path: str, arguments: list[str]) -> str | None:
     """The sentence for an error that a user can act on; None for one that needs its traceback."""
     error = unwrapped(error)
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, FlowAnchorError):
             return _one_line(str(link))
         if isinstance(link, RuntimeError) and "home directory" in str(link):
@@ -50,10 +50,10 @@ def explain(error: BaseException, config_name: str, config_path: str, arguments:
             "and text with spaces or commas as 'key=\"some text\"'."
         )
     if isinstance(error, InstantiationException):
-        sentence = _instantiation(error, arguments)
+        sentence = misfit(error, arguments)
         if sentence is not None:
             return sentence
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, MissingMandatoryValue):
             return f"A value for {link.full_key} is required: add {link.full_key}=... to the command."
         if isinstance(link, InterpolationResolutionError):
@@ -151,37 +151,6 @@ def _interpolation(error: InterpolationResolutionError) -> str:
     return f"{place} cannot be resolved ({_one_line(str(error).splitlines()[0]).rstrip('.')}): give it a value instead."
 
 
-def _instantiation(error: InstantiationException, arguments: list[str]) -> str | None:
-    """Only what the configuration did wrong: unknown or missing settings and targets that cannot be imported."""
-    where = re.search(r"full_key: (\S+)", str(error))
-    key = where.group(1) if where else None
-    target = re.search(r"target '([^']+)'", str(error))
-    name = target.group(1) if target else "its target"
-    cause = error.__cause__
-    if cause is None or str(error).startswith("Error locating target"):
-        if target is None:
-            return _sentence(str(error))
-        root = list(_chain(error))[-1]
-        place = f"{key}._target_" if key else "A _target_"
-        reason = _one_line(str(root))
-        return f"{place} names {name}, which cannot be imported ({reason}): correct the name or install its package."
-    if isinstance(cause, TypeError):
-        # Raised by the call itself, not inside the constructor: the keywords do not fit.
-        direct = cause.__traceback__ is not None and cause.__traceback__.tb_next is None
-        short = ".".join(itertools.dropwhile(str.islower, name.split("."))) or name.rsplit(".", 1)[-1]
-        unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(cause))
-        if unexpected is not None:
-            wrong = unexpected.group(1)
-            setting = f"{key}.{wrong}" if key else wrong
-            if not direct and not any(text.split("=")[0].lstrip("+") == setting for text in arguments):
-                return None
-            return f"Unknown setting {setting}: {short} has no argument {wrong}; remove it, or see {name}."
-        absent = re.search(r"missing \d+ required .*arguments?: (.*)$", str(cause))
-        if absent is not None and direct:
-            return f"{key or short} lacks {absent.group(1)}, which {short} requires: set it on the command line."
-    return None
-
-
 def _known_keys(config_name: str, config_path: str, arguments: list[str], wrong: str) -> list[str]:
     """Every key and group of the configuration that the other arguments compose (or of the plain one)."""
     overrides = [text for text in arguments if "=" in text and not text.startswith(("-", "hydra"))]
@@ -223,15 +192,6 @@ def _flatten(node: object, prefix: str = "") -> list[str]:
         names.append(f"{prefix}{name}")
         names.extend(_flatten(value, f"{prefix}{name}."))
     return names
-
-
-def _chain(error: BaseException) -> Iterable[BaseException]:
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__
 
 
 def _sentence(text: str, addition: str = "") -> str:

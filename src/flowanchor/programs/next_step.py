@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,10 @@ from flowanchor.base.paths import from_here
 def command(program: str, *arguments: str) -> str:
     """A program called the way this one was: by its script, its installed name, or as a module."""
     script = Path(sys.argv[0])
-    if script.name.startswith("flowanchor-"):
+    if script.name == "__main__.py":  # the command, which takes plain paths
+        words = ["flowanchor", program] if shutil.which("flowanchor") else ["python", "-m", "flowanchor", program]
+        arguments = tuple(argument.removeprefix("checkpoint=") for argument in arguments)
+    elif script.name.startswith("flowanchor-"):
         words = [f"flowanchor-{program}"]
     elif script.suffix == ".py" and script.with_name(f"{program}.py").is_file():
         words = ["python", str(from_here(script.with_name(f"{program}.py")))]

@@ -12,6 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from flowanchor.base.quoting import in_quotes
+
 # Prompts, by their whole key: always quoted. `prompt` may be a list too.
 PROMPTS = ("prompt", "negative", "captions.negative")
 # Names and paths, by the last part of their key: those that may be several, and those that are one whatever they hold.
@@ -43,7 +45,7 @@ def _quoted(argument: str, sweep: bool) -> str:
         return argument
     if key in PROMPTS:
         written = sweep or _QUOTED.fullmatch(value) or _is_list(value)
-        return argument if written else f"{name}={_in_quotes(value)}"
+        return argument if written else f"{name}={in_quotes(value)}"
     if last not in SEVERAL | ONE or key.startswith(("-", "~")) or "${" in value:
         return argument
     if sweep and not key.startswith("hydra."):
@@ -61,7 +63,7 @@ def _text(value: str, one: bool) -> str:
         return f"[{','.join(_text(part.strip(), False) for part in _parts(value[1:-1]))}]"
     if not one and value[0] == "{" and value[-1] == "}":
         return value
-    return value if _is_read_as(value) else _in_quotes(value)
+    return value if _is_read_as(value) else in_quotes(value)
 
 
 def _parts(value: str) -> list[str]:
@@ -90,10 +92,3 @@ def _is_read_as(text: str) -> bool:
         return not override.is_sweep_override() and override.value() == text
     except HydraException:
         return False
-
-
-def _in_quotes(value: str) -> str:
-    # In Hydra's quotes a backslash escapes a quote, and backslashes before one.
-    inside = re.sub(r"(\\*)'", lambda found: f"{2 * found[1]}\\'", value)
-    inside = re.sub(r"(\\+)$", lambda found: 2 * found[1], inside)
-    return f"'{inside}'"

@@ -10,10 +10,10 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from flowanchor.base.rank_zero import rank_zero_info, rank_zero_warn
+from flowanchor.base.typed import instantiate
 from flowanchor.callbacks.attached import callbacks_of
 from flowanchor.callbacks.interruption import take_over
 from flowanchor.checkpoints import initialise_student, latest_checkpoint

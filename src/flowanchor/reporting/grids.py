@@ -39,13 +39,14 @@ def labelled_grid(
     columns: int | None = None,
     row_names: Sequence[str] | None = None,
     scale: int | None = None,
+    title: str = "",
 ) -> Image.Image:
     """Images [N, H, W, C] (uint8, C = 1 or 3) in a grid, with a name beside each row.
 
     With `labels` [N] each class gets its own rows (its images in their order), named by `class_names` where given;
     without, images fill the rows in order and `row_names` may name those. `columns` defaults to a nearly square
     grid (without labels) or to the most images that a class has, at most 16. `scale` is the whole-number
-    enlargement (default: to about 40 pixels).
+    enlargement (default: to about 40 pixels). A `title` goes above, smaller or in two lines where it is long.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3) or not len(images):
@@ -65,7 +66,8 @@ def labelled_grid(
             lines = [group[i : i + width] for i in range(0, len(group), width)]
             rows += lines
             names += [class_names[c] if c < len(class_names) else str(c)] + [""] * (len(lines) - 1)
-    return _paint([_enlarged(row, scale) for row in rows], names, width)
+    page = _paint([_enlarged(row, scale) for row in rows], names, width)
+    return titled(page, title) if title else page
 
 
 def _paint(rows: list[Pixels], names: list[str], columns: int) -> Image.Image:
@@ -83,6 +85,26 @@ def _paint(rows: list[Pixels], names: list[str], columns: int) -> Image.Image:
         for j, image in enumerate(row):
             page.paste(Image.fromarray(image), (margin + GAP + j * (width + GAP), top))
     return page
+
+
+def titled(page: Image.Image, title: str) -> Image.Image:
+    """A page with a line above it; a long one goes on in further lines, and the page is no narrower than a word."""
+    font = _font(13)
+    lines = [""]
+    for word in title.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > page.width - 8:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    width = max(page.width, *(int(font.getlength(line)) + 8 for line in lines))
+    head = 18 * len(lines) + 6
+    whole = Image.new("RGB", (width, head + page.height), color=BACKGROUND)
+    draw = ImageDraw.Draw(whole)
+    for number, line in enumerate(lines):
+        draw.text((4, 12 + 18 * number), line, fill=INK, font=font, anchor="lm")
+    whole.paste(page, (0, head))
+    return whole
 
 
 def join(pictures: Sequence[Image.Image], titles: Sequence[str], space: int = 16) -> Image.Image:

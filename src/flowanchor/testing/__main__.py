@@ -6,9 +6,9 @@ import sys
 import warnings
 
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 
 from flowanchor import __version__
+from flowanchor.base.typed import instantiate
 from flowanchor.interfaces import Backbone
 from flowanchor.programs.launch import LIBRARY_WARNINGS, prepare
 from flowanchor.programs.messages import explain
