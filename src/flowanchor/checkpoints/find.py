@@ -8,7 +8,7 @@ from pathlib import Path
 from flowanchor.base.files import superseded
 from flowanchor.checkpoints.formats import recognised
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published
-from flowanchor.checkpoints.sharded import is_sharded
+from flowanchor.checkpoints.sharded_folder import is_sharded
 from flowanchor.errors import CheckpointError, ConfigError
 
 

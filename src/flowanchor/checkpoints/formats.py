@@ -11,7 +11,7 @@ from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.registry import registered
 from flowanchor.base.trusted import brief, build
 from flowanchor.checkpoints.format import Format
-from flowanchor.checkpoints.sharded import is_sharded
+from flowanchor.checkpoints.sharded_folder import is_sharded
 from flowanchor.errors import CheckpointError, FlowAnchorError
 
 

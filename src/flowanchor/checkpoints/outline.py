@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from flowanchor.base.plain import bare
 from flowanchor.base.trusted import build
@@ -78,9 +79,20 @@ def _largest(settings: Any) -> float:
     return abs(settings) if isinstance(settings, (int, float)) else 0
 
 
+class _LeftUnfilled(TorchFunctionMode):
+    """Within it `torch.nn.init` leaves tensors without values alone: filling them does nothing, and on its way there
+    PyTorch imports its compiler, which takes a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(function, "__module__", None) == "torch.nn.init" and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _all_on_meta() -> Iterator[None]:
-    with torch.device("meta"), parameters_on_meta():
+    with torch.device("meta"), _LeftUnfilled(), parameters_on_meta():
         yield
 
 
