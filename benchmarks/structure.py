@@ -38,6 +38,7 @@ ROOMS = [
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
                   "flowanchor.skipped_steps", "flowanchor.recompute", "flowanchor.run_lock"]),
     ("plugins", ["flowanchor.plugins"]),
+    ("play", ["flowanchor.play"]),
     ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
 ]  # fmt: skip
 

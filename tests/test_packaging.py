@@ -61,6 +61,9 @@ def test_wheel_holds_every_module_and_every_config(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml") and "__pycache__" not in path.parts
     }
+    models = ROOT / "src" / "flowanchor" / "shipped"
+    expected |= {f"flowanchor/shipped/{path.relative_to(models).as_posix()}" for path in models.rglob("*.*")}
+    assert "flowanchor/shipped/digits/model.safetensors" in expected
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
 

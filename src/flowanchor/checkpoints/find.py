@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from flowanchor.base.files import superseded
+from flowanchor.checkpoints.consolidated import is_consolidated
 from flowanchor.checkpoints.formats import recognised
 from flowanchor.checkpoints.huggingface import WEIGHTS, is_published
 from flowanchor.checkpoints.sharded_folder import is_sharded
@@ -30,6 +31,8 @@ def find_checkpoint(path: str | Path) -> Path:
     path = shipped_folder(path) or path
     if path.is_dir():
         inside = path if is_sharded(path) else latest_checkpoint(path)
+        if inside is None and is_published(path) and is_consolidated(path / WEIGHTS):
+            inside = path / WEIGHTS
         if inside is None and recognised(path):
             inside = path
         if inside is None and is_published(path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -92,9 +93,8 @@ def can_be_guided(model: OpenedModel) -> bool:
 def class_names(model: OpenedModel) -> list[str]:
     """What a user calls the classes: their names where the checkpoint has them, else their numbers."""
     count = model.backbone.conditioning.classes
-    names: Any = (model.config.get("data") or {}).get("class_names") or ()
-    fits = isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(name, str) for name in names)
-    return list(names) if fits else [str(number) for number in range(count)]
+    names: Sequence[str] = vars(model).get("class_names", ())  # of checkpoints that keep them
+    return list(names) if len(names) == count else [str(number) for number in range(count)]
 
 
 def _name(target: str) -> str:
