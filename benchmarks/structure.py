@@ -39,6 +39,7 @@ ROOMS = [
                   "flowanchor.graphs", "flowanchor.optimizers", "flowanchor.optimizer_settings",
                   "flowanchor.skipped_steps", "flowanchor.recompute", "flowanchor.run_lock", "flowanchor.parts"]),
     ("plugins", ["flowanchor.plugins"]),
+    ("play", ["flowanchor.play"]),
     ("programs", ["flowanchor.programs", "flowanchor.testing", "flowanchor.__main__", "flowanchor"]),
 ]  # fmt: skip
 

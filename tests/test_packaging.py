@@ -67,6 +67,9 @@ def test_wheel_holds_every_module_and_every_config(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    models = ROOT / "src" / "flowanchor" / "shipped"
+    expected |= {f"flowanchor/shipped/{path.relative_to(models).as_posix()}" for path in models.rglob("*.*")}
+    assert "flowanchor/shipped/digits/model.safetensors" in expected
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected and "flowanchor/py.typed" in held
 
@@ -198,7 +201,7 @@ def test_every_import_is_a_declared_dependency():
     foreign = {name: found for name, found in imported.items() if name not in {*sys.stdlib_module_names, "flowanchor"}}
     assert "torch" in foreign
     # Imported only where it is found, and refused with a sentence where it is not (an extra).
-    optional = {"triton": "triton_kernel.py", "ftfy": "frozen.py", "peft": "lora.py"}
+    optional = {"triton": "triton_kernel.py", "ftfy": "frozen.py", "peft": "lora.py", "gradio": "page.py"}
     for name, file in optional.items():
         assert [found.name for found in foreign.pop(name)] == [file]
     assert {found.name for found in foreign.pop("transformers")} == {"frozen.py", "clip.py"}

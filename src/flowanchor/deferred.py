@@ -51,6 +51,8 @@ class StagedWeights(nn.Module):
         process that holds them all does.
         """
         self.initialised_by_stage = True
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # there is nothing to fill yet: `materialise` draws
         for index in range(len(self.stage_modules())):
             with self.stage_randomness(index):
                 self.initialise_stage(index)

@@ -6,14 +6,15 @@ which are read when they are asked for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from flowanchor.base.plain import bare, described, shown
+from flowanchor.base.shards import is_shared
 from flowanchor.errors import CheckpointError
 
 
@@ -212,15 +213,15 @@ def copy_weights(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -
 
 def local(tensor: Tensor) -> Tensor:
     """This process' part of a tensor, sharing its storage (call under `no_grad`)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor
 
 
 def own_part(tensor: Tensor) -> tuple[slice, ...]:
     """Which part of the whole tensor this process holds, as an index."""
     start, length = [0] * tensor.ndim, list(tensor.shape)
-    if isinstance(tensor, DTensor):
+    if is_shared(tensor):
         for axis, placement in enumerate(tensor.placements):
-            if isinstance(placement, Shard):  # the others are replicas
+            if isinstance(placement, sys.modules["torch.distributed.tensor"].Shard):  # the others are replicas
                 share = -(-length[placement.dim] // tensor.device_mesh.size(axis))
                 begin = min(share * tensor.device_mesh.get_local_rank(axis), length[placement.dim])
                 start[placement.dim] += begin

@@ -55,6 +55,22 @@ def test_the_command_line_waits_for_no_library(tmp_path, words):
     assert "query=bash" not in words or "objective=facm" in said
 
 
+def test_a_model_that_comes_along_is_drawn_with_little_more_than_torch(tmp_path):
+    code = """
+import json, sys
+import flowanchor
+images = flowanchor.load("digits").sample([3], steps=2)
+print("HEAVY", json.dumps([list(images.shape), sorted(sys.modules)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    shape, modules = json.loads(done.stdout.split("HEAVY ")[1])
+    assert shape == [1, 8, 8, 1]
+    slow = {"lightning", "torchvision", "matplotlib", "sklearn", "hydra", "sympy", "diffusers", "transformers", "PIL"}
+    slow |= {f"torch.{part}" for part in ("_dynamo", "_inductor", "distributed.tensor", "distributed.checkpoint")}
+    assert not slow & set(modules)
+
+
 def test_programs_that_do_not_train_never_import_lightning(tmp_path):
     run = save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     for program, *words in (

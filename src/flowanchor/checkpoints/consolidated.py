@@ -63,6 +63,17 @@ def write_consolidated(path: Path, weights: Mapping[str, Tensor], meta: dict[str
     return size
 
 
+def is_consolidated(path: Path) -> bool:
+    """Whether a path is such a file, by what it says of itself; nothing but its header is read."""
+    if path.suffix != SUFFIX or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "flowanchor" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_consolidated(path: Path, described: dict[str, Any] | None = None) -> dict[str, Any]:
     """The content of such a file in the form of a checkpoint; raises `ValueError` for a damaged file.
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.registry import registered
 from flowanchor.base.trusted import brief, build
+from flowanchor.checkpoints.consolidated import is_consolidated
 from flowanchor.checkpoints.format import Format
-from flowanchor.checkpoints.sharded import is_sharded
+from flowanchor.checkpoints.sharded_folder import is_sharded
 from flowanchor.errors import CheckpointError, FlowAnchorError
 
 
@@ -36,8 +37,8 @@ def format_of(path: Path) -> Format:
 
 def in_place(path: Path) -> Format | None:
     """The format that opens a path where it lies; None for what is flowanchor's own, or nobody's."""
-    if path.suffix == ".ckpt" or is_sharded(path):
-        return None
+    if path.suffix == ".ckpt" or is_sharded(path) or is_consolidated(path):
+        return None  # without a look at the formats, which takes a second
     return next((one for one in formats() if one.in_place and one.recognises(path)), None)
 
 

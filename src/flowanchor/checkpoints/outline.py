@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from flowanchor.base.plain import bare
 from flowanchor.base.trusted import build
@@ -24,6 +25,7 @@ from flowanchor.interfaces import Backbone
 from flowanchor.weights import shape_of
 
 SLACK_TENSORS, SLACK_NUMBERS = 2_000, 20_000_000  # what any network may have beyond its weights: tables
+SHORT = 256  # of a table along one side: the product of three is still small
 SAMPLE = 2**27  # numbers of one sample; a video of 81 frames in 720p has 5 million in a latent space of 16 channels
 
 
@@ -78,9 +80,24 @@ def _largest(settings: Any) -> float:
     return abs(settings) if isinstance(settings, (int, float)) else 0
 
 
+class _WithoutCompiler(TorchFunctionMode):
+    """What networks do most while they are built, for tensors without values: on its own way there PyTorch imports its
+    compiler, which takes seconds. `torch.nn.init` has nothing to fill, and short tables of positions get values."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        tensor = args[0] if args else given.get("tensor")
+        if getattr(function, "__module__", None) == "torch.nn.init" and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        short = bool(args) and all(isinstance(one, int) and abs(one) <= SHORT for one in args)
+        if function is torch.arange and short and set(given) <= {"dtype"}:
+            given["device"] = "cpu"
+        return function(*args, **given)
+
+
 @contextmanager
 def _all_on_meta() -> Iterator[None]:
-    with torch.device("meta"), parameters_on_meta():
+    with torch.device("meta"), _WithoutCompiler(), parameters_on_meta():
         yield
 
 

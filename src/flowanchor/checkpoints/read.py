@@ -17,7 +17,7 @@ from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.format import Choices
 from flowanchor.checkpoints.formats import in_place
 from flowanchor.checkpoints.huggingface import read_safetensors
-from flowanchor.checkpoints.sharded import is_sharded, read_sharded
+from flowanchor.checkpoints.sharded_folder import is_sharded
 from flowanchor.ema_posthoc import Owner, synthesise
 from flowanchor.errors import CheckpointError, FlowAnchorError
 from flowanchor.weights import Joined, Renamed
@@ -54,6 +54,8 @@ def _read(file: Path) -> Any:
     if format is not None:
         return format.read(file, Choices()).as_checkpoint()
     if file.is_dir():
+        from flowanchor.checkpoints.sharded import read_sharded  # its library takes a second to import
+
         return read_sharded(file)
     if file.suffix == SUFFIX:
         return read_safetensors(file)

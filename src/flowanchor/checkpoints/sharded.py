@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from flowanchor.base.files import flush, save_torch
 from flowanchor.base.seal import sums_of, write_sums
 from flowanchor.base.torch_files import read_torch
+from flowanchor.checkpoints.sharded_folder import INDEX, META
+from flowanchor.checkpoints.sharded_folder import is_sharded as is_sharded
 from flowanchor.errors import CheckpointError
 from flowanchor.weights import LazyWeights, Renamed
-
-META, INDEX = "meta.pt", ".metadata"
 
 Barrier = Callable[[], None]
 Gather = Callable[[Any], list[Any]]  # a value of each process -> the values of all of them
@@ -41,11 +41,6 @@ _INDEX_CLASSES = {
     "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo",
 }  # fmt: skip
-
-
-def is_sharded(path: str | Path) -> bool:
-    """Whether a path is a complete sharded checkpoint (`meta.pt` is written last)."""
-    return (Path(path) / META).is_file() and (Path(path) / INDEX).is_file()
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

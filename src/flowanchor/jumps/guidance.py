@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.broadcast import like
+from flowanchor.base.shards import is_sharded
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Question
-from flowanchor.jvp.stages import is_sharded
 from flowanchor.velocity import as_velocity
 
 

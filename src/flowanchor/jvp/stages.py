@@ -15,13 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from flowanchor.base.shards import is_sharded as is_sharded
+from flowanchor.base.shards import is_unit as is_unit
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
-
-try:
-    from torch.distributed.fsdp import FSDPModule
-except ImportError:  # a build of PyTorch without torch.distributed
-    FSDPModule = None  # type: ignore[assignment, misc]
 
 
 class Stage(NamedTuple):
@@ -103,16 +100,6 @@ def _stage(name: str, call: Callable[..., Any], modules: Sequence[nn.Module], ow
     if isinstance(call, UnitMethod):
         call = call.function
     return Stage(name, call, [*modules, *own], units)
-
-
-def is_unit(module: nn.Module) -> bool:
-    """Whether a module is a unit of FSDP2."""
-    return FSDPModule is not None and isinstance(module, FSDPModule)
-
-
-def is_sharded(network: nn.Module) -> bool:
-    """Whether any part of a network is a unit of FSDP2."""
-    return any(is_unit(module) for module in network.modules())
 
 
 def through(units: Sequence[nn.Module], function: Callable[..., Any], *inputs: Any) -> Any:

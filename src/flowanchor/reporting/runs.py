@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,18 +134,19 @@ def _label(members: Sequence[Run], overrides: str) -> str:
 
 
 def read_series(path: Path) -> Series:
-    """`metrics.csv` as curves; cells that are empty or cut off are left out."""
+    """`metrics.csv` as curves; cells that are empty, and a last row that is still being written, are left out."""
     series: Series = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as lines:
-        for row in csv.DictReader(lines):
-            step = _number(row.get("step"))
-            for name, cell in row.items():
-                value = _number(cell)
-                if name in (None, "step", "epoch") or value is None or step is None:
-                    continue
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(int(step))
-                values.append(value)
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]  # of a step that is cut off a smaller number would be left
+    for row in csv.DictReader(io.StringIO(whole, newline="")):
+        step = _number(row.get("step"))
+        for name, cell in row.items():
+            value = _number(cell)
+            if name in (None, "step", "epoch") or value is None or step is None or not math.isfinite(step):
+                continue
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(int(step))
+            values.append(value)
     return series
 
 
