@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,9 @@ from gpu import attention, card, checks, table, training  # noqa: E402
 from gpu.record import LATE, UNFINISHED, Record, Row  # noqa: E402
 from harness import RESULTS, machine, refresh, write_json  # noqa: E402
 
-AFTER = 60.0  # seconds that a row may take beyond the end of the time for new ones
+SECONDS = {"cuda": 420.0, "cpu": 3600.0}  # after which no row is begun
+AFTER = 60.0  # seconds that a row may take beyond that
+PATIENCE = {"cuda": 1, "cpu": 10}  # a row's limit is meant for a card of its own, not for a CPU that others use as well
 BROKEN = 3  # exit code of a worker whose device answers no more
 
 
@@ -46,7 +49,7 @@ def rows(device: str, tiny: bool) -> list[Row]:
     return [
         *card.rows(device, tiny),
         *training.rows(tiny),
-        *checks.rows(device),
+        *checks.rows(device, tiny),
         *attention.rows(device, tiny),
         *training.more_rows(tiny)[:2],
         *training.spread_rows(tiny),
@@ -86,12 +89,11 @@ def supervise(chosen: argparse.Namespace, path: Path) -> None:
     command += ["--only", *chosen.only] if chosen.only else []
     while set(todo) - set(Record(path).rows):
         before = len(Record(path).rows)
-        worker = subprocess.Popen(command)
+        worker = subprocess.Popen(command, start_new_session=True)
         try:
-            _watch(worker, path, todo, ends + AFTER)
+            _watch(worker, path, todo, ends + AFTER, PATIENCE[chosen.device])
         finally:
-            worker.kill()
-            worker.wait()
+            _end(worker)
         record = Record(path)
         late = time.time() > ends + AFTER
         if late or len(record.rows) == before:
@@ -100,7 +102,16 @@ def supervise(chosen: argparse.Namespace, path: Path) -> None:
             record.write()
 
 
-def _watch(worker: subprocess.Popen[bytes], path: Path, todo: dict[str, Row], latest: float) -> None:
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """It, and what it has started: tests that go on would share the device with the next rows."""
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all of them have ended
+        pass
+    worker.wait()
+
+
+def _watch(worker: subprocess.Popen[bytes], path: Path, todo: dict[str, Row], latest: float, patience: int) -> None:
     current, since = "", time.time()
     while worker.poll() is None:
         time.sleep(0.2)
@@ -108,7 +119,7 @@ def _watch(worker: subprocess.Popen[bytes], path: Path, todo: dict[str, Row], la
         now = next((name for name in reversed(found) if found[name].get("missing") == UNFINISHED), "")
         if now != current:
             current, since = now, time.time()
-        limit = todo[current].limit if current in todo else 120.0
+        limit = patience * (todo[current].limit if current in todo else 120.0)
         if time.time() > min(since + limit, latest):
             return
 
@@ -145,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure and test what needs a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try this program")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds; the figures mean nothing")
-    parser.add_argument("--seconds", type=float, default=420.0, help="after which no row is begun")
+    parser.add_argument("--seconds", type=float, help="after which no row is begun (420, and on a CPU 3600)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names begin so")
     parser.add_argument("--results", type=Path, help="write the record into this folder, and leave the docs alone")
     parser.add_argument("--table", nargs="?", const=True, metavar="FILE", help="refresh the docs; measure nothing")
@@ -160,6 +171,7 @@ def main() -> None:
             take_home(Path(chosen.table))
         show()
         return
+    chosen.seconds = SECONDS[chosen.device] if chosen.seconds is None else chosen.seconds
     if chosen.device == "cpu" and chosen.results is None:
         sys.exit("A trial on the CPU must not pass for figures of a GPU: add --results FOLDER.")
     if chosen.device == "cuda" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py --before COMMIT   # about ten minutes; refreshes docs/performance.md
     python benchmarks/training_step.py                   # the present code alone; prints, and writes nothing
+    python benchmarks/training_step.py --steps 2         # the same, of two steps
 
 The run is `train.py` as it stands (digits, FACM, a small LightningDiT), with a fused
 optimizer as on a GPU, an average and a checkpoint callback that is never due. Operators are calls of PyTorch's
@@ -27,14 +28,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "training_step_cpu.json"
-FIRST, STEPS = 6, 20  # the steps that are looked at: from FIRST on
+FIRST = 6  # the first step that is looked at
 LOGGED = 10_000  # nothing is logged in them
 
 
 # ------------------------------------------------------------------------------------------------------- one process
 
 
-def work(what: str, graphed: bool) -> dict[str, Any]:
+def work(what: str, graphed: bool, steps: int) -> dict[str, Any]:
     """Train, and count (`counts`) or time (`seconds`) steps; runs with whichever flowanchor is found first."""
     import lightning.pytorch as pl
     import torch
@@ -93,31 +94,32 @@ def work(what: str, graphed: bool) -> dict[str, Any]:
             if what == "counts" and step == FIRST:
                 self.mode = Operators()
                 self.mode.__enter__()
-            elif what == "counts" and step == FIRST + STEPS:
+            elif what == "counts" and step == FIRST + steps:
                 self.mode.__exit__(None, None, None)
             self.seconds.append(time.process_time())
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            max_steps=FIRST + STEPS + 1, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
+            max_steps=FIRST + steps + 1, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, num_sanity_val_steps=0, limit_val_batches=0,
             inference_mode=False, gradient_clip_val=1.0, log_every_n_steps=LOGGED, use_distributed_sampler=False,
             callbacks=[EMA(sigma_rel=0.2), LastCheckpoint(folder, every_n_train_steps=LOGGED), watch],
         )  # fmt: skip
         trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     if what == "counts":
-        return {name: count / STEPS for name, count in counts.items()}
-    starts = watch.seconds[FIRST : FIRST + STEPS + 1]
+        return {name: count / steps for name, count in counts.items()}
+    starts = watch.seconds[FIRST : FIRST + steps + 1]
     return {"seconds": min(b - a for a, b in pairwise(starts))}  # the one that other programs disturbed least
 
 
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def ask(checkout: Path, what: str, graphed: bool = False) -> dict[str, Any]:
+def ask(checkout: Path, what: str, steps: int, graphed: bool = False) -> dict[str, Any]:
     """The answer of a fresh process with the code of a checkout."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--work", what]
+    command += ["--steps", str(steps)]
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout / "src"),
@@ -143,22 +145,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step costs the host.")
     parser.add_argument("--before", help="a commit to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each, in turn, for the seconds")
+    parser.add_argument("--steps", type=int, default=20, help="the steps that are looked at")
     parser.add_argument("--work", choices=["counts", "seconds"], help=argparse.SUPPRESS)
     parser.add_argument("--graphed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        print(json.dumps(work(arguments.work, arguments.graphed)))
+        print(json.dumps(work(arguments.work, arguments.graphed, arguments.steps)))
         return
     with tempfile.TemporaryDirectory() as folder:
         codes = {"now": ROOT}
         if arguments.before:
             codes = {"before": export(arguments.before, Path(folder)), **codes}
-        counts = {name: ask(code, "counts") for name, code in codes.items()}
-        counts["as a graph"] = ask(ROOT, "counts", graphed=True)
+        counts = {name: ask(code, "counts", arguments.steps) for name, code in codes.items()}
+        counts["as a graph"] = ask(ROOT, "counts", arguments.steps, graphed=True)
         seconds: dict[str, list[float]] = {name: [] for name in codes}
         for _ in range(arguments.rounds if arguments.before else 0):
             for name, code in codes.items():
-                seconds[name].append(ask(code, "seconds")["seconds"])
+                seconds[name].append(ask(code, "seconds", arguments.steps)["seconds"])
     header = ("training step", "operators that the host calls", "values read", "tensors made of numbers")
     columns = ("outside", "read", "made of numbers")
     rows = [[name, *(f"{found.get(column, 0):,.1f}" for column in columns)] for name, found in counts.items()]
@@ -174,9 +177,9 @@ def main() -> None:
     )
     pairs = f"{arguments.rounds} pairs of processes, from {min(ratios):.2f} to {max(ratios):.2f}"
     note = (
-        f"Per step. CPU seconds of the eager step, now / before: {ratio:.2f} (the least of {STEPS} steps; median of "
-        f"{pairs}). `python benchmarks/training_step.py --before {arguments.before}` on {about['cpu']}, one thread, "
-        f"torch {about['torch']}, {about['date']}, commit {commit()}."
+        f"Per step. CPU seconds of the eager step, now / before: {ratio:.2f} (the least of {arguments.steps} steps; "
+        f"median of {pairs}). `python benchmarks/training_step.py --before {arguments.before}` on {about['cpu']}, "
+        f"one thread, torch {about['torch']}, {about['date']}, commit {commit()}."
     )
     refresh(ROOT / "docs" / "performance.md", "training step", f"{table}\n\n{note}")
 

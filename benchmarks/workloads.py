@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowanchor.interfaces import Question, TangentEngine
 from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, dual
-from flowanchor.jvp.attention import resolve
+from flowanchor.jvp.attention import AttentionTangent, resolve
 from flowanchor.jvp.stages import stages
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
@@ -82,18 +84,18 @@ def engine_step(
 def dual_step(kind: str, batch: int = 2, bfloat16: bool = False, **size: Any) -> Workload:
     """Values and tangents through two blocks, nothing kept.
 
-    `kind`: "compiled"; "eager"; or "pytorch", which is eager with PyTorch's own rules for products and sums.
+    `kind`: "compiled"; "eager"; "pytorch", which is eager with PyTorch's own rules for products and sums; or, of what
+    the eager pass computes, "products" alone (of linear layers), or "floor", these and attention with its tangent.
     """
     network = lightningdit(**{"depth": 2, **size})
     x, v = torch.randn(2, batch, *network.sample_shape)
     t, labels = torch.rand(batch), torch.randint(0, 10, (batch,))
     embed, links = stages(network)
-    attention = resolve("auto")
     if kind == "compiled":
         compile_blocks(network)
     rules = {} if kind == "pytorch" else dual._RULES
 
-    def step() -> None:
+    def step(attention: AttentionTangent = resolve("auto")) -> None:  # noqa: B008
         with (
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
@@ -104,7 +106,48 @@ def dual_step(kind: str, batch: int = 2, bfloat16: bool = False, **size: Any) ->
                 tokens, tangent = dual.stage_dual(link, moving, attention)
                 moving = moving._replace(tokens=tokens, tokens_tangent=tangent)
 
-    return Workload(step)
+    if kind not in ("products", "floor"):
+        return Workload(step)
+    calls: list[Callable[[], Any]] = []
+    with _Products(calls) as products:
+        step(_Attention(calls, products) if kind == "floor" else _Attention([], products))
+
+    def again() -> None:
+        with torch.no_grad():
+            for call in calls:
+                call()
+
+    return Workload(again)
+
+
+class _Products(TorchDispatchMode):
+    """Collects the calls of matrix products, with what they were given."""
+
+    KINDS = ("mm", "addmm", "linear", "bmm", "baddbmm")
+
+    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+        super().__init__()
+        self.calls, self.looks = calls, True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.looks and func.overloadpacket.__name__ in self.KINDS:
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(AttentionTangent):
+    """Collects the calls of attention with its tangent, whose products are its own."""
+
+    def __init__(self, calls: list[Callable[[], Any]], products: _Products) -> None:
+        self.calls, self.products, self.own = calls, products, resolve("auto")
+
+    def __call__(self, *given: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append(partial(self.own, *given))
+        self.products.looks = False
+        try:
+            return self.own(*given)
+        finally:
+            self.products.looks = True
 
 
 def attention_step(

@@ -99,7 +99,9 @@ def train(what: str, settings: Sequence[str], small: Sequence[str], tiny: bool) 
         overrides = [override for override in overrides if not override.startswith("teacher.")]
     own, here = sys.argv, os.getcwd()
     GlobalHydra.instance().clear()
-    if not tiny:
+    if tiny:
+        torch._dynamo.config.recompile_limit = 64  # rows share what has been compiled
+    else:
         torch._dynamo.reset()
     sys.argv = ["train.py", *_last_of_each(overrides)]
     try:

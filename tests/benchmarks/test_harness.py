@@ -6,10 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import engines
+import harness
+import ranks
+import worker
+from claims import growth, sharded
+from counting import LiveBytes
 from harness import Reading, Row, machine, markdown, peak, refresh, speed
+from workloads import Workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +76,55 @@ def test_one_claim_from_the_command_line(tmp_path):
     assert measured["streaming"]["counted_peak"] < measured["math"]["counted_peak"]
     assert all(seconds > 0 for case in measured.values() for seconds in case["rounds"])
     assert "attention streaming / math" in done.stdout
+
+
+def test_the_other_claims_in_this_process(monkeypatch):
+    """What the workers do, without starting them; what processes take, and ranks tell each other, is made up."""
+
+    def ask(task: dict[str, Any], environment: Any) -> Any:
+        return {"time": worker.time_in_turns, "memory": worker.memory}[task.pop("measure")](**task)
+
+    def peaks(work: Workload) -> dict[str, int]:
+        work.forget()
+        with LiveBytes() as counter:
+            work.step()
+        return {"process": counter.peak, "counted": counter.peak}
+
+    def alone(processes: int, task: dict[str, Any]) -> Any:
+        assert task.pop("measure") == "compare"
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        try:
+            return ranks.compare(**task)
+        finally:
+            dist.destroy_process_group()
+
+    monkeypatch.setattr(harness, "_ask", ask)
+    monkeypatch.setattr(worker, "_peaks", peaks)
+    monkeypatch.setattr(worker, "_forked", lambda function: function())
+    monkeypatch.setattr(sharded, "together", alone)
+    monkeypatch.setattr(growth, "DEPTHS", (1, 2))
+    claims = engines.run([name for name in engines.CLAIMS if name != "attention"], rounds=1, quick=True)
+    rows = [row for claim in claims.values() for row in claim.rows]
+    assert all(value > 0 for row in rows for value in row.values)
+    assert engines.table(rows, machine()).count("\n| ") == len(rows) + 1
+    counted = {name: reading.counted_peak for name, reading in claims["engines"].measured.items()}
+    assert counted["Chain(recompute)"] < counted["Chain(recompute=False)"] < counted["Full"]
+    gathers = {
+        name: counts["all_gather"] for name, counts in claims["sharded"].measured["collectives"].items() if counts
+    }
+    assert gathers["joint walk"] < gathers["two walks"]
+
+
+def test_what_a_training_step_costs_the_host():
+    """It reads no value, and as a graph next to nothing is called."""
+    script = str(ROOT / "benchmarks" / "training_step.py")
+    done = subprocess.run([sys.executable, script, "--steps", "2"], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    found = {name: [float(figure.replace(",", "")) for figure in figures] for name, *figures in lines}
+    assert found.keys() == {"now", "as a graph"}
+    assert 0 < found["as a graph"][0] < found["now"][0] / 10
+    assert found["now"][1:] == found["as a graph"][1:] == [0, 0]
 
 
 @pytest.mark.slow

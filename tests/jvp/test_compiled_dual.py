@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Question
-from flowanchor.jvp import Chain, TwoPass, compile_blocks, compiled_forms
+from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, compiled_forms
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.text.base import Tokens
@@ -65,7 +65,7 @@ def made(kind, dtype=torch.float64):
 def answer(engine, network, given):
     """Prediction, tangent and gradients of one step."""
     network.zero_grad()
-    if isinstance(engine, Chain):
+    if isinstance(engine, (Chain, Full)):
         dual, other = ask_both(engine, network, **given, plain=Question(2 - given["t"], given.get("r")))
         loss = other.square().sum()
     else:
@@ -115,6 +115,33 @@ def compare(engine, network, given, limit, backend="aot_eager", compiled=(1, 0))
 def test_equals_the_eager_pass(name, kind):
     """And all blocks of a network share the graphs."""
     compare(ENGINES[name], *made(kind), 1e-12, compiled=(GRAPHS[name], 0))
+
+
+@pytest.mark.parametrize("name", ["chain", pytest.param("selective", marks=pytest.mark.slow)])
+def test_two_experts(name):
+    """Of Wan 2.2: a pair of blocks asks one, so each side has graphs of its own, and each is right for its weights."""
+    from flowanchor.plugins.backbones.wan_experts import WanExperts
+
+    torch.manual_seed(0)
+    settings = {"in_channels": 4, "height": 4, "width": 4, "num_attention_heads": 2, "attention_head_dim": 12}
+    settings |= {"ffn_dim": 32, "num_layers": 2, "freq_dim": 16, "text_dim": 5, "text_len": 4}
+    network = WanExperts(boundary=0.5, preset="nano", **settings).double().eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    given = inputs(network) | {"cond": Tokens(torch.randn(3, 4, 5, dtype=torch.float64))}
+    sides = {"high": 0.5 * given["t"], "low": 0.5 + 0.5 * given["t"]}  # noise is 1 - t
+    wanted = {side: answer(Full(), network, given | {"t": t}) for side, t in sides.items()}
+    compile_blocks(network, backend="eager")
+    for part in network.blocks:
+        for block in part.choices:
+            block.forward.compiled = block.forward.eager  # the ordinary passes are not what is tested
+    for _ in range(2):  # the first walk is watched, and runs eagerly
+        for side, t in sides.items():
+            for a, b in zip(answer(ENGINES[name], network, given | {"t": t}), wanted[side], strict=True):
+                assert relative(a, b) <= 1e-12
+            idle = network.low if side == "high" else network.high
+            assert all(p.grad is None for p in idle.parameters())
+    assert forms() == (2 * GRAPHS[name], 0)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5)])
