@@ -31,7 +31,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SLOW = ("hydra", "lightning", "sklearn.datasets", "torch", "torchvision", "torch.distributed.run")
+SLOW = (
+    "einops", "hydra", "lightning", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
+    "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint", "torch.distributed.run",
+)  # fmt: skip
 
 # What libraries look at while they are imported: a job with others than the server's needs an interpreter of its own.
 AT_IMPORT = (
@@ -86,8 +89,11 @@ def serve(listener: socket.socket, executable: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, which end it
     before = dict(os.environ)
     given = sensitive(before)
-    for name in SLOW:
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about its own code
+        for name in SLOW:
+            importlib.import_module(name)
+    importlib.import_module("warm_configs").read_once()  # the file beside this one
     gc.freeze()
     imports_set = {name: value for name, value in os.environ.items() if name not in before}
     waiting: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of a process -> its number, whom to tell

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from flowanchor.base.plain import bare
 from flowanchor.base.trusted import build
@@ -78,9 +79,29 @@ def _largest(settings: Any) -> float:
     return abs(settings) if isinstance(settings, (int, float)) else 0
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Tensors without values get no first ones: there is nothing to see of them, and PyTorch takes long over it."""
+
+    DRAW = frozenset(
+        (
+            Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_, nn.init.constant_, nn.init.kaiming_uniform_,
+            nn.init.normal_, nn.init.ones_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.xavier_uniform_,
+            nn.init.zeros_,
+        )
+    )  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.DRAW:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _all_on_meta() -> Iterator[None]:
-    with torch.device("meta"), parameters_on_meta():
+    with torch.device("meta"), parameters_on_meta(), _NothingDrawn():
         yield
 
 
