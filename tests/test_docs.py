@@ -11,7 +11,6 @@ A page is read from top to bottom in a clone of its own (a copy of what the prog
 
 from __future__ import annotations
 
-import compileall
 import os
 import re
 import shlex
@@ -109,14 +108,13 @@ def steps() -> list[Step]:
 
 
 def clone(folder: Path) -> Path:
-    """A copy of what the programs need, compiled, so that the first program of each page does not do it again."""
+    """A copy of what the programs need."""
     made = folder / "flowanchor"
     hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("src", "plugins", "conf", "examples"):
         shutil.copytree(ROOT / name, made / name, ignore=hidden)
     for name in ("pyproject.toml", "setup.py", "constraints.txt", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, made / name)
-    compileall.compile_dir(made, quiet=1)
     return made
 
 
@@ -132,11 +130,10 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if isinstance(step, Step) and not step.block.not_run:
             pages.setdefault(step.page, []).append(step)
     folders = {page: tmp_path_factory.mktemp("page") for page in pages}
-    template = clone(tmp_path_factory.mktemp("template"))
     found: dict[str, str] = {}
 
     def run_page(page: Path) -> None:
-        copy = shutil.copytree(template, folders[page] / "flowanchor")
+        copy = clone(folders[page])
         for step in pages[page]:
             try:
                 wrong = attempt(step, copy)

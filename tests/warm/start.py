@@ -13,10 +13,12 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -76,9 +78,7 @@ class WarmStart:
         if self.server is not None:
             self.server.kill()
             sys.stderr.write(self.server.communicate()[1].decode(errors="replace"))
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)  # a fork may still be writing there
 
 
 # ------------------------------------------------------------------------------------------------------- in the server
@@ -93,7 +93,8 @@ def serve(listener: socket.socket, executable: str) -> None:
         warnings.simplefilter("ignore")  # of PyTorch about its own code
         for name in SLOW:
             importlib.import_module(name)
-    importlib.import_module("warm_configs").read_once()  # the file beside this one
+    importlib.import_module("warm_configs").load_once()  # the file beside this one
+    inspect.getmodule(compile("", "no file", "exec"))  # which looks at every module once, and remembers
     gc.freeze()
     imports_set = {name: value for name, value in os.environ.items() if name not in before}
     waiting: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of a process -> its number, whom to tell
@@ -161,6 +162,8 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     time.tzset()
     tempfile.tempdir = None
     sys.executable = executable
+    if sys.dont_write_bytecode:  # nothing beside the sources, then, but the next fork need not compile them again
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(executable).with_name("bytecode"))
     options, words = job["options"], job["words"]
     if "-u" in options:
         for stream in (sys.stdout, sys.stderr):

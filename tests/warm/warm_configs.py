@@ -1,35 +1,32 @@
-"""Within tests, a process reads and parses each file of the configuration once, however often it composes.
+"""Within tests, a process parses each file of the configuration once, however often it composes.
 
-Composing is much of what a small run costs, and a program composes twice. A file that has changed is read again, and
+Composing is much of what a small run costs, and a program composes twice. A file that has changed is parsed again, and
 whoever asks for one gets a copy of their own.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import io
 import os
 from typing import Any
 
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource as Source
-from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
 
-_read = Source._read_config
-_known: dict[tuple[Any, ...], ConfigResult] = {}
+_load = OmegaConf.load
+_known: dict[tuple[Any, ...], Any] = {}
 
 
-def _read_once(self: Source, resource: Any) -> ConfigResult:
-    if not isinstance(resource, os.PathLike):
-        return _read(self, resource)
-    found = os.stat(resource)
-    key = str(resource), self.path, self.provider, found.st_mtime_ns, found.st_size, found.st_ino
+def _load_once(file: Any) -> Any:
+    if not isinstance(file, io.TextIOWrapper) or file.tell():  # Hydra opens its files itself
+        return _load(file)
+    found = os.fstat(file.fileno())
+    key = file.name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
     if key not in _known:
-        _known[key] = _read(self, resource)
-    return dataclasses.replace(
-        _known[key], config=copy.deepcopy(_known[key].config), header=dict(_known[key].header or {})
-    )
+        _known[key] = _load(file)
+    return copy.deepcopy(_known[key])
 
 
-def read_once() -> None:
+def load_once() -> None:
     """From now on, in this process."""
-    Source._read_config = _read_once
+    OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
