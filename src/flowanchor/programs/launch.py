@@ -36,6 +36,7 @@ from flowanchor.base.rank_zero import is_first as speaks_for_all
 from flowanchor.base.signals import Interrupted, current, end_now, listening, name_of, say
 from flowanchor.base.start import LAUNCHER, launcher
 from flowanchor.programs import slurm
+from flowanchor.programs.composing import composed_once
 from flowanchor.programs.folders import register_resolvers
 from flowanchor.programs.messages import explain
 from flowanchor.programs.plugin_path import register_plugin_path
@@ -130,7 +131,8 @@ def program(
             start = hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)
             with listening(slurm.notices()):
                 try:
-                    with _environment(FULL_ERROR, "1"):  # Hydra hands its errors over instead of printing them
+                    # Hydra hands its errors over instead of printing them.
+                    with composed_once(), _environment(FULL_ERROR, "1"):
                         start()
                     _leave_process_group()
                 except Interrupted as stop:
