@@ -34,10 +34,12 @@ COLD = sys.executable
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One warm start for the whole session, begun by the process that hands out the tests to the others."""
+    """One warm start for the whole session, begun by the process that hands out the tests to the others; files of the
+    configuration are parsed once per process."""
     config.addinivalue_line(
         "markers", "cold: starts fresh interpreters, not forks of one that has imported the libraries"
     )
+    load("warm_configs", HERE / "warm" / "warm_configs.py").load_once()
     if WARM not in os.environ and sys.platform == "linux":
         started = load("warm_start", HERE / "warm" / "start.py").WarmStart()
         os.environ[WARM] = str(started.python)

@@ -73,6 +73,11 @@ class Step:
     command: str | None = None
     first: list[Block] = field(default_factory=list)  # files that the page shows before this step
 
+    @property
+    def does(self) -> tuple[str, ...]:
+        """All that it comes to: what is run, and the files that the page has shown by then."""
+        return (self.command or self.block.text, *(block.text for block in self.first))
+
     def __str__(self) -> str:
         what = self.command or f"{self.block.language} block"
         return f"{self.page.relative_to(ROOT).as_posix()}:{self.block.line} {what}"
@@ -115,7 +120,10 @@ def clone(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Step -> what went wrong, nothing where it went well. The steps of a page in order, two pages at a time."""
+    """Step -> what went wrong, nothing where it went well. The steps of a page in order, two pages at a time.
+
+    A page whose steps are all steps of another page, in that order, is checked there.
+    """
     pages: dict[Path, list[Step]] = {}
     for item in request.session.items:
         step = getattr(item, "callspec", None) and item.callspec.params.get("step")
@@ -133,10 +141,26 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 wrong = str(error) or "an assertion"
             found[str(step)] = found.get(str(step)) or wrong  # a block may say the same twice
 
-    longest_first = sorted(pages, key=lambda page: -len(pages[page]))
+    visited: list[Path] = []
+    twins: list[tuple[Step, Step]] = []
+    for page in sorted(pages, key=lambda page: -len(pages[page])):
+        there = next(filter(None, (twins_of(pages[page], pages[other]) for other in visited)), None)
+        if there is None:
+            visited.append(page)
+        else:
+            twins += zip(pages[page], there, strict=True)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run_page, longest_first))
+        list(pool.map(run_page, visited))
+    for step, twin in twins:
+        found[str(step)] = found[str(twin)]
     return found
+
+
+def twins_of(ours: list[Step], theirs: list[Step]) -> list[Step] | None:
+    """For each of a page's steps the same one among another's, in the same order; None where one has none."""
+    left = iter(theirs)
+    found = [next((other for other in left if other.does == step.does), None) for step in ours]
+    return [step for step in found if step is not None] if None not in found else None
 
 
 def attempt(step: Step, copy: Path) -> str:
@@ -220,3 +244,12 @@ def headings(page: Path) -> set[str]:
 def test_pages_are_found():
     names = {page.relative_to(ROOT).as_posix() for page in PAGES}
     assert {"README.md", "CONTRIBUTING.md", "docs/plugins.md", "examples/plugin_package/README.md"} <= names
+
+
+def test_a_page_within_another_is_checked_there():
+    block = Block("bash", "a\nb\nc", 1, None)
+    file = Block("yaml", "# conf/x/y.yaml\n", 1, None)
+    page = [Step(ROOT / "README.md", block, command) for command in "abc"]
+    assert twins_of([page[0], page[2]], page) == [page[0], page[2]]
+    assert twins_of(page, page[:2]) is None and twins_of([page[2], page[0]], page) is None
+    assert twins_of([Step(ROOT / "README.md", block, "a", [file])], page) is None, "a file may change what it does"

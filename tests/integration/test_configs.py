@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,13 @@ OPTIONS = [
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-def compose_job(program: str, overrides: list[str]):
+@cache
+def compose_job(program: str, *overrides: str):
+    """A configuration, which tests only read."""
     prepare()
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
-        cfg = compose(program, overrides=overrides, return_hydra_config=True)
+        cfg = compose(program, overrides=list(overrides), return_hydra_config=True)
     cfg.hydra.runtime.output_dir = "outputs/test"
     cfg.hydra.job.num = 0
     return cfg
@@ -46,12 +49,12 @@ def test_the_config_folder_is_found():
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_composes(program):
-    resolved(compose_job(program, []))
+    resolved(compose_job(program))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    resolved(compose_job("train", [option]))
+    resolved(compose_job("train", option))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_every_option_builds(group):
     from hydra.utils import instantiate
 
     for option in [o for o in OPTIONS if o.partition("=")[0] == group]:
-        node = OmegaConf.select(compose_job("train", [option]), group.replace("/", "."))
+        node = OmegaConf.select(compose_job("train", option), group.replace("/", "."))
         if "_target_" not in (node or {}):
             continue  # an option without an object of its own: none, strategy=auto, sampler=from_checkpoint
         try:
@@ -77,7 +80,7 @@ def test_every_format_of_weights_builds(name):
     """By its option, for writing; without arguments, for reading, under the name that its option has."""
     from hydra.utils import instantiate
 
-    made = instantiate(compose_job("convert", [f"format={name}", "codec=sd_vae"]).format, _convert_="all")
+    made = instantiate(compose_job("convert", f"format={name}", "codec=sd_vae").format, _convert_="all")
     assert made.name == name and made.suffix is not None and type(made)().name == name
     assert name in [one.name for one in formats()]
 
@@ -89,7 +92,7 @@ def test_every_experiment_is_known():
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.startswith("digits")])
 def test_every_experiment_of_digits_trains_a_batch(experiment, command, tiny):
     overrides = [f"experiment={experiment}"]
-    cfg = compose_job("train", overrides)
+    cfg = compose_job("train", *overrides)
     if cfg.teacher._target_.endswith("CheckpointVelocity"):
         command("train", *tiny, "objective=flow_matching", "trainer.max_steps=1", "name=teacher", "callbacks=default",
                 "trainer.limit_val_batches=0", "ema=none")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+@cache
 def composed(recipe: str):
+    """A recipe's configuration, which tests only read."""
     prepare()
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):

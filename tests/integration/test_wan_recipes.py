@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ WHOLE = {
 HALVES = ("wan22_t2i_high_facm", "wan22_t2i_low_facm")
 
 
+@cache
 def composed(recipe):
+    """A recipe's configuration, which tests only read."""
     prepare()
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):

@@ -30,7 +30,7 @@ def one(training, folder):
 @pytest.fixture(scope="module")
 def two(torchrun, one, folder):
     """Two processes."""
-    accumulated = {"steps": 2, "batch": 8, "accumulate": 2}
+    accumulated = {"steps": 2, "batch": 8, "accumulate": 2, "counted": True}
     return torchrun(
         2,
         {"name": "two", "steps": 4, "batch": 16, "sharded": PLAIN, "save": True},

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,18 @@ def network(deferred: bool = False, wan: str = "", lora: dict[str, Any] | None =
 
 def composed(name: str, overrides: list[str] | None = None) -> Any:
     """An objective as its option composes it; tangents and schedules in their middle, not at their start."""
+    return instantiate(_configuration(name, *(overrides or [])), _convert_="all")
+
+
+@cache
+def _configuration(name: str, *overrides: str) -> Any:
     prepare()
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
-        cfg = compose("train", overrides=[f"objective={name}", *(overrides or [])])
+        cfg = compose("train", overrides=[f"objective={name}", *overrides])
     settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2}}.get(name, {})
     cfg.objective.shortcut.merge_with(settings)
-    return instantiate(cfg.objective, _convert_="all")
+    return cfg.objective
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,13 +196,14 @@ def fit(
     precision: str = "32-true",
     lr: float = 0.1,
     compiled: bool = False,
+    counted: bool = False,
     low_moments: bool = False,
     recompute: bool | str = True,
     rooms: list[int] | None = None,
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
-    `objective`: by the name of its option, on a network with a second time embedder.
+    `objective`: by the name of its option, on a network with a second time embedder. `counted`: its communication.
     """
     deferred = sharded is not None
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
@@ -231,7 +238,7 @@ def fit(
         limit_val_batches=1 if validate else 0, max_epochs=-1,
     )  # fmt: skip
     communication = Communication()
-    with nullcontext() if compiled else communication:  # nothing is compiled under such a mode
+    with communication if counted else nullcontext():  # which sees every operation, and is slow
         trainer.fit(module, LightningData(data), ckpt_path=resume, weights_only=True)
     if save:
         trainer.save_checkpoint(folder / f"{name}.ckpt")

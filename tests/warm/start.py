@@ -13,10 +13,12 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -31,7 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SLOW = ("hydra", "lightning", "sklearn.datasets", "torch", "torchvision", "torch.distributed.run")
+SLOW = (
+    "einops", "hydra", "lightning", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
+    "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint", "torch.distributed.run",
+)  # fmt: skip
 
 # What libraries look at while they are imported: a job with others than the server's needs an interpreter of its own.
 AT_IMPORT = (
@@ -73,9 +78,7 @@ class WarmStart:
         if self.server is not None:
             self.server.kill()
             sys.stderr.write(self.server.communicate()[1].decode(errors="replace"))
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)  # a fork may still be writing there
 
 
 # ------------------------------------------------------------------------------------------------------- in the server
@@ -86,8 +89,12 @@ def serve(listener: socket.socket, executable: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, which end it
     before = dict(os.environ)
     given = sensitive(before)
-    for name in SLOW:
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about its own code
+        for name in SLOW:
+            importlib.import_module(name)
+    importlib.import_module("warm_configs").load_once()  # the file beside this one
+    inspect.getmodule(compile("", "no file", "exec"))  # which looks at every module once, and remembers
     gc.freeze()
     imports_set = {name: value for name, value in os.environ.items() if name not in before}
     waiting: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of a process -> its number, whom to tell
@@ -155,6 +162,8 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     time.tzset()
     tempfile.tempdir = None
     sys.executable = executable
+    if sys.dont_write_bytecode:  # nothing beside the sources, then, but the next fork need not compile them again
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(executable).with_name("bytecode"))
     options, words = job["options"], job["words"]
     if "-u" in options:
         for stream in (sys.stdout, sys.stderr):

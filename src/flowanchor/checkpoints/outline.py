@@ -80,15 +80,18 @@ def _largest(settings: Any) -> float:
     return abs(settings) if isinstance(settings, (int, float)) else 0
 
 
-class _WithoutCompiler(TorchFunctionMode):
+class _NoValues(TorchFunctionMode):
     """What networks do most while they are built, for tensors without values: on its own way there PyTorch imports its
-    compiler, which takes seconds. `torch.nn.init` has nothing to fill, and short tables of positions get values."""
+    compiler, which takes seconds. Nothing draws first values, and short tables of positions get values."""
+
+    FILL = frozenset((Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_))
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        tensor = args[0] if args else given.get("tensor")
-        if getattr(function, "__module__", None) == "torch.nn.init" and isinstance(tensor, Tensor) and tensor.is_meta:
-            return tensor
+        if function in self.FILL or getattr(function, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else given.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
         short = bool(args) and all(isinstance(one, int) and abs(one) <= SHORT for one in args)
         if function is torch.arange and short and set(given) <= {"dtype"}:
             given["device"] = "cpu"
@@ -97,7 +100,7 @@ class _WithoutCompiler(TorchFunctionMode):
 
 @contextmanager
 def _all_on_meta() -> Iterator[None]:
-    with torch.device("meta"), _WithoutCompiler(), parameters_on_meta():
+    with torch.device("meta"), _NoValues(), parameters_on_meta():
         yield
 
 
