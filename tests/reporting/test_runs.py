@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from flowanchor.errors import DataError
 from flowanchor.programs.folders import run_name
-from flowanchor.reporting.run_report import markdown, summarise, write_report
+from flowanchor.reporting.run_report import curve_panels, markdown, quality_panels, summarise, write_report
+from flowanchor.reporting.run_samples import about, newest_pictures
 from flowanchor.reporting.runs import find_runs, group_runs
 
 
@@ -77,13 +80,78 @@ def test_mean_and_spread_over_the_seeds(sweep):
 def test_the_page_holds_everything_itself(sweep, tmp_path):
     rows = write_report(find_runs([sweep]), tmp_path / "report", "A & B")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page.replace("http://www.w3.org", "")
+    assert '<meta name="viewport" content="width=device-width' in page
     assert "A &amp; B" in page and "2.333 ± 1.5" in page
     assert json.loads((tmp_path / "report" / "table.json").read_text()) == rows
     assert "| objective=facm | 3 of 3 |" in markdown(rows)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {
         "report.html", "table.json", "table.md", "curves.png", "quality.png",
     }  # fmt: skip
+
+
+def test_short_labels_leave_out_what_goes_without_saying(tmp_path):
+    for folder, words in {
+        "a": ["objective=facm", "optimizer.lr=1e-4", "experiment=x"],
+        "b": ["objective=facm", "optimizer.lr=2e-4", "experiment=x"],
+        "c": ["objective=meanflow", "optimizer.lr=2e-4", "experiment=x"],
+    }.items():
+        make_run(tmp_path / folder, *words)
+    groups = group_runs(find_runs([tmp_path]))
+    assert [group.label for group in groups][0] == "objective=facm optimizer.lr=1e-4"
+    assert [group.short for group in groups] == ["facm lr=1e-4", "facm lr=2e-4", "meanflow lr=2e-4"]
+
+
+def test_short_labels_stay_distinct(tmp_path):
+    """Two settings that end alike, a choice that not every run makes, words that become alike."""
+    for folder, words in {
+        "a": ["teacher.size=8"], "b": ["student.size=8"], "c": ["objective=ect"], "d": [], "e": ["objective=facm"],
+    }.items():  # fmt: skip
+        make_run(tmp_path / folder, *words)
+    short = [group.short for group in group_runs(find_runs([tmp_path]))]
+    assert short == ["teacher.size=8", "student.size=8", "objective=ect", "default", "objective=facm"]
+
+
+def draw(run: Path, shade: int, grid: dict, size: tuple[int, int] = (60, 40)) -> None:
+    """A grid of samples as the callback leaves it, and an older one."""
+    (run / "samples").mkdir()
+    for step, level in ((500, 0), (1000, shade)):
+        Image.new("RGB", size, (level, level, level)).save(run / "samples" / f"step_{step:08d}.png")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings |= {"callbacks": {"sample_grid": grid}, "data": {"_target_": "digits", "size": 8}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_the_newest_pictures_stand_side_by_side(tmp_path):
+    same = {"seed": 0, "per_class": 4, "max_classes": 10}
+    for i, name in enumerate(("a", "b", "c")):
+        draw(make_run(tmp_path / name, f"x={i}"), 50 * i + 50, same)
+    (tmp_path / "c" / "samples" / "step_00001000.png").write_bytes(b"half")
+    drawn = newest_pictures(group_runs(find_runs([tmp_path])))
+    assert [(one.caption, one.picture.getpixel((0, 0))[0]) for one in drawn] == [
+        ("x=0, step 1,000", 50),
+        ("x=1, step 1,000", 100),
+    ]
+    assert "same noise and classes: compare pictures at the same place" in about(drawn)
+    write_report(find_runs([tmp_path]), tmp_path / "report", "pictures")
+    assert "same place" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_pictures_of_other_noise_are_not_called_comparable(tmp_path):
+    for i, name in enumerate(("a", "b")):
+        draw(make_run(tmp_path / name, f"x={i}"), 50, {"seed": i, "per_class": 4, "max_classes": 10})
+    assert "Not all were drawn of the same noise" in about(newest_pictures(group_runs(find_runs([tmp_path]))))
+
+
+def test_thirty_kinds_fit_into_the_figures(tmp_path):
+    for i in range(30):
+        run = make_run(tmp_path / f"{i:02d}", f"optimizer.lr={i}", losses=(4.0, math.nan) if i == 3 else (4.0, 1.0 + i))
+        evaluate(run, {1: 30.0 - i, 2: 5.0})
+    groups = group_runs(find_runs([tmp_path]))
+    figure = curve_panels(groups)["train/loss"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "23 others"
+    panels = quality_panels(groups, summarise(groups))
+    assert [len(panel.axes[0].get_yticklabels()) for panel in panels.values()] == [30]
 
 
 def test_half_written_files_are_read_as_far_as_they_go(tmp_path):

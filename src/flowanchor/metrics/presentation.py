@@ -7,15 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flowanchor.base.files import replacing
 from flowanchor.base.paths import from_here
-from flowanchor.reporting.plots import logarithmic
+from flowanchor.reporting.plots import QualityCurve
+from flowanchor.reporting.plots import quality_plot as write_quality
 
 SPREAD = ("fd", "fd_at_floor_n", "sfid")  # told with their spread; metrics.json has that of all
 
@@ -102,47 +99,20 @@ def _number(value: float | None, form: str) -> str:
 
 
 def quality_plot(report: Mapping[str, Any], path: Path) -> None:
-    """Frechet distance against NFE, on a logarithmic axis where it spans a decade; at the floor's number of images."""
+    """Frechet distance against NFE into a PNG file, a curve per sampler; at the floor's number of images."""
     settings, floor = report["settings"], report["floor"]
     score, n = ("fd", settings["num_samples"]) if floor is None else ("fd_at_floor_n", floor["n"])
-    ground = None if floor is None else floor["fd"]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for result in report["results"]:
         if result["nfe"] is not None and result[score] is not None:
             spread = (result.get("spread") or {}).get(score) or 0.0
             lines.setdefault(result["sampler"], []).append((result["nfe"], result[score], spread))
-    for i, (sampler, points) in enumerate(lines.items()):
-        nfe, distance, spread = zip(*sorted(points), strict=True)
-        axes.errorbar(nfe, distance, yerr=spread if any(spread) else None, marker="o", capsize=3, label=sampler)
-        for place, value in zip(nfe, distance, strict=True):
-            axes.annotate(
-                f"{value:.3g}", (place, value), textcoords="offset points", ha="center", fontsize=8,
-                xytext=(0, 7 if i % 2 == 0 else -14),
-            )  # fmt: skip
-    if ground is not None:
-        axes.axhline(ground, color="gray", linestyle="--", label="floor: held-out images")
-    axes.set_xscale("log", base=2)
-    shown = [value for points in lines.values() for _, value, _ in points] + ([] if ground is None else [ground])
-    if shown and max(shown) > 10 * min(shown) > 0:  # within a decade a logarithmic axis may bear no number
-        logarithmic(axes)
-    axes.margins(x=0.1, y=0.12)
-    ticks = sorted({nfe for points in lines.values() for nfe, *_ in points})
-    axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("NFE (velocity evaluations per sample)")
-    axes.set_ylabel(f"{settings['metric']} (n={n})")
-    axes.set_title(
+    title = (
         f"{_short(settings['checkpoint'])}, step {settings['step']}, EMA {settings['ema']}, {_asked(settings)}\n"
-        f"against {settings['reference']['name']} {settings['reference']['hash']}",
-        fontsize=9,
+        f"against {settings['reference']['name']} {settings['reference']['hash']}"
     )
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=150, format="png")
+    curves = [QualityCurve(sampler, *zip(*points, strict=True)) for sampler, points in lines.items()]
+    write_quality(path, curves, metric=f"{settings['metric']} (n={n})", floor=floor and floor["fd"], title=title)
 
 
 def _short(checkpoint: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flowanchor.base.files import write_json
 from flowanchor.errors import DataError
+from flowanchor.reporting.figures import rasterise
 from flowanchor.reporting.grids import join, labelled_grid
 from flowanchor.reporting.html import Page, Raw
 from flowanchor.reporting.plots import QualityCurve, loss_figure, quality_figure, read_metrics
@@ -110,7 +111,7 @@ class Demo:
         wanted = [("teacher", 50), ("teacher", 1), ("facm", 1), ("facm", 2)]
         shown = [key for key in wanted if key in samples]
         grids = join([_grid(samples[key], per_class=5) for key in shown], [_title(*key) for key in shown])
-        plot = _rasterise(self._quality(results, (max(6.2, grids.width / 130), 3.9)))
+        plot = rasterise(self._quality(results, (max(6.2, grids.width / 130), 3.9)))
         page = Image.new("RGB", (max(grids.width, plot.width), grids.height + plot.height), color=(255, 255, 255))
         page.paste(grids, ((page.width - grids.width) // 2, 0))
         page.paste(plot, ((page.width - plot.width) // 2, grids.height))
@@ -200,12 +201,6 @@ def _grid(path: Path, per_class: int) -> Image.Image:
         images, labels = file["images"], file["labels"]
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)[:10]])
     return labelled_grid(images[chosen], labels[chosen], columns=per_class)
-
-
-def _rasterise(figure: Figure) -> Image.Image:
-    canvas: Any = figure.canvas
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _read_json(path: Path) -> Any:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from flowanchor.base.files import replacing
 from flowanchor.errors import DataError
+from flowanchor.reporting.figures import (
+    COLOURS,
+    MARKERS,
+    fit,
+    labels,
+    legend_below,
+    new_figure,
+    shorten,
+    ticks_at,
+    write_values,
+)
 
-COLOURS = ("#4c4c4c", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MANY = len(COLOURS)  # curves that can be told apart; more stand in a row each
 
 
 @dataclass(frozen=True)
@@ -29,26 +42,11 @@ class QualityCurve:
     fd: Sequence[float]
     spread: Sequence[float] = ()  # of each, over independent sets of samples; empty: not known
 
-
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure that belongs to no window system, so that nothing global is touched."""
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.grid(True, color="#e3e3e3", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=10)
-    return figure, list(axes)
-
-
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers: 1, 2, 5, 10 ..."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    @property
+    def points(self) -> list[tuple[int, float, float]]:
+        """NFE, distance and spread in the order of the NFE, without what is not finite."""
+        found = zip(self.nfe, self.fd, self.spread or [0.0] * len(self.fd), strict=True)
+        return sorted((n, fd, spread if math.isfinite(spread) else 0.0) for n, fd, spread in found if math.isfinite(fd))
 
 
 def quality_figure(
@@ -57,41 +55,98 @@ def quality_figure(
     floor: float | None = None,
     title: str | None = None,
     size: tuple[float, float] = (6.2, 4.4),
+    colours: Sequence[str] = COLOURS,
 ) -> Figure:
     """Quality against network evaluations, both axes logarithmic; `floor` is real against real at the same N.
 
-    `size` is width and height in inches, at 130 pixels each.
+    The legend lies below the axes, and every point has its value beside it. More than eight curves, or curves of one
+    number of evaluations, are told in a row each, the best at the top. `size` is width and height in inches, at 130
+    pixels each; the legend comes on top. `colours` has one for each curve, where there are at most eight.
     """
+    budgets = {n for curve in curves for n, *_ in curve.points}
+    if len(curves) > MANY or len(budgets) == 1:
+        return _rows(curves, metric, floor, title, size[0])
     figure, (ax,) = new_figure(*size)
-    budgets = sorted({int(n) for c in curves for n in c.nfe})
-    for i, curve in enumerate(curves):
-        points = sorted(zip(curve.nfe, curve.fd, curve.spread or [0.0] * len(curve.fd), strict=True))
-        colour = COLOURS[i % len(COLOURS)]
-        at, values, spread = zip(*points, strict=True)
-        ax.plot(
-            at, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=7, linewidth=1.8, label=curve.name
-        )
-        if curve.spread:
-            ax.errorbar(at, values, yerr=spread, fmt="none", ecolor=colour, capsize=3)
-        for nfe, fd, _ in points:
-            aside = 6 if curve.spread else 0  # of the bars of the spread
-            ax.annotate(
-                f"{fd:.3g}", (nfe, fd), textcoords="offset points", ha="left" if aside else "center", fontsize=9,
-                color=colour, xytext=(aside, 8 if i % 2 == 0 else -16),  # above and below: curves lie on each other
-            )  # fmt: skip
+    shown: list[tuple[float, float, str, str]] = []
+    names, heading = labels([curve.name for curve in curves])
+    for i, (curve, name) in enumerate(zip(curves, names, strict=True)):
+        colour, points = colours[i], curve.points
+        at, values, spread = zip(*points, strict=True) if points else ((), (), ())
+        ax.errorbar(
+            at, values, yerr=spread if any(spread) else None, capsize=3, label=name, color=colour,
+            marker=MARKERS[i % len(MARKERS)], markersize=6, linewidth=1.8,
+        )  # fmt: skip
+        shown += [(nfe, fd, plain_score(fd), colour) for nfe, fd, _ in points]
+    _floor(ax, floor)
+    fit(ax.yaxis, _reach(curves, floor), log=True)
+    fit(ax.xaxis, sorted(budgets), log=True)
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high * max(high / low, 1.0) ** 0.08)  # room for the last values
+    ticks_at(ax.xaxis, sorted(budgets), narrow=True)
+    ax.set_xlabel("network evaluations per image (NFE)", fontsize=11)
+    _name_score(ax.set_ylabel, metric)
+    if title:
+        ax.set_title(title, fontsize=11)
+    legend_below(figure, ax, heading=heading)
+    if len(budgets) > 8:  # no room beside the points: the best of each
+        shown = [min((point for point in shown if point[0] == n), key=lambda point: point[1]) for n in sorted(budgets)]
+    write_values(ax, shown)
+    return figure
+
+
+def _rows(curves: Sequence[QualityCurve], metric: str, floor: float | None, title: str | None, width: float) -> Figure:
+    """One row per curve, the lowest distance at the top; a marker per number of evaluations."""
+    budgets = sorted({n for curve in curves for n, *_ in curve.points})
+    best = [min((fd for _, fd, _ in curve.points), default=math.inf) for curve in curves]
+    order = sorted(range(len(curves)), key=lambda i: best[i])
+    names, heading = labels([curve.name for curve in curves], 30)
+    figure, (ax,) = new_figure(width, 1.4 + 0.24 * len(curves))
+    map_ = colormaps["viridis"]
+    for k, nfe in enumerate(budgets):
+        found = [(row, fd, s) for row, i in enumerate(order) for n, fd, s in curves[i].points if n == nfe]
+        rows, values, spread = zip(*found, strict=True)
+        colour = COLOURS[2] if len(budgets) == 1 else to_hex(map_(0.85 * k / max(1, len(budgets) - 1)))
+        ax.errorbar(
+            values, rows, xerr=spread if any(spread) else None, capsize=2.5, linestyle="none", color=colour,
+            marker=MARKERS[k % len(MARKERS)], markersize=6, label=f"NFE {nfe}",
+        )  # fmt: skip
+    told = [(row, plain_score(best[i])) for row, i in enumerate(order) if math.isfinite(best[i])]
+    for place, text in [*told, (-1, "lowest" if len(budgets) > 1 else "")]:
+        ax.text(1.015, place, text, transform=ax.get_yaxis_transform(), fontsize=8.5, va="center")
+    ax.text(-0.015, -1, heading, transform=ax.get_yaxis_transform(), fontsize=8.5, va="center", ha="right")
+    if floor is not None and floor > 0:
+        ax.axvline(floor, color="#8a8a8a", linestyle="--", linewidth=1.3, label=f"held-out floor {floor:.3g}")
+    fit(ax.xaxis, _reach(curves, floor), log=True)
+    ax.set_yticks(range(len(order)), [names[i] for i in order], fontsize=9)
+    ax.set_ylim(len(order) - 0.4, -0.6)
+    _name_score(ax.set_xlabel, metric)
+    if title:
+        ax.set_title(title, fontsize=11)
+    legend_below(figure, ax)
+    return figure
+
+
+def _reach(curves: Sequence[QualityCurve], floor: float | None) -> list[float]:
+    """Everything that must lie inside: values, the ends of their spread, the floor."""
+    values = [fd for curve in curves for _, fd, _ in curve.points] + ([floor] if floor else [])
+    ends = [fd + sign * spread for curve in curves for _, fd, spread in curve.points for sign in (-1, 1)]
+    # A spread that reaches below 0 must not take the logarithm away.
+    return values + [end for end in ends if end > 0.2 * min(values)]
+
+
+def _floor(ax: Axes, floor: float | None) -> None:
     if floor is not None and floor > 0:
         ax.axhline(floor, color="#8a8a8a", linestyle="--", linewidth=1.3, label=f"held-out floor {floor:.3g}")
-    ax.set_xscale("log")
-    logarithmic(ax)
-    ax.set_xticks(budgets, [str(n) for n in budgets])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.margins(x=0.08, y=0.14)
-    ax.set_xlabel("network evaluations per image (NFE)", fontsize=11)
-    ax.set_ylabel(f"{metric}, lower is better", fontsize=11)
-    ax.legend(fontsize=10, frameon=False)
-    if title:
-        ax.set_title(title, fontsize=12)
-    return figure
+
+
+def _name_score(name_axis: Any, metric: str) -> None:
+    """Long descriptions of a way of measuring in smaller letters, without their middle where they do not fit."""
+    name_axis(f"{shorten(metric, 60)}, lower is better", fontsize=11 if len(metric) < 36 else 8.5)
+
+
+def plain_score(value: float) -> str:
+    """Three digits, and none after the point from 100 on."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def quality_plot(path: str | Path, curves: Sequence[QualityCurve], **options: Any) -> Path:
@@ -118,6 +173,33 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     return series
 
 
+def step_axis(ax: Axes, steps: Sequence[int]) -> None:
+    """The x axis of training: whole numbers of optimizer steps; one step alone stands between 0 and its double."""
+    low, high = (min(steps), max(steps)) if steps else (0, 1)
+    if low == high:
+        low, high = 0, max(1, 2 * high)
+    ax.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.set_xlabel("optimizer step", fontsize=11)
+
+
+def draw_series(ax: Axes, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
+    """A logged curve; of a long one the running mean is drawn strong over the values themselves, which are faint."""
+    at, y = np.asarray(steps), np.asarray(values, dtype=float)
+    seen = np.isfinite(y)
+    if len(y) == 1 or seen.sum() == 1:
+        style = {"marker": "o", "markersize": 5, **style}
+    half = len(y) // 40
+    if half < 1:
+        ax.plot(at, np.where(seen, y, np.nan), **style)
+        return
+    ax.plot(at, np.where(seen, y, np.nan), **{**style, "label": None, "linewidth": 0.6, "alpha": 0.28})
+    sums, counts = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(seen, y, 0.0), seen))
+    first, last = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
+    mean = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
+    ax.plot(at, np.where(seen, mean, np.nan), **style)
+
+
 def loss_figure(runs: Mapping[str, Mapping[str, tuple[list[int], list[float]]]], names: Sequence[str] = ()) -> Figure:
     """One panel per run: its training loss, terms and validation loss, against optimizer steps.
 
@@ -125,25 +207,25 @@ def loss_figure(runs: Mapping[str, Mapping[str, tuple[list[int], list[float]]]],
     `train/anchor` and `train/shortcut` where it has both, and `val/loss`.
     """
     figure, axes = new_figure(5.4 * len(runs), 3.8, columns=len(runs))
-    for ax, (title, series) in zip(axes, runs.items(), strict=True):
-        chosen = [n for n in (names or _losses(series)) if n in series]
-        for i, name in enumerate(chosen):
+    chosen_of = [[n for n in (names or _losses(series)) if n in series] for series in runs.values()]
+    every = list(dict.fromkeys(n for chosen in chosen_of for n in chosen))  # a colour each, the same in every panel
+    for ax, (title, series), chosen in zip(axes, runs.items(), chosen_of, strict=True):
+        for name in chosen:
             steps, values = series[name]
             validation = name.startswith("val/")
             label = name.removeprefix("train/") if not validation else f"validation {name.removeprefix('val/')}"
-            ax.plot(
-                steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=label,
-                linestyle="--" if validation else "-", markersize=4,
-                marker="o" if validation or len(steps) == 1 else None,
+            draw_series(
+                ax, steps, values, color=COLOURS[every.index(name) % MANY], linewidth=1.5, label=label,
+                linestyle="--" if validation else "-", **({"marker": "o", "markersize": 4} if validation else {}),
             )  # fmt: skip
-        values = [v for n in chosen for v in series[n][1]]
-        if values and min(values) > 0 and max(values) > 10 * min(values):  # a logarithmic axis needs a decade
-            logarithmic(ax)
-        ax.set_xlabel("optimizer step", fontsize=11)
+        values = [v for n in chosen for v in series[n][1] if math.isfinite(v)]
+        if values:
+            # A logarithmic axis is worth its ticks from a decade on.
+            fit(ax.yaxis, values, log=min(values) > 0 and max(values) > 10 * min(values), room=0.06)
+        step_axis(ax, [step for n in chosen for step in series[n][0]])
         ax.set_ylabel("loss", fontsize=11)
         ax.set_title(title, fontsize=12)
-        if chosen:
-            ax.legend(fontsize=9, frameon=False)
+    legend_below(figure, *axes)
     return figure
 
 

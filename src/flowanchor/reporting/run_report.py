@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from PIL import Image
 
-from flowanchor.base.files import replacing, write_json, write_whole
+from flowanchor.base.files import write_json, write_whole
+from flowanchor.base.paths import from_here
+from flowanchor.reporting.figures import (
+    COLOURS,
+    GREY,
+    fit,
+    labels,
+    legend_below,
+    new_figure,
+    rasterise,
+    side_by_side,
+)
+from flowanchor.reporting.grids import save_picture
 from flowanchor.reporting.html import Page
 from flowanchor.reporting.measurements import Kind, names
-from flowanchor.reporting.plots import COLOURS, MARKERS, logarithmic, new_figure
+from flowanchor.reporting.plots import MANY, QualityCurve, draw_series, step_axis
+from flowanchor.reporting.plots import quality_figure as score_figure
+from flowanchor.reporting.run_samples import Drawn, about, newest_pictures
 from flowanchor.reporting.runs import Group, Run, Score, group_runs
 
 CURVES = {"train/loss": "training loss", "train/tangent_norm": "tangent norm"}
+SCORE = r"fd_(\d+)(?:: (.*))?"  # a column of scores
+PANEL = 5.4  # inches of a figure's width on the page: on a phone its letters are as large as the text
+SHOWN = 6  # pictures that lie open; the others unfold
+KEPT = ("runs of", "seed", "state", "loss", "folder")  # columns of the list of runs that are there even if empty
 
 
 def summarise(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -94,23 +112,71 @@ def write_report(runs: Sequence[Run], folder: Path, title: str) -> list[dict[str
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", rows)
     write_whole(folder / "table.md", markdown(rows))
-    figures = {"curves": curves_figure(groups), "quality": quality_figure(rows)}
+    ranked = _best_first(groups, rows)
+    quality = {name: rasterise(figure) for name, figure in quality_panels(groups, rows).items()}
+    curves = {CURVES[name]: rasterise(figure) for name, figure in curve_panels(ranked).items()}
+    for pictures, file in ((quality, "quality.png"), (curves, "curves.png")):
+        if pictures:
+            save_picture(side_by_side(list(pictures.values())), folder / file)
+    _page(groups, rows, title, quality, newest_pictures(ranked), curves).save(folder / "report.html")
+    return rows
+
+
+def _page(
+    groups: Sequence[Group],
+    rows: Sequence[dict[str, Any]],
+    title: str,
+    quality: Mapping[str, Image.Image],
+    drawn: Sequence[Drawn],
+    curves: Mapping[str, Image.Image],
+) -> Page:
+    """Everything that is known, in itself: the numbers, how they came about, what was drawn, each run."""
+    runs = sum(len(group.runs) for group in groups)
     page = Page(title).paragraph(
-        f"{len(runs)} runs of {len(groups)} kinds. Numbers are means over the runs of a kind, with the standard "
-        "deviation over their seeds; losses and tangent norms are of the last tenth of the logged steps."
+        f"{_count(runs, 'run')} of {_count(len(groups), 'kind')}. Numbers are means over the runs of a kind, with the "
+        "standard deviation over their seeds, or of one run over the independent sets of its evaluation; losses and "
+        "tangent norms are of the last tenth of the logged steps."
     )
     if len({row["objective"] for row in rows}) > 1:
         page.paragraph("Losses of different objectives are different quantities: compare them along a curve only.")
-    page.heading("Table").table(display(rows))
-    for name, heading in (("quality", "Quality"), ("curves", "Training")):
-        figure = figures[name]
-        if figure is not None:
-            with replacing(folder / f"{name}.png") as draft:
-                figure.savefig(draft, format="png")
-            page.heading(heading).picture(figure)
-    page.heading("Runs").table([_line(group.label, run) for group in groups for run in group.runs])
-    page.save(folder / "report.html")
-    return rows
+    names, heading = labels([group.short for group in groups])
+    short = [{**line, "runs of": name} for line, name in zip(display(rows), names, strict=True)]
+    heads = {key: key.replace("NFE ", "NFE\N{NO-BREAK SPACE}") for key in short[0]} | {"runs of": heading or "runs of"}
+    page.heading("Table").table(short, heads, best=_lowest(rows))
+    if quality:
+        page.heading("Quality").pictures(quality)
+    if drawn:
+        page.heading("Samples").paragraph(about(drawn))
+        page.pictures([(one.picture, one.caption) for one in drawn], shown=SHOWN)
+    if curves:
+        page.heading("Training").pictures(curves)
+    lines = [_line(group, run) for group in groups for run in group.runs]
+    columns = {key: key for key in lines[0] if key in KEPT or any(line[key] not in ("", None, 0) for line in lines)}
+    return page.heading("Runs").table(lines, columns, cards=True, folded=len(lines) > 12)
+
+
+def _best_first(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """Where there are more kinds than can be shown at once: by the first score in the table; as they are otherwise."""
+    key = next((key for key in rows[0] if re.fullmatch(SCORE, key) and f"{key}_n" in rows[0]), None)
+    if len(groups) <= MANY or key is None:
+        return list(groups)
+    score = [row[key] if _finite(row[key]) else math.inf for row in rows]
+    return [groups[i] for i in sorted(range(len(groups)), key=lambda i: score[i])]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _lowest(rows: Sequence[dict[str, Any]]) -> set[tuple[int, str]]:
+    """Which cell of each column of scores is the best one: (row, heading), where there are several to choose from."""
+    found = set()
+    for key in [key for key in rows[0] if re.fullmatch(SCORE, key) and f"{key}_n" in rows[0]]:
+        values = {i: row[key] for i, row in enumerate(rows) if row[key] is not None and math.isfinite(row[key])}
+        if len(values) > 1:
+            best = min(values, key=lambda i: values[i])
+            found.add((best, _heading(key, rows[best]["metric"])))
+    return found
 
 
 def display(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -139,72 +205,84 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *body))
 
 
-def curves_figure(groups: Sequence[Group]) -> Figure | None:
-    """Training loss and tangent norm against steps, a colour per kind and a line per run; None without any curve."""
-    shown = [name for name in CURVES if any(run.series.get(name) for group in groups for run in group.runs)]
-    if not shown:
-        return None
-    figure, axes = new_figure(6.2 * len(shown), 4.2, columns=len(shown))
-    for ax, name in zip(axes, shown, strict=True):
-        positive = True
-        for i, group in enumerate(groups):
-            for j, run in enumerate(group.runs):
-                steps, values = run.series.get(name, ([], []))
-                positive &= all(value > 0 for value in values)
-                ax.plot(
-                    steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.2, alpha=0.8,
-                    label=group.label if j == 0 else None, marker="o" if len(steps) == 1 else None,
-                )  # fmt: skip
-        if positive:
-            logarithmic(ax)
-        ax.set_xlabel("optimizer step", fontsize=11)
-        ax.set_ylabel(CURVES[name], fontsize=11)
-    _legend_below(figure, axes[0])
-    return figure
+def curve_panels(groups: Sequence[Group]) -> dict[str, Figure]:
+    """Training loss and tangent norm against steps, where there are any: a colour per kind, a line per run."""
+    _, heading = labels([group.short for group in groups])
+    panels = {}
+    for name in CURVES:
+        if _has_curve(groups, name):
+            panels[name], (ax,) = new_figure(PANEL, 4.0)
+            _draw_curves(ax, groups, name)
+            legend_below(panels[name], ax, heading=heading)
+    return panels
 
 
-def _legend_below(figure: Figure, ax: Axes) -> None:
-    """Below the axes, where long names hide no curve."""
-    handles, labels = ax.get_legend_handles_labels()
-    short = [textwrap.shorten(label, 90, placeholder=" ...") for label in labels]
-    columns = max(1, min(len(short), int(figure.get_figwidth() * 14 / max(map(len, short), default=1))))
-    figure.legend(handles, short, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.18 * -(-len(short) // columns))
+def _has_curve(groups: Sequence[Group], name: str) -> bool:
+    values = (run.series.get(name, ([], []))[1] for group in groups for run in group.runs)
+    return any(math.isfinite(value) for curve in values for value in curve)
 
 
-def quality_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:
-    """Frechet distance against NFE with its spread, a panel for each way of measuring; None without evaluations."""
-    panels: dict[str, list[tuple[int, str]]] = {}
-    for key in rows[0]:
-        found = re.fullmatch(r"fd_(\d+)(?:: (.*))?", key)
-        if found is not None and f"{key}_n" in rows[0]:
-            panels.setdefault(found[2] or rows[0]["metric"] or "Frechet distance", []).append((int(found[1]), key))
-    if not panels:
-        return None
-    figure, axes = new_figure(max(6.6, 5.0 * len(panels)), 4.6, columns=len(panels))
-    for ax, (metric, columns) in zip(axes, panels.items(), strict=True):
-        for i, row in enumerate(rows):
-            points = [(nfe, row[key], row[f"{key}_spread"]) for nfe, key in columns if row[key] is not None]
-            nfe, distance, spread = zip(*points, strict=True) if points else ((), (), ())
-            ax.errorbar(
-                nfe, distance, yerr=[s or 0.0 for s in spread], color=COLOURS[i % len(COLOURS)], capsize=3,
-                marker=MARKERS[i % len(MARKERS)], linewidth=1.6, label=row["label"],
+def _draw_curves(ax: Axes, groups: Sequence[Group], name: str) -> None:
+    """Of many kinds the first ones have a colour each, and the others are grey."""
+    own = len(groups) if len(groups) <= MANY else MANY - 1
+    names, _ = labels([group.short for group in groups])
+    steps: list[int] = []
+    values: list[float] = []
+    others = f"{len(groups) - own} others"
+    for i, group in enumerate(groups):
+        label = names[i] if i < own else others
+        for run in group.runs:
+            at, curve = run.series.get(name, ([], []))
+            finite = [value for value in curve if math.isfinite(value)]
+            if not finite:
+                continue
+            draw_series(
+                ax, at, curve, label=label, linewidth=1.4 if i < own else 0.8, alpha=0.9,
+                color=COLOURS[i] if i < own else GREY, zorder=3 - i / len(groups),  # the first on top
             )  # fmt: skip
-        ax.set_xscale("log")
-        logarithmic(ax)
-        budgets = [nfe for nfe, _ in columns]
-        ax.set_xticks(budgets, [str(nfe) for nfe in budgets])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.margins(x=0.1, y=0.12)
-        ax.set_xlabel("network evaluations per image (NFE)", fontsize=11)
-        ax.set_ylabel(f"{metric}, lower is better", fontsize=11 if len(metric) < 40 else 8)
-    _legend_below(figure, axes[0])
-    return figure
+            steps, values = steps + at, values + finite
+            label = ""  # said once
+    fit(ax.yaxis, values, log=all(value > 0 for value in values), room=0.05)
+    step_axis(ax, steps)
+    ax.set_ylabel(CURVES[name], fontsize=11)
+
+
+def _panels(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, QualityCurve]]:
+    """What was measured in one way -> the curves of the kinds that were, by the kind's place."""
+    columns: dict[str, list[tuple[int, str]]] = {}
+    metric = next((row["metric"] for row in rows if row["metric"]), None)
+    for key in rows[0]:
+        found = re.fullmatch(SCORE, key)
+        if found is not None and f"{key}_n" in rows[0]:
+            columns.setdefault(found[2] or metric or "Frechet distance", []).append((int(found[1]), key))
+    panels = {}
+    for name, keys in columns.items():
+        curves = {}
+        for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
+            points = [(nfe, row[key], row[f"{key}_spread"] or 0.0) for nfe, key in keys if _finite(row[key])]
+            if points:
+                nfe, distance, spread = zip(*points, strict=True)
+                curves[i] = QualityCurve(group.short, nfe, distance, spread)
+        if curves:
+            panels[name] = curves
+    return panels
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def quality_panels(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """Frechet distance against NFE with its spread, a figure for each way of measuring."""
+    return {
+        name: score_figure(list(curves.values()), name, size=(PANEL, 4.2), colours=[COLOURS[i % MANY] for i in curves])
+        for name, curves in _panels(groups, rows).items()
+    }
 
 
 def _heading(name: str, metric: str | None) -> str:
     """`fd_2: FD-digits, n=50` reads "FD-digits, n=50, NFE 2"."""
-    found = re.fullmatch(r"fd_(\d+)(?:: (.*))?", name)
+    found = re.fullmatch(SCORE, name)
     return (
         f"{found[2] or metric or 'FD'}, NFE {found[1]}"
         if found
@@ -220,14 +298,15 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return text if count == row["runs"] else f"{text} (of {count})"
 
 
-def _line(label: str, run: Run) -> dict[str, Any]:
+def _line(group: Group, run: Run) -> dict[str, Any]:
     return {
-        "runs of": label,
+        "runs of": group.short,
+        "settings": " ".join(run.overrides),
         "seed": run.seed,
         "state": run.state,
         "skipped steps": run.skipped,
         "loss": run.last("train/loss"),
         "evaluated at NFE": ", ".join(str(nfe) for nfe in dict.fromkeys(line.nfe for line in run.results)),
-        "folder": str(run.folder),
+        "folder": str(from_here(run.folder)),
         "not readable": "; ".join(run.problems),
     }

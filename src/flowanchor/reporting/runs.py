@@ -7,7 +7,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Run:
     name: str | None = None  # as given by name=
     objective: str | None = None  # its class
     results: tuple[Score, ...] = ()  # of its evaluations, the newest last
+    picture: Path | None = None  # the newest grid of samples, where there is one
+    drawn_alike: tuple[str, ...] = ()  # runs in which these are equal drew their pictures from the same noise
     problems: tuple[str, ...] = ()  # what could not be read
 
     @property
@@ -86,6 +88,7 @@ class Group:
 
     label: str
     runs: list[Run] = field(default_factory=list)
+    short: str = ""  # for figures: the label without what goes without saying
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -117,12 +120,40 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     for run in runs:
         kinds.setdefault(tuple(sorted(run.overrides)), []).append(run)
     shared = set.intersection(*(set(kind) for kind in kinds)) if len(kinds) > 1 else set()
+    owned = [[word for word in kind[0].overrides if word not in shared] for kind in kinds.values()]
     groups = []
-    for kind, members in kinds.items():
-        own = [word for word in members[0].overrides if word not in shared] if len(kinds) > 1 else list(kind)
+    for (kind, members), own in zip(kinds.items(), owned, strict=True):
         members.sort(key=lambda run: (run.seed is None, run.seed))
-        groups.append(Group(_label(members, " ".join(own) or "default"), members))
-    return groups
+        label = _label(members, " ".join(own if len(kinds) > 1 else kind) or "default")
+        short = _label(members, " ".join(_short(own, owned)) or "default")
+        groups.append(Group(label, members, short))
+    # Two that become alike keep their whole labels: objective=facm beside teacher=facm.
+    alike = {group.short for group in groups if sum(other.short == group.short for other in groups) > 1}
+    return [replace(group, short=group.label if group.short in alike else group.short) for group in groups]
+
+
+def _short(words: Sequence[str], all_words: Sequence[Sequence[str]]) -> Iterable[str]:
+    """`objective=facm optimizer.lr=1e-4` as `facm lr=1e-4`.
+
+    A choice of a group is known by its value where every run makes it, a setting by the last part of its name where no
+    other setting ends alike.
+    """
+    keys = {word.partition("=")[0] for own in all_words for word in own}
+    for word in words:
+        key, equals, value = word.partition("=")
+        last = key.rpartition(".")[2]
+        if not equals:
+            yield word
+        elif last == key and _is_choice(value) and all(any(w.split("=")[0] == key for w in own) for own in all_words):
+            yield value
+        else:
+            alone = sum(other.rpartition(".")[2] == last for other in keys) == 1
+            yield f"{last if alone else key}={value}"
+
+
+def _is_choice(value: str) -> bool:
+    """Whether a value says by itself what it is: facm does, 0 and true do not."""
+    return value[:1].isalpha() and value.lower() not in ("true", "false", "null", "none", "nan", "inf")
 
 
 def _label(members: Sequence[Run], overrides: str) -> str:
@@ -194,8 +225,20 @@ def _read_run(config: Path, evaluated: list[tuple[Path, dict[str, Any]]]) -> Run
         name=settings["name"] if _was_named(folder, settings) else None,
         objective=_class(settings.get("objective")),
         results=results,
+        picture=max((folder / "samples").glob("step_*.png"), default=None),  # steps are written with leading zeros
+        drawn_alike=_drawing(settings),
         problems=tuple(problems),
     )
+
+
+def _drawing(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the pictures of `samples/` were drawn of: seed, rows, columns, and the data that the classes are of."""
+    callbacks, data = settings.get("callbacks"), settings.get("data")
+    grid = callbacks.get("sample_grid") if isinstance(callbacks, Mapping) else None
+    if not isinstance(grid, Mapping) or not isinstance(data, Mapping):
+        return ()
+    of_grid = [str(grid.get(key)) for key in ("seed", "per_class", "max_classes")]
+    return (*of_grid, *(str(data.get(key)) for key in ("_target_", "root", "size", "channels", "num_classes")))
 
 
 def _overrides(folder: Path, problems: list[str]) -> tuple[str, ...]:
