@@ -52,7 +52,7 @@ def build_page(studio: Studio, folder: Path, may_open: bool = True) -> gr.Blocks
                 with gr.Tab("Quality", id="quality"):
                     curve = gr.Image(
                         _quality(studio), label="quality", show_label=False, format="png", interactive=False,
-                        elem_id="quality", visible=_quality(studio) is not None,
+                        elem_id="quality", buttons=["fullscreen"], visible=_quality(studio) is not None,
                     )  # fmt: skip
                     missing = gr.Markdown(_no_quality(studio), elem_id="no-quality")
                 if studio.run is not None:
