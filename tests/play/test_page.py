@@ -21,6 +21,7 @@ FLAGS = [
     "--disable-sync", "--disable-dev-shm-usage", "--no-first-run",
 ]  # fmt: skip
 HOME = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
+OPACITY = "e => { let o = 1; for (; e; e = e.parentElement) o *= getComputedStyle(e).opacity; return o }"
 WAIT = 60_000  # milliseconds for anything to appear: until it does, never longer
 
 
@@ -33,7 +34,7 @@ def _missing() -> str | None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The page of a run in progress with its teacher: address, run, names that were looked up."""
+    """The page of a run that has saved nothing yet, with its teacher: address, run, names that were looked up."""
     missing = _missing()
     if missing:
         assert NEEDED not in os.environ, missing
@@ -42,7 +43,7 @@ def served(tmp_path_factory):
     here = importlib.util.spec_from_file_location("play_conftest", Path(__file__).with_name("conftest.py"))
     writing = importlib.util.module_from_spec(here)
     here.loader.exec_module(writing)
-    run = writing.write_run(folder / "run")
+    run = writing.write_run(folder / "run", checkpoint=False)
     teacher = writing._module.save_checkpoint(folder / "teacher" / "checkpoints" / "last.ckpt", kind="flow")
     lookups, log = folder / "lookups", folder / "log"
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(lookups), str(run), str(teacher)]
@@ -56,7 +57,7 @@ def served(tmp_path_factory):
                 break
             time.sleep(0.1)
         assert found, log.read_text()
-        yield found[1], run, lookups
+        yield found[1], run, lookups, lambda: writing._module.save_checkpoint(run / "checkpoints" / "last.ckpt")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
         assert "Traceback" not in log.read_text()
@@ -82,11 +83,17 @@ def requests():
 
 @pytest.fixture(scope="module")
 def page(browser, served, requests):
-    """A page that has drawn once."""
+    """A page that has drawn once: it was opened before there was a checkpoint, said so, and opened the first one."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
     opened.set_default_timeout(WAIT)
     opened.on("request", lambda request: requests.append(request.url))
     opened.goto(served[0])
+    opened.locator("#go").click()
+    opened.locator(".toast-wrap").get_by_text("has saved no checkpoint yet").wait_for()
+    assert "nothing saved yet" in opened.locator("#title").inner_text()
+    served[3]()
+    opened.locator("#open").click()
+    opened.locator("#title").filter(has_text="few-step model, step 7").wait_for()
     opened.locator("#drawing img").wait_for()
     yield opened
     opened.close()
@@ -144,19 +151,20 @@ def test_the_way_and_the_walk(page):
 
 
 def test_a_bad_checkpoint_is_told_and_the_page_goes_on(page, served):
-    page.get_by_role("button", name="Model").click()
     path = page.locator("#path textarea, #path input").first
     path.fill("nowhere.ckpt")
     page.locator("#open").click()
     toast = page.locator(".toast-wrap").get_by_text("There is no checkpoint at nowhere.ckpt")
     toast.wait_for()
+    for part in page.locator("#steps").get_by_text("Error").all():  # what is open stays as it was, to the eye
+        assert part.evaluate(OPACITY) == 0
     page.locator("#dice").click()
     page.get_by_role("tab", name="Draw").click()
     page.locator("#cost").filter(has_not_text="seed 0").filter(has_text="3 network calls each").wait_for()
 
 
 def test_training_is_seen_as_it_goes_on(page, served):
-    _, run, _ = served
+    run = served[1]
     page.get_by_role("tab", name="Training").click()
     assert "step 19 of 100" in text_of(page, "state", "step 19")
     losses = page.locator("#losses img")

@@ -14,7 +14,7 @@ import gradio as gr
 from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError, FlowAnchorError
 from flowanchor.play import pictures
-from flowanchor.play.choices import can_be_guided, choices, flow_choice
+from flowanchor.play.choices import can_be_guided, choices
 from flowanchor.play.drawing import Drawing, Wish
 from flowanchor.play.live import Glance, fingerprint, glance, picture
 from flowanchor.play.quality import quality
@@ -46,13 +46,13 @@ def build_page(studio: Studio, folder: Path, may_open: bool = True) -> gr.Blocks
                 with gr.Tab("Draw", id="draw"):
                     shown = _Drawn(studio)
                 with gr.Tab("Noise to picture", id="way"):
-                    way = _Way(studio)
+                    way = _Way()
                 with gr.Tab("Between two seeds", id="between"):
                     middle = _Between()
                 with gr.Tab("Quality", id="quality"):
                     curve = gr.Image(
                         _quality(studio), label="quality", show_label=False, format="png", interactive=False,
-                        elem_id="quality", visible=_quality(studio) is not None,
+                        elem_id="quality", buttons=["fullscreen"], visible=_quality(studio) is not None,
                     )  # fmt: skip
                     missing = gr.Markdown(_no_quality(studio), elem_id="no-quality")
                 if studio.run is not None:
@@ -67,7 +67,7 @@ def build_page(studio: Studio, folder: Path, may_open: bool = True) -> gr.Blocks
             wish = controls.read(own)
             drawing = studio.draw(wish)
             grids = [pictures.grid(drawing, studio.names())]
-            beside: list[Any] = [gr.skip(), gr.skip()]
+            beside: list[Any] = [None, ""]
             if studio.teacher is not None:
                 other = studio.draw_teacher(wish, int(teacher_steps))
                 grids.append(pictures.grid(other, studio.names()))
@@ -104,17 +104,20 @@ def build_page(studio: Studio, folder: Path, may_open: bool = True) -> gr.Blocks
 
         sliders = (controls.steps, controls.guidance, controls.each, shown.teacher_steps)
         asking = [controls.draw.click, controls.classes.input, controls.seed.submit, *(one.release for one in sliders)]
-        gr.on(asking, draw, wished, drawn, show_progress="minimal")
+        busy: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown.image}
+        gr.on(asking, draw, wished, drawn, **busy)
         if studio.model is not None and not isinstance(studio.model.backbone.conditioning, Text):
-            page.load(draw, wished, drawn)
-        controls.dice.click(_dice, None, controls.seed).then(draw, wished, drawn)
-        controls.sampler.input(controls.steps_of, controls.sampler, controls.steps).then(draw, wished, drawn)
+            page.load(draw, wished, drawn, **busy)
+        controls.dice.click(_dice, None, controls.seed).then(draw, wished, drawn, **busy)
+        controls.sampler.input(controls.steps_of, controls.sampler, controls.steps).then(draw, wished, drawn, **busy)
         way.start.click(follow, [way.along, *controls.wish], [way.drawing, way.stop, way.image, way.text])
         way.stop.change(_stop_at, [way.drawing, way.stop], way.image, show_progress="hidden")
         middle.start.click(walk, [middle.other, *controls.wish], [middle.image, middle.text])
         if may_open:
             changed = [title, *controls.changing(), curve, missing]
-            controls.open.click(reopen, controls.path, changed).success(draw, wished, drawn)
+            # Hidden, or an error would be written over everything that would have changed.
+            opened = controls.open.click(reopen, controls.path, changed, show_progress="hidden")
+            opened.success(draw, wished, drawn, **busy)
     return page
 
 
@@ -238,10 +241,8 @@ class _Way:
 
     OWN, FLOW = "the steps chosen on the left", "the flow, in small steps"
 
-    def __init__(self, studio: Studio) -> None:
-        flow = studio.model is not None and flow_choice(studio.model) is not None
-        ways = [self.OWN, *([self.FLOW] if flow else [])]
-        self.along = gr.Radio(ways, value=ways[-1], label="Follow", elem_id="along")
+    def __init__(self) -> None:
+        self.along = gr.Radio([self.OWN, self.FLOW], value=self.FLOW, label="Follow", elem_id="along")
         self.start = gr.Button("Follow one picture of each from its noise", size="sm", elem_id="follow")
         self.stop = gr.Slider(0, 1, 0, step=1, label="Step", elem_id="stop")
         self.text = gr.Markdown(elem_id="way-text")
