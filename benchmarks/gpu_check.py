@@ -5,10 +5,10 @@
     python benchmarks/gpu_check.py --device cpu --tiny --results FOLDER  # tries every row; the figures mean nothing
     python benchmarks/gpu_check.py --table [FILE]                        # takes a record home, and refreshes the docs
 
-It needs PyTorch, Triton and Lightning, and nothing of a network: packages that are missing are taken from the wheels in
-`.whl/`. Training steps are those of `train.py`. Rows run in one process after the other, in order of value; the record
-(benchmarks/results/gpu_NAME.json) is written after each. A row that fails says why; one that ends its process, or takes
-too long, costs only itself.
+It needs PyTorch, Triton and Lightning, and nothing of a network: what else is missing is taken from the wheels in
+`.whl/` (benchmarks/gpu/wheels.py says which). Training steps are those of `train.py`. Rows run in one process after the
+other, in order of value; the record (benchmarks/results/gpu_NAME.json) is written after each. A row that fails says
+why; one that ends its process, or takes too long, costs only itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ sys.path[:0] = [str(ROOT / "src")]
 from gpu.wheels import unpack  # noqa: E402 - after the path
 
 WHEELS = unpack(ROOT / ".whl")  # before anything is imported that may be among them; what went wrong, if anything
+LACKING = [name for name in ("torch", "lightning", "einops", "safetensors") if find_spec(name) is None]
+if LACKING:
+    lost = "" if WHEELS is None else f" ({WHEELS})"
+    sys.exit(
+        f"Not installed here, and not among the wheels in .whl/{lost}: {', '.join(LACKING)}. docs/performance.md, 'On "
+        "a machine without a network', says what to bring."
+    )
 
 import torch  # noqa: E402 - after the wheels
 

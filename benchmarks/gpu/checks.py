@@ -42,7 +42,7 @@ def run(device: str, tiny: bool) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"missing": f"not done after {LIMIT[device]} s"}
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    lines = done.stdout.strip().splitlines() or done.stderr.strip()[-300:].splitlines() or ["no word"]
     verdict = re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ")
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"passed": done.returncode == 0, "verdict": verdict, "failed": failed[:40], "said": done.stdout[-4000:]}

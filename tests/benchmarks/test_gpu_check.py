@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 import gpu_check
-from gpu import checks, table, training
+from gpu import checks, table, training, wheels
 from gpu.record import LATE, UNFINISHED, Record, Row
 
 ROOT = Path(__file__).parents[2]
@@ -212,40 +213,44 @@ def test_packages_come_from_wheels_that_lie_there(tmp_path):
         "from pathlib import Path\n"
         "from gpu.wheels import unpack\n"
         f"folder = Path({str(tmp_path / '.whl')!r})\n"
-        "assert unpack(folder, 'json') is None and 'flowanchor_wheels_' not in str(sys.path)\n"
-        "assert unpack(folder, 'flowanchor_test_wheel') is None\n"
+        "assert unpack(folder / 'none') is None and 'flowanchor_wheels_' not in str(sys.path)\n"
+        "(folder / 'numpy-0.0.1-py3-none-any.whl').write_text('')\n"
+        "assert unpack(folder) is None\n"
         "import flowanchor_test_wheel\n"
         "subprocess.run([sys.executable, '-c', 'import flowanchor_test_wheel; print(flowanchor_test_wheel.answer)'])\n"
         "(folder / 'broken-1.0-py3-none-any.whl').write_text('')\n"
-        "assert 'broken' in unpack(folder, 'no_such_package')\n"
+        "assert 'broken' in unpack(folder)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "42"
 
 
-ABSENT = ("hydra", "omegaconf", "antlr4", "webdataset", "torch_fidelity", "torchmetrics", "diffusers", "transformers")
-
-
-@pytest.mark.cold
-def test_pytorch_and_lightning_are_enough(tmp_path):
-    """On a machine that has nothing else: what needs more says so in its row, and the others are measured."""
-    (tmp_path / "sitecustomize.py").write_text(
+def without(packages: Sequence[str], folder: Path) -> dict[str, str]:
+    """The environment of an interpreter that finds none of these."""
+    (folder / "sitecustomize.py").write_text(
         "import sys\n"
         "from importlib.machinery import PathFinder\n"
         "class Without(PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
-        f"        absent = name.partition('.')[0] in {ABSENT!r}\n"
+        f"        absent = name.partition('.')[0] in {packages!r}\n"
         "        return None if absent else super().find_spec(name, path, target)\n"
         "sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+PROGRAMS = ("hydra", "omegaconf", "webdataset", "torch_fidelity", "diffusers", "transformers", "matplotlib", "sklearn")
+
+
+@pytest.mark.cold
+def test_without_the_packages_of_the_programs(tmp_path):
+    """What needs them says so in its row, and the others are measured."""
     names = ["card", "digits, 64, eager, graph", "attention, heads of 72"]
-    options = ["--device", "cpu", "--tiny", "--results", str(tmp_path), "--only", *names]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=400, env=environment
-    )
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--results", str(tmp_path), "--only", *names]
+    environment = without(PROGRAMS, tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())["rows"]
@@ -253,3 +258,18 @@ def test_pytorch_and_lightning_are_enough(tmp_path):
     assert rows["card"]["matrix_tflops"] > 0 and rows["attention, heads of 72"]["16"]["tangent"]["ms"] > 0
     assert rows["digits, 64, eager, graph"]["missing"] == "ModuleNotFoundError: No module named 'hydra'"
     assert "XL/1, 32, eager | not measured" in done.stdout
+
+
+@pytest.mark.cold
+def test_without_what_the_check_itself_needs_one_sentence(tmp_path):
+    environment = without(("einops", "safetensors"), tmp_path)
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Not installed here, and not among the wheels in .whl/: einops, safetensors.")
+
+
+def test_what_is_to_be_sent():
+    """All that the project names and what that needs, but nothing of PyTorch's or Lightning's."""
+    names = {package.partition("==")[0] for package in wheels.needed()}
+    assert {"hydra-core", "omegaconf", "antlr4-python3-runtime", "safetensors", "einops", "diffusers", "scipy"} <= names
+    assert not {"torch", "triton", "torchvision", "lightning", "numpy", "torchmetrics", "flowanchor"} & names

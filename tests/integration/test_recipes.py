@@ -80,9 +80,13 @@ def composed(recipe: str):
         return compose("train", overrides=[f"experiment={recipe}"])
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "imagenet" in name])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_its_blocks_are_compiled(recipe):
-    assert composed(recipe).compile is True
+    """And the step is a graph where its strategy allows one: FSDP's does not, nor does Lightning's DDP (`auto`)."""
+    made = composed(recipe)
+    assert made.compile is True and made.cuda_graph == "auto"
+    kind = "ChainJVPStrategy" if "imagenet" in recipe else "ReplicasStrategy"
+    assert made.strategy._target_.endswith(f".{kind}")
 
 
 def test_every_recipe_is_checked():
