@@ -10,7 +10,9 @@ import torch
 import flowanchor
 from flowanchor.checkpoints.consolidated import write_consolidated
 from flowanchor.checkpoints.description import named_classes
+from flowanchor.checkpoints.format import Choices
 from flowanchor.checkpoints.huggingface import write_folder
+from flowanchor.checkpoints.inspection import inspect_file
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.generation.class_names import class_numbers
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -91,6 +93,8 @@ def test_names_travel_in_files_and_published_folders(tmp_path):
     for path in ("a.safetensors", "published"):
         model = flowanchor.load(tmp_path / path)
         assert model.class_names == NAMES
+        told = inspect_file(tmp_path / path, Choices()).splitlines()
+        assert "  classes      T-shirt/top, Sneaker, Bag" in told
         assert torch.equal(model.sample(["sneaker", 2], seed=3), model.sample([1, 2], seed=3))
         assert torch.equal(model.sample("bag", num_samples=2), model.sample([2, 2]))
         drawn.append(model.sample(["bag"]))

@@ -14,6 +14,8 @@ from flowanchor.checkpoints.read import is_ours, read_checkpoint, select_weights
 from flowanchor.checkpoints.summary import count, fit_lines, network_lines
 from flowanchor.errors import FlowAnchorError
 
+SHOWN = 20  # names of classes
+
 
 def inspect_file(path: str | Path, choices: Choices) -> str:
     """A report of several lines; raises `CheckpointError` for what cannot be read safely."""
@@ -30,6 +32,10 @@ def _ours(file: Path) -> Iterator[str]:
     for name in names:
         _, weights = select_weights(content, name, file)
         yield f"  weights      {name}: {count(weights)}"
+    known = meta.get("class_names") or []
+    if known:
+        more = f" and {len(known) - SHOWN} others" if len(known) > SHOWN else ""
+        yield f"  classes      {', '.join(known[:SHOWN])}{more}"
     backbone = meta["config"].get("backbone") or {}
     yield from network_lines(backbone)
     try:
