@@ -39,8 +39,14 @@ CLASSES = {
     "heart": "2763-2764 1F48C 1F493-1F49F 1F5A4 1F90D-1F90E 1F9E1 1FA75-1FA77",
 }
 NOBODY = 0x10FFFE  # never a character: what a font draws for it is what it draws for those that it lacks
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # where Debian and Ubuntu install it
+SIZES = (16, 32, 64, 128)
 STRIKE = 109  # the one size of the font's pictures
 DRAWN = (136, 128)  # width and height of a picture of that size
+WHERE_FROM = (
+    "install Noto Color Emoji (apt install fonts-noto-color-emoji), or set data.font=FILE to its NotoColorEmoji.ttf, "
+    "the version with bitmaps."
+)
 CREDITS = "Noto Color Emoji, copyright Google: drawings under Apache-2.0, font under the SIL Open Font License 1.1"
 
 
@@ -75,7 +81,7 @@ class EmojiDataModule(FlowDataModule):
         **loader: Any,
     ) -> None:
         super().__init__(**loader)
-        if channels != 3 or size not in (16, 32, 64, 128):
+        if channels != 3 or size not in SIZES:
             raise ConfigError(
                 f"data=emoji has 3 channels and size 16, 32, 64 or 128, not {channels} and {size}: use data.channels=3 "
                 "data.size=32."
@@ -95,21 +101,11 @@ class EmojiDataModule(FlowDataModule):
         self.class_names = tuple(classes)
 
     def load(self) -> dict[str, ImageSet]:
-        font = open_font(self.font)
-        nobody = picture(font, NOBODY)
         pictures: list[np.ndarray] = []
         labels: list[int] = []
         held: list[bool] = []
         for label, name in enumerate(self.class_names):
-            drawn = {code: picture(font, code) for code in code_points(name)}
-            found = {code: pixels for code, pixels in drawn.items() if not np.array_equal(pixels, nobody)}
-            coloured = any(np.ptp(pixels.astype(int), axis=2).any() for pixels in found.values())
-            if not coloured:
-                raise DataError(
-                    f"{self.font} has no colour pictures of the class {name}: {_where_from()}"  # outlines, or gray ones
-                )
-            if len(found) < len(drawn):
-                rank_zero_info(f"Not in {self.font.name}: {len(drawn) - len(found)} of {len(drawn)} of {name}.")
+            found = draw(self.font, name)
             pictures += [shrink(pixels, self.size) for pixels in found.values()]
             labels += [label] * len(found)
             held += [is_held_out(code) for code in found]
@@ -132,8 +128,24 @@ def is_held_out(code: int) -> bool:
 
 
 def describe(code: int) -> str:
-    """The character's name in Unicode, in small letters; its number where Python's Unicode is older."""
-    return unicodedata.name(chr(code), f"U+{code:X}").lower()
+    """The character's name in Unicode, in small letters; empty where this Python's Unicode is older than it."""
+    return unicodedata.name(chr(code), "").lower()
+
+
+def draw(path: Path, name: str) -> dict[int, np.ndarray]:
+    """The characters of a class that the font has, each as uint8 [128, 128, 3] on white; it tells how many it lacks.
+
+    Raises `DataError` with what to install, where there is no such font or it has no picture in colour.
+    """
+    font = open_font(path)
+    nobody = picture(font, NOBODY)
+    drawn = {code: picture(font, code) for code in code_points(name)}
+    found = {code: pixels for code, pixels in drawn.items() if not np.array_equal(pixels, nobody)}
+    if not any(np.ptp(pixels.astype(int), axis=2).any() for pixels in found.values()):  # none, or gray outlines
+        raise DataError(f"{path} has no colour pictures of the class {name}: {WHERE_FROM}")
+    if len(found) < len(drawn):
+        rank_zero_info(f"Not in {path.name}: {len(drawn) - len(found)} of {len(drawn)} of {name}.")
+    return found
 
 
 def open_font(path: Path) -> ImageFont.FreeTypeFont:
@@ -142,14 +154,7 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         state = f"is no font with pictures of size {STRIKE} ({error})" if path.exists() else "does not exist"
-        raise DataError(f"The font {path} {state}: {_where_from()}") from error
-
-
-def _where_from() -> str:
-    return (
-        "install Noto Color Emoji (apt install fonts-noto-color-emoji), or set data.font=FILE to its "
-        "NotoColorEmoji.ttf, the version with bitmaps."
-    )
+        raise DataError(f"The font {path} {state}: {WHERE_FROM}") from error
 
 
 def picture(font: ImageFont.FreeTypeFont, code: int) -> np.ndarray:

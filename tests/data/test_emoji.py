@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from flowanchor.base.tables import read_captions
 from flowanchor.checkpoints import load_model
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.plugins.data.emoji import CLASSES, EmojiDataModule, code_points, open_font, picture
+from flowanchor.plugins.data.emoji_folder import main as emoji_folder
+from flowanchor.plugins.data.image_folder import ImageFolderDataModule
 
 INSTALLED = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FACES, HEADS, HEARTS = range(0x1F600, 0x1F632), (0x1F981, 0x1F984, 0x1F98A), range(0x1F493, 0x1F4A0)
@@ -38,9 +41,9 @@ def data(font: Path, *classes: str, **settings) -> EmojiDataModule:
     return EmojiDataModule(str(font), classes, **{"num_classes": len(classes), "batch_size": 4, **settings})
 
 
-def colours(images) -> list[tuple[int, ...]]:
-    """Of the middle of each picture, where a square of the font is."""
-    return [tuple(image[:, 16, 16].tolist()) for image in (images[i] for i in range(len(images)))]
+def middles(images, place: int = 16) -> list[tuple[int, ...]]:
+    """The colour in the middle of each picture, where a square of the font is."""
+    return [tuple(image[:, place, place].tolist()) for image in (images[i] for i in range(len(images)))]
 
 
 def test_pictures_are_the_fonts_and_split_by_character(font):
@@ -48,9 +51,9 @@ def test_pictures_are_the_fonts_and_split_by_character(font):
     train, heldout = made.images("train"), made.images("heldout")
     assert made.class_names == ("heart", "face") and train[0].shape == (3, 32, 32)
     kept = [code for code in (*HEARTS, *FACES) if code not in HELD_OUT]
-    assert colours(train) == [COLOURS[code] for code in kept]
+    assert middles(train) == [COLOURS[code] for code in kept]
     assert train.labels.tolist() == [int(code in FACES) for code in kept]
-    assert {*colours(heldout)} == {COLOURS[code] for code in HELD_OUT} and len(heldout) == len(HELD_OUT)
+    assert {*middles(heldout)} == {COLOURS[code] for code in HELD_OUT} and len(heldout) == len(HELD_OUT)
     assert heldout.labels.tolist() == [0, 1, 1, 1, 1]
     assert train[0][:, 31].eq(255).all() and train[0][:, :, 31].eq(255).all()  # white beside the square
 
@@ -59,7 +62,7 @@ def test_another_choice_of_classes_keeps_the_split(font):
     whole, part = data(font, "heart", "animal-face", "face"), data(font, "face")
     for split in ("train", "heldout"):
         faces = whole.images(split).subset(np.flatnonzero(whole.images(split).labels == 2))
-        assert {*colours(part.images(split))} == {*colours(faces)}
+        assert {*middles(part.images(split))} == {*middles(faces)}
 
 
 def test_mirrored_copies_are_trained_on(font):
@@ -118,6 +121,21 @@ def test_the_real_font_has_every_character_and_none_is_cut():
     for code in (code for name in CLASSES for code in code_points(name)):
         pixels = picture(font, code)
         assert (pixels != 255).any() and (pixels[:, [0, -1]] == 255).mean() > 0.5, hex(code)
+
+
+def test_files_with_names_and_credits_are_an_image_folder(font, tmp_path, capsys):
+    emoji_folder(
+        ["--font", str(font), "--classes", "heart", "animal-face", "--size", "16", "--", str(tmp_path / "set")]
+    )
+    assert "16 pictures in" in capsys.readouterr().out
+    assert "fox face" in read_captions(tmp_path / "set" / "captions.csv")
+    assert "animal-face/1F98A.png,fox face" in (tmp_path / "set" / "captions.csv").read_text().splitlines()
+    assert "copyright Google" in (tmp_path / "set" / "CREDITS.md").read_text()
+    read = ImageFolderDataModule(str(tmp_path / "set"), size=16, num_classes=2, batch_size=4)
+    found = [colour for split in ("train", "heldout") for colour in middles(read.images(split), 8)]
+    assert {*found} == {COLOURS[code] for code in (*HEARTS, *HEADS)} and read.class_names == ("animal-face", "heart")
+    with pytest.raises(SystemExit, match="apt install fonts-noto-color-emoji"):
+        emoji_folder(["--font", str(tmp_path / "none.ttf"), str(tmp_path / "other")])
 
 
 def test_the_recipes_train(font, monkeypatch, tmp_path):
