@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from flowanchor.base.rank_zero import rank_zero_info
+from flowanchor.base.reading import read_regular, shown
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ArrayImages, ImageSet, interleave_classes
 from flowanchor.errors import ConfigError, DataError
@@ -41,6 +43,7 @@ CLASSES = {
 NOBODY = 0x10FFFE  # never a character: what a font draws for it is what it draws for those that it lacks
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # where Debian and Ubuntu install it
 SIZES = (16, 32, 64, 128)
+BYTES = 1 << 28  # of a font at most; Debian's has 10 million
 STRIKE = 109  # the one size of the font's pictures
 DRAWN = (136, 128)  # width and height of a picture of that size
 WHERE_FROM = (
@@ -151,10 +154,12 @@ def draw(path: Path, name: str) -> dict[int, np.ndarray]:
 def open_font(path: Path) -> ImageFont.FreeTypeFont:
     """The font in its one size; raises `DataError` with what to install."""
     try:
-        return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.BASIC)
+        content = io.BytesIO(read_regular(path, BYTES))
+        return ImageFont.truetype(content, STRIKE, layout_engine=ImageFont.Layout.BASIC)
+    except FileNotFoundError as error:
+        raise DataError(f"The font {path} does not exist: {WHERE_FROM}") from error
     except OSError as error:
-        state = f"is no font with pictures of size {STRIKE} ({error})" if path.exists() else "does not exist"
-        raise DataError(f"The font {path} {state}: {WHERE_FROM}") from error
+        raise DataError(f"{path} is no font with pictures of size {STRIKE} ({shown(error)}): {WHERE_FROM}") from error
 
 
 def picture(font: ImageFont.FreeTypeFont, code: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -87,8 +88,10 @@ def test_a_font_without_pictures_is_refused(write_font, font, tmp_path):
     with pytest.raises(DataError, match=r"does not exist: install .*fonts-noto-color-emoji.*data\.font=FILE"):
         data(tmp_path / "none.ttf", "face").images("train")
     (tmp_path / "text.ttf").write_text("no font")
-    with pytest.raises(DataError, match="is no font with pictures"):
-        data(tmp_path / "text.ttf", "face").images("train")
+    os.mkfifo(tmp_path / "pipe.ttf")  # which would be waited on
+    for path in (tmp_path / "text.ttf", tmp_path / "pipe.ttf", tmp_path):
+        with pytest.raises(DataError, match="is no font with pictures"):
+            data(path, "face").images("train")
 
 
 @pytest.mark.parametrize(
