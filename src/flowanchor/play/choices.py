@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,8 +92,7 @@ def can_be_guided(model: OpenedModel) -> bool:
 def class_names(model: OpenedModel) -> list[str]:
     """What a user calls the classes: their names where the checkpoint has them, else their numbers."""
     count = model.backbone.conditioning.classes
-    names: Sequence[str] = vars(model).get("class_names", ())  # of checkpoints that keep them
-    return list(names) if len(names) == count else [str(number) for number in range(count)]
+    return list(model.class_names) or [str(number) for number in range(count)]
 
 
 def _name(target: str) -> str:
