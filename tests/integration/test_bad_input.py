@@ -193,7 +193,7 @@ CASES = [
     ([*EVAL, "num_samples=many"], "num_samples=many is not a whole number: use for example num_samples="),
     ([*EVAL, "batch_size=0"], "batch_size=0 is too small: it must be at least 1"),
     ([*SAMPLE, "classes=[3,10]"], r"classes=\[3, 10\]: .* must be .* between 0 and 9, for example classes=\[0,1\]"),
-    ([*SAMPLE, "classes=[cat]"], "classes=.* must be whole numbers between 0 and 9"),
+    ([*SAMPLE, "classes=[cat]"], "There is no class .cat.: it has 0, 1, 2, 3"),
     ([*SAMPLE, "device=warp"], "device=warp is not known: use device=cpu"),
     ([*TRAIN, "data.batch_size=0"], "data.batch_size=0 is too small: it must be at least 1"),
     ([*TRAIN, "data.batch_size=1.5"], "data.batch_size=1.5 is not a whole number: use for example data.batch_size="),
