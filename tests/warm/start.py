@@ -11,6 +11,7 @@ would be lost. Tests that look at a fresh interpreter itself are marked `cold`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import inspect
@@ -120,6 +121,8 @@ def serve(listener: socket.socket, executable: str) -> None:
                     become(job, streams, executable)
                     return  # and end as any interpreter does
                 else:
+                    with contextlib.suppress(OSError):  # it was faster
+                        os.setpgid(child, child)
                     waiting[os.pidfd_open(child)] = child, connection
                     tell(connection, child)
                 for stream in streams:
@@ -130,7 +133,8 @@ def serve(listener: socket.socket, executable: str) -> None:
                 tell(connection, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
                 connection.close()
             elif asking[ready] in waiting and not ready.recv(1):  # whoever asked was killed, and so is the job
-                os.killpg(waiting[asking[ready]][0], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(waiting[asking[ready]][0], signal.SIGKILL)
                 ready.close()
 
 
