@@ -101,7 +101,7 @@ def test_what_can_be_chosen(shortcut, flow):
         "consistency",
         "flow",
         "jump_flow",
-    ]  # meanflow needs an interval that tells the end
+    ]  # meanflow is told an end
     assert list(choices(flow)) == ["flow"]
     assert choices(shortcut)["consistency"].most == 8 and choices(flow)["flow"].most == 100
     assert can_be_guided(shortcut) and class_names(shortcut) == [str(number) for number in range(10)]
