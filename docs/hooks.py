@@ -15,7 +15,7 @@ PACKAGE = ROOT / "build" / "site" / "flowanchor"  # the package as it is install
 # Room -> its modules; a folder stands for the public modules in it.
 ROOMS = {
     "Opening a model": ["flowanchor", "checkpoints/load", "generation"],
-    "Contracts": ["interfaces", "conditioning", "request", "velocity", "errors", "weights"],
+    "Contracts": ["interfaces", "drawing", "conditioning", "request", "velocity", "errors", "weights"],
     "Training": ["module", "ema", "ema_posthoc", "callbacks", "strategies", "graphs", "optimizers"],
     "Tangents": ["jvp", "jvp/attention"],
     "Jumps": ["jumps"],
@@ -32,6 +32,8 @@ ROOMS = {
     "Trying a plugin": ["testing"],
     "Ground": ["base"],
 }
+REST = "Other modules"
+COMMANDS = "flowanchor.programs"  # told by their command lines
 
 
 def lay_out() -> None:
@@ -51,20 +53,39 @@ def on_config(config: Any) -> Any:
     """Put the reference into the navigation."""
     for section in config.nav:
         if section.get("Reference") == "api/":
-            section["Reference"] = [{room: f"api/{_file(room)}"} for room in ROOMS]
+            section["Reference"] = [{room: f"api/{_file(room)}"} for room in rooms()]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The pages of the reference; a module stands in the first room that has it."""
-    told: set[str] = set()
-    for room, parts in ROOMS.items():
-        names = [name for part in parts for name in _modules(part) if name not in told]
-        told.update(names)
+    """The pages of the reference."""
+    for room, names in rooms().items():
         body = "\n".join(f"::: {name}\n" for name in names)
         text = f"# {room}\n\nMade from the docstrings of the public modules.\n\n{body}"
         files.append(File.generated(config, f"api/{_file(room)}", content=text))
     return files
+
+
+def rooms() -> dict[str, list[str]]:
+    """Room -> its modules: each stands in the first room that has it, and what no room has in the last one."""
+    told: set[str] = set()
+    found = {}
+    for room, parts in ROOMS.items():
+        found[room] = [name for part in parts for name in _modules(part) if name not in told]
+        told.update(found[room])
+    every = {_name(file) for folder in (PACKAGE, *PACKAGE.iterdir()) for file in _public(folder)}
+    rest = sorted(name for name in every - told if not name.startswith(COMMANDS))
+    return {**found, REST: rest} if rest else found
+
+
+def _public(folder: Path) -> list[Path]:
+    """Its modules; those of folders in it too, where it is not the package itself."""
+    found = folder.glob("*.py") if folder == PACKAGE else folder.rglob("*.py") if folder.is_dir() else ()
+    return [file for file in found if not file.name.startswith("_")]
+
+
+def _name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
 def _file(room: str) -> str:
@@ -80,7 +101,7 @@ def _modules(part: str) -> list[str]:
         return [f"flowanchor.{part.replace('/', '.')}"]
     found = [file for file in sorted(path.glob("*.py")) if not file.name.startswith("_")]
     assert found, f"docs/hooks.py: there is no module {part}"
-    return [".".join(["flowanchor", *part.split("/"), file.stem]) for file in found]
+    return [_name(file) for file in found]
 
 
 # -------------------------------------------------------------------------------------------------------------- links
