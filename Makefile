@@ -25,7 +25,7 @@ TORCHVISION_2.11 := 0.26.0
 TRITON_2.11 := 3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation gpu-check compatibility docs clean
+.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation gpu-check compatibility docs site clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -100,11 +100,14 @@ ablation: $(STAMP) ## compare the objectives on digits, at most 90 minutes on 2 
 gpu-check: ## test and measure on the GPU that is here, under 9 minutes; installs nothing, refreshes the README's table
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
-docs: $(STAMP) ## check the documentation: links resolve, every command runs
-	$(PYTEST) tests/test_docs.py -m "slow or not slow" $(ARGS)
+docs: $(STAMP) ## check the documentation: links resolve, every command runs, the site builds and asks nobody for anything
+	$(PYTEST) tests/test_docs.py tests/test_site.py -m "slow or not slow" $(ARGS)
+
+site: $(STAMP) ## write the documentation as a site to site/, warnings are errors; read it: python -m http.server -d site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove caches and build artefacts; outputs/, data/ and .venv stay
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info *.egg-info
 	find src plugins conf tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 define need_checkpoint

@@ -55,8 +55,8 @@ class Wan(Backbone):
     Args:
         in_channels: of a latent (Wan 2.1 and A14B: 16; TI2V-5B: 48).
         frames, height, width: of the latents it draws unless told otherwise; any other size works too.
-        num_attention_heads, attention_head_dim, ffn_dim, num_layers, freq_dim, text_dim, patch_size, cross_attn_norm,
-            qk_norm, eps, rope_max_seq_len: as in diffusers.
+        num_attention_heads, attention_head_dim, ffn_dim, num_layers, freq_dim, text_dim: as in diffusers.
+        patch_size, cross_attn_norm, qk_norm, eps, rope_max_seq_len: as in diffusers.
         text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
         condition_dropout: share of prompts that training replaces by the negative prompt.
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.

@@ -154,6 +154,19 @@ def test_thirty_kinds_fit_into_the_figures(tmp_path):
     assert [len(panel.axes[0].get_yticklabels()) for panel in panels.values()] == [30]
 
 
+def test_a_teacher_and_its_student_share_a_figure(tmp_path):
+    """What differs by the sampler alone is compared; what differs otherwise stands in a figure of its own."""
+    for i, (name, sampler) in enumerate((("teacher", "flow-euler"), ("student", "consistency"))):
+        run = make_run(tmp_path / name, f"x={i}")
+        measured(run, name, 2.0 + i, {"sampler": sampler})
+    measured(run, "few", 9.0, {"sampler": "consistency"}, num_samples=50)
+    groups = group_runs(find_runs([tmp_path]))
+    panels = quality_panels(groups, summarise(groups))
+    assert list(panels) == ["FD-digits, n=1000", "FD-digits, n=50"]
+    shown = [label.get_text() for label in panels["FD-digits, n=1000"].axes[0].get_yticklabels()]
+    assert shown == ["x=0, flow-euler", "x=1, consistency"]
+
+
 def test_half_written_files_are_read_as_far_as_they_go(tmp_path):
     cut = make_run(tmp_path / "cut", "a=1")
     with (cut / "csv" / "metrics.csv").open("a") as file:

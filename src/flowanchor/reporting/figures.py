@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
@@ -165,7 +166,9 @@ def legend_below(figure: Figure, *axes: Axes, heading: str = "") -> None:
     """One legend of these axes below the figure, where it hides no curve; the figure grows by its height."""
     found: dict[str, Any] = {}
     for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        pairs = list(zip(*ax.get_legend_handles_labels(), strict=True))
+        # matplotlib lists plain lines first, such as a floor; curves with bars come before them here.
+        for handle, label in sorted(pairs, key=lambda pair: not isinstance(pair[0], ErrorbarContainer)):
             found.setdefault(label, handle)
     if not found:
         return
@@ -189,7 +192,7 @@ def darker(colour: str) -> str:
 def write_values(
     ax: Axes, points: Sequence[tuple[float, float, str, str]], spacing: float = 1.15, fontsize: float = 8.5
 ) -> None:
-    """A text right of each point (x, y, text, colour); texts of one x are moved up and down until none hides another.
+    """A text beside each point (x, y, text, colour); texts of one x are moved up and down until none hides another.
 
     Call it last: places are measured in the figure as it is then.
     """
@@ -200,11 +203,12 @@ def write_values(
     bottom, top = ax.bbox.y0, ax.bbox.y1
     for place in dict.fromkeys(x for x, *_ in points):
         column = sorted((point for point in points if point[0] == place), key=lambda point: point[1])
-        wanted = [float(ax.transData.transform((x, y))[1]) for x, y, *_ in column]
-        heights = _apart(wanted, step, bottom + step / 2, top)
-        for (x, y, text, colour), height, own in zip(column, heights, wanted, strict=True):
+        own = [float(ax.transData.transform((x, y))[1]) for x, y, *_ in column]
+        # A little above: most curves fall, and go below their values then.
+        heights = _apart([height + 0.6 * step for height in own], step, bottom + step / 2, top)
+        for (x, y, text, colour), height, here in zip(column, heights, own, strict=True):
             note = ax.annotate(
-                text, (x, y), textcoords="offset points", xytext=(7, (height - own) * 72 / figure.dpi),
+                text, (x, y), textcoords="offset points", xytext=(6, (height - here) * 72 / figure.dpi),
                 ha="left", va="center", fontsize=fontsize, color=darker(colour), zorder=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "boxstyle": "square,pad=0.05"},
             )  # fmt: skip

@@ -42,14 +42,15 @@ table.settings td:first-child { overflow-wrap: normal; }
 figure { margin: 0; } figcaption { font-size: .9rem; color: var(--faint); overflow-wrap: anywhere; }
 body > figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem;
-       margin: 1rem 0; align-items: start; }
+.row { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: 1rem 0; align-items: start; }
+.row figure { max-width: calc(50% - .6rem); }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 pre { background: var(--soft); padding: .7rem 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
 summary { cursor: pointer; color: var(--accent); font-weight: 600; padding: .4rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; padding: 0 .8rem; }
+  .row figure { max-width: 100%; }
   h1 { font-size: 1.35rem; }
   th, td { padding: .32rem .5rem; }
   /* A wide table scrolls under its first column; one of cards stands in a card for each row. */

@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,11 @@ def _page(
     )
     if len({row["objective"] for row in rows}) > 1:
         page.paragraph("Losses of different objectives are different quantities: compare them along a curve only.")
-    names, heading = labels([group.short for group in groups])
-    short = [{**line, "runs of": name} for line, name in zip(display(rows), names, strict=True)]
-    heads = {key: key.replace("NFE ", "NFE\N{NO-BREAK SPACE}") for key in short[0]} | {"runs of": heading or "runs of"}
+    called, heading = labels([group.short for group in groups])
+    short = [{**line, "runs of": name} for line, name in zip(display(rows), called, strict=True)]
+    scores_first = sorted(short[0], key=lambda key: (key != "runs of", ", NFE " not in key))  # what a phone shows of it
+    heads = {key: key.replace("NFE ", "NFE\N{NO-BREAK SPACE}") for key in scores_first}
+    heads["runs of"] = heading or "runs of"
     page.heading("Table").table(short, heads, best=_lowest(rows))
     if quality:
         page.heading("Quality").pictures(quality)
@@ -225,12 +228,12 @@ def _has_curve(groups: Sequence[Group], name: str) -> bool:
 def _draw_curves(ax: Axes, groups: Sequence[Group], name: str) -> None:
     """Of many kinds the first ones have a colour each, and the others are grey."""
     own = len(groups) if len(groups) <= MANY else MANY - 1
-    names, _ = labels([group.short for group in groups])
+    called, _ = labels([group.short for group in groups])
     steps: list[int] = []
     values: list[float] = []
     others = f"{len(groups) - own} others"
     for i, group in enumerate(groups):
-        label = names[i] if i < own else others
+        label = called[i] if i < own else others
         for run in group.runs:
             at, curve = run.series.get(name, ([], []))
             finite = [value for value in curve if math.isfinite(value)]
@@ -247,24 +250,28 @@ def _draw_curves(ax: Axes, groups: Sequence[Group], name: str) -> None:
     ax.set_ylabel(CURVES[name], fontsize=11)
 
 
-def _panels(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, QualityCurve]]:
-    """What was measured in one way -> the curves of the kinds that were, by the kind's place."""
-    columns: dict[str, list[tuple[int, str]]] = {}
-    metric = next((row["metric"] for row in rows if row["metric"]), None)
-    for key in rows[0]:
-        found = re.fullmatch(SCORE, key)
-        if found is not None and f"{key}_n" in rows[0]:
-            columns.setdefault(found[2] or metric or "Frechet distance", []).append((int(found[1]), key))
-    panels = {}
-    for name, keys in columns.items():
-        curves = {}
+def _panels(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, QualityCurve]]]:
+    """What was measured in one way, but for the sampler -> the curves of the kinds that were, with the kind's place.
+
+    A teacher's solver and its student's sampler are what is compared: they stand in one figure, and their names beside
+    the curves where there are several.
+    """
+    scores = _scores(groups)
+    titles = names(replace(kind, sampler=None) for kind, _ in scores.values())
+    panels: dict[str, list[tuple[int, QualityCurve]]] = {}
+    for alike, title in titles.items():
+        here = {key: (kind, nfe) for key, (kind, nfe) in scores.items() if replace(kind, sampler=None) == alike}
+        samplers = sorted({kind.sampler or "" for kind, _ in here.values()})
         for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
-            points = [(nfe, row[key], row[f"{key}_spread"] or 0.0) for nfe, key in keys if _finite(row[key])]
-            if points:
-                nfe, distance, spread = zip(*points, strict=True)
-                curves[i] = QualityCurve(group.short, nfe, distance, spread)
-        if curves:
-            panels[name] = curves
+            for sampler in samplers:
+                points = [
+                    (nfe, row[key], row[f"{key}_spread"] or 0.0)
+                    for key, (kind, nfe) in here.items()
+                    if (kind.sampler or "") == sampler and _finite(row[key])
+                ]
+                if points:
+                    name = f"{group.short}, {sampler}" if len(samplers) > 1 and sampler else group.short
+                    panels.setdefault(title, []).append((i, QualityCurve(name, *zip(*points, strict=True))))
     return panels
 
 
@@ -275,7 +282,9 @@ def _finite(value: Any) -> bool:
 def quality_panels(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Frechet distance against NFE with its spread, a figure for each way of measuring."""
     return {
-        name: score_figure(list(curves.values()), name, size=(PANEL, 4.2), colours=[COLOURS[i % MANY] for i in curves])
+        name: score_figure(
+            [curve for _, curve in curves], name, size=(PANEL, 4.2), colours=[COLOURS[i % MANY] for i, _ in curves]
+        )
         for name, curves in _panels(groups, rows).items()
     }
 
