@@ -24,8 +24,8 @@ from pathlib import Path
 # From the ground up. A file belongs to the first room whose prefix it has; what is not listed stands at the top.
 ROOMS = [
     ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number"]),
-    ("contracts", ["flowanchor.interfaces", "flowanchor.conditioning", "flowanchor.request", "flowanchor.deferred",
-                   "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity"]),
+    ("contracts", ["flowanchor.interfaces", "flowanchor.drawing", "flowanchor.conditioning", "flowanchor.request",
+                   "flowanchor.deferred", "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity"]),
     ("reporting", ["flowanchor.reporting", "flowanchor.provenance"]),
     ("tangents", ["flowanchor.jvp"]),
     ("jumps", ["flowanchor.sampling", "flowanchor.jumps"]),

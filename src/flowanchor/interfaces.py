@@ -16,9 +16,8 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 
 from flowanchor.conditioning import Conditioning, NoCondition
 from flowanchor.deferred import StagedWeights
+from flowanchor.drawing import Codec as Codec
+from flowanchor.drawing import Kind as Kind
+from flowanchor.drawing import Posterior as Posterior
+from flowanchor.drawing import Sampler as Sampler
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
-
-Kind = Literal["flow", "shortcut"]  # what a network has learned: velocities at an instant alone, or averages, too
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -383,90 +384,3 @@ class Objective(nn.Module, ABC):
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigError` if this objective cannot train this backbone."""
         self.interval.check(backbone)
-
-
-# --------------------------------------------------------------------------------------------------------- sampling
-
-
-class Sampler(ABC):
-    """Draws samples with a trained network. The state is kept in float64, the network sees float32 (or autocast)."""
-
-    kind: Kind = "shortcut"  # "shortcut": asks the average velocity; "flow": asks the anchor's instantaneous velocity
-    needs_end: bool = False  # whether it asks for averages that end anywhere, which not every interval can tell
-
-    @abstractmethod
-    def sample(
-        self,
-        backbone: Backbone,
-        noise: Tensor,
-        cond: Any,
-        interval: Interval,
-        renoise: Callable[[int], Tensor] | None = None,
-    ) -> Tensor:
-        """noise [B, *] -> samples [B, *] (float64). `renoise(step)` gives fresh noise [B, *] after a step."""
-
-    @abstractmethod
-    def with_nfe(self, nfe: int) -> Sampler:
-        """The same sampler with a budget of `nfe` velocity evaluations; raises `ConfigError` where impossible."""
-
-    @property
-    @abstractmethod
-    def nfe(self) -> int | None:
-        """Velocity evaluations per sample; None where the solver decides by itself."""
-
-    @property
-    def network_calls(self) -> int | None:
-        """Calls of the network per sample: guidance makes two of an evaluation."""
-        return self.nfe
-
-    @property
-    def label(self) -> str:
-        """What a table calls it."""
-        return type(self).__name__
-
-
-class Posterior(NamedTuple):
-    """What a codec knows of an image's latent: a diagonal Gaussian, or a point (`logvar` None). Raw: not normalised."""
-
-    mean: Tensor  # [B, C, h, w]
-    logvar: Tensor | None = None  # [B, C, h, w]
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """`mean + std * noise` for standard normal noise [B, C, h, w]."""
-        return self.mean if self.logvar is None else self.mean + (0.5 * self.logvar).exp() * noise
-
-
-class Codec(nn.Module, ABC):
-    """Maps samples of the network's space to pixels in [-1, 1] and back.
-
-    Attributes:
-        name: of the codec, as in `codec=<name>`.
-        downsampling: pixels per latent along each side.
-        latent_channels: channels of a latent; None: those of the image.
-        usable: whether it can decode and encode; False where it was not told its weights.
-    """
-
-    name: str = ""
-    downsampling: int = 1
-    latent_channels: int | None = None
-    usable: bool = True
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, *] -> images [B, C, H, W] in [-1, 1]."""
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] in [-1, 1] -> [B, *], the posterior's mean, normalised."""
-
-    def posterior(self, images: Tensor) -> Posterior:
-        """images [B, C, H, W] in [-1, 1] -> what is stored of them: raw, before any normalisation."""
-        return Posterior(images)
-
-    def fingerprint(self) -> str:
-        """Hash (hex) of all that decides the raw latents: weights and settings, not the statistics."""
-        return self.name
-
-    def save(self, path: Path) -> None:
-        """Write its weights into a file that its `weights` reads, to be published beside a network."""
-        raise ConfigError("with_codec=true: this network draws pixels and has no codec to publish: leave it out.")
