@@ -161,6 +161,11 @@ def test_an_empty_environment_trains_and_draws(empty, tmp_path):
     }
     done = run(empty / "flowanchor", "list", "experiment", folder=tmp_path, **alone)
     assert "digits_facm" in done.stdout
+    code = "import flowanchor; print(flowanchor.load('digits').sample(classes=[3], steps=2).shape)"
+    done = run(empty / "python", "-c", code, folder=tmp_path, **alone)
+    assert "(1, 8, 8, 1)" in done.stdout.replace("torch.Size([1, 8, 8, 1])", "(1, 8, 8, 1)"), done.stderr
+    done = run(empty / "flowanchor", "play", "digits", folder=tmp_path, **alone)
+    assert done.returncode != 0 and "flowanchor[play]" in done.stderr, done.stdout + done.stderr
 
 
 def test_installed_package_is_whole(installed, tmp_path):
