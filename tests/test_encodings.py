@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OPENERS = {"open", "read_text", "write_text", "fdopen", "TextIOWrapper", "FileHandler"}
-OTHERS = {"os", "tarfile", "Image", "archive"}  # whose `open` opens no text
+OTHERS = {"os", "tarfile", "Image", "archive", "studio", "webbrowser"}  # whose `open` opens no text
 
 
 def openings(source: str) -> list[str]:

@@ -151,7 +151,13 @@ def test_colours_of_other_spaces():
     image = Image.fromarray(NOISE)
     for mode, kind in (("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")):
         content = saved(image.convert(mode), kind)
-        np.testing.assert_array_equal(read(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+        try:
+            wanted = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        except OSError:  # Pillow 12 cannot read the YCbCr that it writes into a TIFF file
+            with pytest.raises(PictureError, match="cannot be read as an image"):
+                read(content)
+            continue
+        np.testing.assert_array_equal(read(content), wanted)
     # By their definition: L 53.7 is Y 0.216; L 54.3, a 80.8, b 69.9 is D50's red, here in whole numbers.
     for lab, expected in (((137, 128, 128), (128, 128, 128)), ((138, 209, 198), (255, 0, 0))):
         found = read(saved(Image.new("LAB", (8, 8), lab), "TIFF"))[0, 0]

@@ -165,7 +165,7 @@ def _configuration(name: str, *overrides: str) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
         cfg = compose("train", overrides=[f"objective={name}", *overrides])
-    settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2}}.get(name, {})
+    settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2, "run_steps": None}}.get(name, {})
     cfg.objective.shortcut.merge_with(settings)
     return cfg.objective
 
