@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -157,5 +158,6 @@ def test_tiny_pictures_are_enlarged_by_a_whole_factor(shortcut):
 def test_a_picture_to_keep_says_how_it_was_made(shortcut):
     drawn = draw(shortcut, replace(WISH, steps=2))
     with Image.open(io.BytesIO(pictures.as_png(pictures.grid(drawn), drawn, shortcut.digest))) as kept:
-        assert kept.text["seed"] == "3" and kept.text["sampler"] == "consistency"
-        assert kept.text["checkpoint"] == shortcut.digest and kept.text["network_calls"] == "2"
+        facts = json.loads(kept.text["flowanchor"])
+    assert facts["seed"] == 3 and facts["sampler"] == "consistency"
+    assert facts["checkpoint"] == shortcut.digest and facts["network_calls"] == 2

@@ -136,18 +136,21 @@ def _draw(model: OpenedModel, wish: Wish, subjects: tuple[int | str, ...], noise
     shape = tuple(model.backbone.sample_shape)
     size = max(1, min(64, NUMBERS // max(1, int(np.prod(shape)))))
     images: list[Tensor] = []
+    way: list[Tensor] = []  # of the first `keep` samples
+
+    def tell(time: float, state: Tensor) -> None:
+        way.append(state[:keep])
+
     model.codec.eval()  # read before the clock starts
     began = time.perf_counter()
-    with watching(model.backbone, keep) as seen:
+    with watching(model.backbone) as seen:
         for start in range(0, count, size):
             stop = min(start + size, count)
+            sampler.watch = tell if keep and start == 0 else None
             latents = _sample(model, sampler, noise, start, stop, request.cond(start, stop), shape)
-            if keep and not seen.whole:
-                seen.states.append(latents[:keep])
-                seen.whole = True
             images.append(_pixels(model, latents))
     seconds = time.perf_counter() - began
-    frames = tuple(_pixels(model, state, strict=False).numpy() for state in seen.states)
+    frames = tuple(_pixels(model, state, strict=False).numpy() for state in way)
     return Drawing(
         images=torch.cat(images).numpy(),
         subjects=subjects,

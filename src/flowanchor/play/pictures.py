@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from flowanchor.play.drawing import Drawing, Pixels
 from flowanchor.reporting.grids import join, labelled_grid
+from flowanchor.reporting.pictures import described
 
 WIDTH, HEIGHT = 560, 640  # pixels that a grid of tiny images is enlarged to at most, so that it is seen at one glance
 TILE = 96  # and each of them
@@ -52,22 +52,18 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Imag
 
 
 def as_png(picture: Image.Image, drawing: Drawing, source: str) -> bytes:
-    """A PNG file that says within itself how it was made."""
-    told = PngInfo()
+    """A PNG file that says within itself how it was made, as those of `sample.py` do."""
     wish = drawing.wish
     facts = {
-        "Software": "flowanchor",
         "checkpoint": source,
         "sampler": drawing.sampler,
         "seed": wish.seed,
-        "network_calls": f"{drawing.calls:.4g}",
-        "guidance": "" if wish.guidance is None else wish.guidance,
-        "subjects": ", ".join(map(str, drawing.subjects)),
+        "network_calls": round(drawing.calls, 4),
+        "guidance": wish.guidance,
+        "subjects": list(drawing.subjects),
     }
-    for name, value in facts.items():
-        told.add_itxt(name, str(value))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=told, optimize=True)
+    picture.save(buffer, format="PNG", pnginfo=described(facts), optimize=True)
     return buffer.getvalue()
 
 

@@ -40,7 +40,7 @@ def picture(image: Pixels, scale: int | None = None) -> Image.Image:
 def save_png(path: Path, image: Pixels, facts: Mapping[str, Any], scale: int | None = None) -> None:
     """A picture as a PNG file. Its text entry `flowanchor` holds the facts as JSON; `Software` names the version."""
     with replacing(path) as draft:
-        picture(image, scale).save(draft, format="PNG", pnginfo=_described(facts))
+        picture(image, scale).save(draft, format="PNG", pnginfo=described(facts))
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -69,7 +69,8 @@ def save_film(path: Path, frames: Sequence[Image.Image]) -> None:
         )
 
 
-def _described(facts: Mapping[str, Any]) -> PngInfo:
+def described(facts: Mapping[str, Any]) -> PngInfo:
+    """What a PNG file says of itself: the facts as JSON, and the version."""
     info = PngInfo()
     info.add_text("Software", f"flowanchor {VERSION}")
     info.add_text("flowanchor", json.dumps(dict(facts)))
