@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -130,7 +131,7 @@ def test_a_picture_is_downloaded(page, tmp_path):
     assert name == "run_seed0_consistency3.png"
     asked.value.save_as(tmp_path / name)
     with Image.open(tmp_path / name) as kept:
-        assert kept.text["seed"] == "0" and kept.width > 400  # student and teacher
+        assert json.loads(kept.text["flowanchor"])["seed"] == 0 and kept.width > 400  # student and teacher
 
 
 def test_the_way_and_the_walk(page):
