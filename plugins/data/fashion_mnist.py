@@ -22,6 +22,9 @@ CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shi
 SIDE = 28
 BYTES = 1 << 30  # of an unpacked file at most; that of Fashion-MNIST has 47 million
 FOLDERS = ("", "raw", "FashionMNIST/raw", "MNIST/raw")  # the folder itself, or torchvision's layout
+DOWNLOADS = "data/fashion_mnist"
+PLACES = (DOWNLOADS, "/usr/share/datasets/fashion-mnist")  # the second: Debian's package dataset-fashion-mnist
+FIRST = "train-images-idx3-ubyte"
 
 
 class FashionMNISTDataModule(FlowDataModule):
@@ -29,7 +32,7 @@ class FashionMNISTDataModule(FlowDataModule):
 
     Args:
         root: folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and
-            `t10k-labels-idx1-ubyte`, plain or with `.gz`.
+            `t10k-labels-idx1-ubyte`, plain or with `.gz`. None: the first of `PLACES` that has them.
         size: 28, or 32 for images with a black border.
         num_classes: 10, or 0 to train without labels.
         download: let torchvision fetch missing files into `root` (never done unless asked).
@@ -42,7 +45,7 @@ class FashionMNISTDataModule(FlowDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         channels: int = 1,
         size: int = SIDE,
         num_classes: int = 10,
@@ -56,13 +59,13 @@ class FashionMNISTDataModule(FlowDataModule):
                 f"{size} and {num_classes}: use data.channels=1 data.size=28 data.num_classes=10 (or "
                 "data.num_classes=0 to train without labels)."
             )
-        self.root, self.download = Path(root).expanduser(), download
+        self.root, self.download = _folder(root), download
         self.channels, self.size, self.num_classes = channels, size, num_classes
         self.class_names = CLASS_NAMES
 
     def prepare_data(self) -> None:
         """Download, once per machine, and only with `download=true`."""
-        if self.download and self._find("train-images-idx3-ubyte") is None:
+        if self.download and _find(self.root, FIRST) is None:
             from torchvision.datasets import FashionMNIST
 
             try:
@@ -94,16 +97,12 @@ class FashionMNISTDataModule(FlowDataModule):
         order = interleave_classes(labels)
         return ArrayImages(pixels[torch.from_numpy(order)], labels[order])
 
-    def _find(self, name: str) -> Path | None:
-        candidates = (self.root / folder / f"{name}{suffix}" for folder in FOLDERS for suffix in ("", ".gz"))
-        return next((path for path in candidates if path.is_file()), None)
-
     def _idx(self, name: str, dimensions: int) -> np.ndarray:
-        path = self._find(name)
+        path = _find(self.root, name)
         if path is None:
             raise DataError(
                 f"{name}(.gz) is not in {self.root}: set data.root=FOLDER to the folder with Fashion-MNIST's four IDX "
-                "files, or add data.download=true."
+                "files, add data.download=true, or on Debian and Ubuntu install the package dataset-fashion-mnist."
             )
         try:
             return read_idx(path, dimensions)
@@ -112,6 +111,18 @@ class FashionMNISTDataModule(FlowDataModule):
                 f"{path} is damaged or is no IDX file of bytes ({error}): delete it and add data.download=true, or set "
                 "data.root=FOLDER to a folder with the original files."
             ) from error
+
+
+def _find(root: Path, name: str) -> Path | None:
+    candidates = (root / folder / f"{name}{suffix}" for folder in FOLDERS for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _folder(root: str | None) -> Path:
+    """The folder of the files: what is named, else the first of the usual ones that has them, else the download's."""
+    if root is not None:
+        return Path(root).expanduser()
+    return next((Path(place) for place in PLACES if _find(Path(place), FIRST) is not None), Path(DOWNLOADS))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowanchor.errors import ConfigError, DataError
+from flowanchor.plugins.data import fashion_mnist
 from flowanchor.plugins.data.fashion_mnist import FashionMNISTDataModule
 
 
@@ -50,6 +51,17 @@ def test_border(tmp_path):
 def test_missing_files_say_what_to_type(tmp_path):
     with pytest.raises(DataError, match=r"data\.root=FOLDER .*data\.download=true"):
         FashionMNISTDataModule(str(tmp_path), batch_size=4).setup("fit")
+
+
+def test_without_a_root_the_first_usual_folder_that_has_the_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = tmp_path / "share" / "fashion-mnist"
+    monkeypatch.setattr(fashion_mnist, "PLACES", (fashion_mnist.DOWNLOADS, str(packaged)))
+    assert str(FashionMNISTDataModule(batch_size=4).root) == fashion_mnist.DOWNLOADS
+    write(packaged, zipped=True)
+    assert len(FashionMNISTDataModule(batch_size=4).images("train")) == 30
+    write(tmp_path / fashion_mnist.DOWNLOADS, train=10)
+    assert len(FashionMNISTDataModule(batch_size=4).images("train")) == 10
 
 
 def test_nothing_is_downloaded_unless_asked(tmp_path, monkeypatch):
