@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.jump_flow import JumpFlowSampler
 
 _TEXT = """\
 ---
@@ -12,7 +13,8 @@ library_name: diffusers
 ---
 # A few-step Wan
 
-Distilled by flowanchor. `scheduler/{scheduler}.py` performs the consistency sampling: read it, then trust it.
+Distilled by flowanchor. `scheduler/{scheduler}.py` draws as the run did ({told}): read it, then trust
+it.
 
 ```python
 import torch
@@ -33,11 +35,12 @@ _UNGUIDED = "\nGuidance is part of the weights: leave `guidance_scale=1`, one ca
 _GUIDED = "\nThe network is guided as it samples, for t in [{low:g}, {high:g}] in training and here at every step.\n"
 
 
-def pipeline_card(network: Any, sampler: ConsistencySampler, scheduler: str) -> str:
+def pipeline_card(network: Any, sampler: ConsistencySampler | JumpFlowSampler, scheduler: str) -> str:
     """The text, for a Wan and the sampler of its run."""
     guidance = sampler.guidance
     return _TEXT.format(
         scheduler=scheduler,
+        told=sampler.told(),
         steps=sampler.nfe,
         scale=guidance.scale,
         text_len=network.text_len,

@@ -11,6 +11,7 @@ import diffusers
 import torch
 
 from flowanchor.base.files import flush, remove, replace, unfinished
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.base.trusted import build
 from flowanchor.checkpoints.format import DescribedWeights
 from flowanchor.checkpoints.load import open_described
@@ -18,12 +19,14 @@ from flowanchor.encoded.statistics import LatentStatistics
 from flowanchor.errors import CheckpointError
 from flowanchor.exports import flowanchor_scheduler
 from flowanchor.generation.samplers import check_sampler
-from flowanchor.interfaces import Backbone, Interval
+from flowanchor.interfaces import Backbone, Interval, Sampler
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
 from flowanchor.plugins.formats.base_pipeline import INDEX, SCHEDULER, BasePipeline
 from flowanchor.plugins.formats.pipeline_card import pipeline_card
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.jump_flow import JumpFlowSampler
 
 NETWORK = ["diffusers", "WanTransformer3DModel"]
 
@@ -44,7 +47,7 @@ def export_pipeline(
     backbone, interval = open_described(given)
     networks = _networks(backbone, given)
     _check(given, networks[0], interval, base)
-    sampler = _sampler(given)
+    sampler = _sampler(given, flows=isinstance(interval, ExpandedInterval) and isinstance(backbone, Wan))
     partial = unfinished(output)
     remove(partial)
     partial.mkdir(parents=True)
@@ -127,14 +130,31 @@ def _statistics(given: DescribedWeights) -> LatentStatistics | None:
     return None if settings is None else LatentStatistics.read(settings)
 
 
-def _sampler(given: DescribedWeights) -> ConsistencySampler:
-    """The sampler of the run, or the plainest one where that is of another kind."""
-    own = build(given.meta["config"]["sampler"], "sampler", given.file) if given.meta["config"].get("sampler") else None
-    return own if isinstance(own, ConsistencySampler) else ConsistencySampler()
+def _sampler(given: DescribedWeights, flows: bool) -> ConsistencySampler | JumpFlowSampler:
+    """The sampler of the run, or the plainest one, with a warning, where the pipeline cannot have that.
+
+    `flows`: whether the anchor can be asked by a timestep alone, and of the same network as the shortcut.
+    """
+    settings = given.meta["config"].get("sampler")
+    own: Sampler | None = build(settings, "sampler", given.file) if settings else None
+    if isinstance(own, ConsistencySampler) or isinstance(own, JumpFlowSampler) and flows:
+        return own
+    plainest = ConsistencySampler()
+    if own is not None:
+        rank_zero_warn(
+            f"{given.file} is sampled by {own.label}, which this pipeline cannot be asked by: its scheduler draws by "
+            f"{plainest.label}."
+        )
+    return plainest
 
 
-def _write_scheduler(folder: Path, sampler: ConsistencySampler) -> None:
-    flowanchor_scheduler.FlowAnchorScheduler(
-        timestep_shift=sampler.timestep_shift, grid=sampler.grid, boundaries=list(sampler.boundaries)
-    ).save_pretrained(folder)
+def _write_scheduler(folder: Path, sampler: ConsistencySampler | JumpFlowSampler) -> None:
+    settings: dict[str, Any] = {"timestep_shift": sampler.timestep_shift, "kept_noise": sampler.kept_noise}
+    if isinstance(sampler, JumpFlowSampler):
+        settings |= {"flow": [sampler.middle, sampler.flow_end]}
+    else:
+        settings |= {
+            "grid": sampler.grid, "boundaries": list(sampler.boundaries), "kept_noise_h": sampler.kept_noise_h,
+        }  # fmt: skip
+    flowanchor_scheduler.FlowAnchorScheduler(**settings).save_pretrained(folder)
     shutil.copyfile(str(flowanchor_scheduler.__file__), folder / f"{SCHEDULER[0]}.py")

@@ -63,6 +63,12 @@ class ConsistencySampler(GridSampler):
     def label(self) -> str:
         return "consistency"
 
+    def told(self) -> str:
+        kept = f", {self.kept_noise:g} of the implied noise kept" if self.kept_noise else ""
+        kept = kept if self.kept_noise_h is None else f", implied noise kept by h = {self.kept_noise_h:g}"
+        ends = f", jumps end at {' '.join(f'{edge:g}' for edge in self.boundaries)} 1" if self.boundaries else ""
+        return f"{super().told()}{ends}{kept}"
+
     @torch.no_grad()
     def sample(
         self,

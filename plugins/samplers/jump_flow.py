@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, Question, Sampler
-from flowanchor.jumps.grid import check_steps
+from flowanchor.jumps.grid import check_shift, check_steps, shifted, told_times
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jumps.precision import state_dtype
 from flowanchor.jumps.segments import back, check_kept
@@ -31,6 +31,8 @@ class JumpFlowSampler(Sampler):
         flow_end: time in (middle, 1) where the last jump starts.
         kept_noise: share in [0, 1] of the noise that the first jump implies which the return keeps; 0: fresh noise.
         guidance_scale, guidance_low, guidance_high: extra guidance; 1 for networks whose guidance is baked in.
+        timestep_shift: s of `t -> s t / (1 + (s - 1) t)`, through which `middle`, `flow_end` and what lies between
+            them go, as the grids of other samplers do; 0 for none.
     """
 
     kind = "shortcut"
@@ -45,6 +47,7 @@ class JumpFlowSampler(Sampler):
         guidance_scale: float = 1.0,
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
+        timestep_shift: float = 0.0,
     ) -> None:
         self.steps = check_steps(steps)
         if not 0 < middle < flow_end < 1:
@@ -53,6 +56,7 @@ class JumpFlowSampler(Sampler):
                 "example 0.5 and 0.9."
             )
         self.middle, self.flow_end, self.kept_noise = middle, flow_end, check_kept(kept_noise)
+        self.timestep_shift = check_shift(timestep_shift)
         self.guidance = Guidance(guidance_scale, guidance_low, guidance_high)
 
     @property
@@ -65,9 +69,10 @@ class JumpFlowSampler(Sampler):
 
     @property
     def flow_times(self) -> list[float]:
-        """Ends of the midpoint steps, `middle` first; of one number, there are none."""
+        """Ends of the midpoint steps, the time of the return first; of one number, there are none."""
         steps, stop = ((self.steps - 1) // 2, 1.0) if self.steps % 2 else ((self.steps - 2) // 2, self.flow_end)
-        return torch.linspace(self.middle, stop, max(steps, 0) + 1, dtype=torch.float64).tolist()
+        times = torch.linspace(self.middle, stop, max(steps, 0) + 1, dtype=torch.float64)
+        return shifted(times, self.timestep_shift).tolist()
 
     @property
     def asked(self) -> list[float]:
@@ -84,7 +89,12 @@ class JumpFlowSampler(Sampler):
 
     def with_nfe(self, nfe: int) -> JumpFlowSampler:
         g = self.guidance
-        return JumpFlowSampler(nfe, self.middle, self.flow_end, self.kept_noise, g.scale, g.low, g.high)
+        guidance = (g.scale, g.low, g.high)
+        return JumpFlowSampler(nfe, self.middle, self.flow_end, self.kept_noise, *guidance, self.timestep_shift)
+
+    def told(self) -> str:
+        kept = f", {self.kept_noise:g} of the implied noise kept" if self.kept_noise else ""
+        return f"{self.label}, {told_times(self.asked)}{kept}{self.guidance.told()}"
 
     @torch.no_grad()
     def sample(
@@ -109,7 +119,7 @@ class JumpFlowSampler(Sampler):
         if self.steps == 1:
             self.tell(1.0, end)
             return end
-        x = back(end, 1.0, self.middle, renoise(0).double(), implied=x, kept=self.kept_noise)
+        x = back(end, 1.0, self.flow_times[0], renoise(0).double(), implied=x, kept=self.kept_noise)
         for now, after in zip(self.flow_times, self.flow_times[1:], strict=False):
             self.tell(now, x)
             half = x + (after - now) / 2 * velocity(interval.anchor, now, x)

@@ -63,6 +63,10 @@ class Sampler(ABC):
         """What a table calls it."""
         return type(self).__name__
 
+    def told(self) -> str:
+        """In words for one line: its name, the times at which it asks, and what else decides the images."""
+        return self.label
+
 
 class Posterior(NamedTuple):
     """What a codec knows of an image's latent: a diagonal Gaussian, or a point (`logvar` None). Raw: not normalised."""

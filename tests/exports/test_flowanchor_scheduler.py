@@ -9,8 +9,10 @@ from torch import nn
 from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.exports.flowanchor_scheduler import FlowAnchorScheduler
 from flowanchor.interfaces import Backbone
+from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.jump_flow import JumpFlowSampler
 
 SHAPE = (3, 2, 1, 4, 4)
 
@@ -55,6 +57,9 @@ def as_pipeline(scheduler, network, latents, steps):
         (3, {"grid": [0.0, 0.2, 0.75]}),
         (4, {"boundaries": [0.125]}),
         (5, {"boundaries": [0.125, 0.5], "timestep_shift": 0.5}),
+        (3, {"kept_noise": 0.3}),
+        (4, {"kept_noise_h": 1.5, "timestep_shift": 0.5}),
+        (3, {"kept_noise_h": 0.0}),
     ],
 )
 def test_the_steps_are_those_of_our_sampler(steps, settings, tmp_path):
@@ -73,6 +78,31 @@ def test_the_steps_are_those_of_our_sampler(steps, settings, tmp_path):
     assert torch.equal(torch.stack(timesteps), torch.stack(asked))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # 1 - (1 - t) is not t in float32
     torch.testing.assert_close(1 - scheduler.sigmas, sampler.times.float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [(1, {}), (2, {}), (3, {}), (4, {}), (6, {"timestep_shift": 0.3}), (7, {"kept_noise": 0.1, "timestep_shift": 0.3})],
+)
+def test_the_steps_between_two_jumps_are_those_of_our_sampler(steps, settings, tmp_path):
+    FlowAnchorScheduler(**settings, flow=[0.4, 0.8]).save_pretrained(tmp_path)
+    scheduler, network = FlowAnchorScheduler.from_pretrained(tmp_path), Curved()
+    latents = scheduler.initial_latents(SHAPE, seed=11)
+    sampler = JumpFlowSampler(steps, middle=0.4, flow_end=0.8, **settings)
+    fresh = renoiser(11, range(3), SHAPE[1:], "cpu")
+    expected = sampler.sample(network, latents, None, ExpandedInterval(), fresh)
+    asked = list(network.asked)
+    with torch.no_grad():
+        found, timesteps = as_pipeline(scheduler, network, latents, steps)
+    torch.testing.assert_close(torch.stack(timesteps), torch.stack(asked), rtol=0, atol=1e-4)  # of 1,000
+    assert [bool(t < 0) for t in timesteps] == [0 < call <= 2 * ((steps - 1) // 2) for call in range(steps)]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        again, _ = as_pipeline(scheduler, network, latents, 2)  # a plan does not outlive its pass
+    two = JumpFlowSampler(2, middle=0.4, flow_end=0.8, **settings)
+    torch.testing.assert_close(
+        again, two.sample(network, latents, None, ExpandedInterval(), fresh), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_sample_does_not_depend_on_its_batch_and_another_seed_is_another_sample():

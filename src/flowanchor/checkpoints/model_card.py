@@ -11,10 +11,11 @@ from torch import Tensor
 
 from flowanchor.base.plain import read_json
 from flowanchor.base.registry import current_name, registered
+from flowanchor.base.trusted import build
 from flowanchor.checkpoints.outline import outline
 from flowanchor.conditioning import NoCondition
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone
+from flowanchor.interfaces import Backbone, Sampler
 
 # Columns of the table, where eval.py's report has them.
 _SCORES = {
@@ -78,6 +79,7 @@ def model_card(
         f"| samples | {_samples(network)} |",
         f"| codec | {codec.get('name') or 'none: pixels'} |",
         f"| interval | `{config['objective']['interval']['_target_'].rpartition('.')[2]}` |",
+        f"| sampler | {_sampler(config.get('sampler'), name)} |",
         "",
         *_use(config, network, with_codec),
         "",
@@ -93,6 +95,17 @@ def _samples(network: Backbone | None) -> str:
         return "those of its plugin package"
     known = "unconditional" if isinstance(network.conditioning, NoCondition) else network.conditioning.described()
     return f"{' x '.join(map(str, network.sample_shape))}, {known}"
+
+
+def _sampler(settings: Mapping[str, Any] | None, name: str) -> str:
+    """How its images are drawn unless somebody chooses."""
+    target = (settings or {}).get("_target_")
+    if not target:
+        return "not known: choose one"
+    if current_name(target) not in registered("sampler"):
+        return f"`{target.rpartition('.')[2]}`"
+    sampler: Sampler = build(settings, "sampler", name)
+    return f"{sampler.told()}; NFE {'adaptive' if sampler.nfe is None else sampler.nfe}"
 
 
 def _use(config: Mapping[str, Any], network: Backbone | None, with_codec: bool) -> Iterator[str]:

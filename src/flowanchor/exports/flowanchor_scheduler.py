@@ -5,7 +5,11 @@ This file needs torch, numpy and diffusers only: a copy of it lies in the `sched
 Time t runs from 0 (noise) to 1 (data); a sample at t is `x = (1 - t) noise + t data`, its noise level is
 `sigma = 1 - t`, and the network is asked at the timestep `1000 sigma` and answers noise minus data. A step jumps to
 the data, `end = x - sigma * answer`, and returns part of the way with fresh noise:
-`x' = (1 - sigma') end + sigma' * eps`.
+`x' = (1 - sigma') end + sigma' * eps`. Where a share of the noise is kept that the jump implies, `x + t * answer`,
+`eps` is `kept * implied + sqrt(1 - kept^2) * fresh`.
+
+With `flow` it is another sampler: a jump, a return to the first of its two times, midpoint steps of the network's other
+branch, which is asked at the timestep `-1000 sigma`, and from the second time a last jump.
 """
 
 from __future__ import annotations
@@ -44,6 +48,10 @@ class FlowAnchorScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         grid: times at which the network is asked instead, increasing, in [0, 1).
         boundaries: times at which jumps end that start before them, for networks that were trained in segments.
         seed: of the fresh noise, until `initial_latents` sets another one.
+        kept_noise: share of the noise that a jump implies which the return keeps.
+        kept_noise_h: instead, the share of each return by the rule `((1 - t_to) t_from / ((1 - t_from) t_to))^(h^2)`.
+        flow: times to return to and to jump from a last time, both under the shift; then `grid` and `boundaries` are
+            not for it. An odd number of steps (3 and more) takes midpoint steps to the data.
     """
 
     order = 1
@@ -56,9 +64,14 @@ class FlowAnchorScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         grid: Sequence[float] | None = None,
         boundaries: Sequence[float] = (),
         seed: int | None = None,
+        kept_noise: float = 0.0,
+        kept_noise_h: float | None = None,
+        flow: Sequence[float] | None = None,
     ) -> None:
         self._seed, self._first, self._step = seed, 0, 0
         self._times: list[float] = []
+        self._flow: list[tuple[float, float, bool]] = []  # of each midpoint call: start and end of its step, is second
+        self._base = torch.empty(0)  # the state at the start of a midpoint step
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
 
@@ -73,8 +86,13 @@ class FlowAnchorScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, **_: Any) -> None:
         """Choose the number of steps; raises `ValueError` for one that the grid or the boundaries do not allow."""
-        self._times = self._grid(num_inference_steps)
         settings: Any = self.config
+        self._flow = [] if settings.flow is None else self._midpoints(num_inference_steps)
+        if settings.flow is not None:
+            self._step = 0
+            self.timesteps = settings.num_train_timesteps * self._asked().to(device)
+            return
+        self._times = self._grid(num_inference_steps)
         self.sigmas = 1 - torch.tensor(self._times)
         asked = [now + BEHIND if now in settings.boundaries else now for now in self._times[:-1]]
         self.timesteps = (settings.num_train_timesteps * (1 - torch.tensor(asked))).to(device)
@@ -98,16 +116,54 @@ class FlowAnchorScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if self._step >= len(self._times) - 1:
             raise ValueError("All steps are done: call set_timesteps before the next pass.")
-        now, after = self._times[self._step], self._times[self._step + 1]
-        settings: Any = self.config
-        edge = next(edge for edge in (*settings.boundaries, 1.0) if edge > now)
-        state = sample.double() - (edge - now) * model_output.double()
-        if after != edge:
-            kept = after / edge
-            spread = math.sqrt((1 - after) ** 2 - (kept * (1 - edge)) ** 2)
-            state = kept * state + spread * self._fresh(state, generator)
+        number, x, slope = self._step, sample.double(), -model_output.double()
+        now, after = self._times[number], self._times[number + 1]
+        if 0 < number <= len(self._flow):
+            start, stop, second = self._flow[number - 1]
+            if not second:
+                self._base = x
+            state = self._base + (stop - start) * (slope if second else slope / 2)
+        else:
+            settings: Any = self.config
+            edge = next(edge for edge in (*settings.boundaries, 1.0) if edge > now)
+            state = x + (edge - now) * slope
+            if after != edge:
+                share = after / edge
+                spread = math.sqrt((1 - after) ** 2 - (share * (1 - edge)) ** 2)
+                state = share * state + spread * self._noise(x - now * slope, now, after, generator)
         self._step += 1
         return FlowAnchorSchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+    def _noise(
+        self, implied: torch.Tensor, now: float, after: float, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """What a return from a jump at `now` adds: fresh noise, and a share of what the jump implies."""
+        settings: Any = self.config
+        kept, h = settings.kept_noise, settings.kept_noise_h
+        if h is not None:
+            kept = 1.0 if h == 0 else ((1 - after) * now / ((1 - now) * after)) ** (h * h)
+        fresh = self._fresh(implied, generator)
+        return kept * implied + math.sqrt(1 - kept**2) * fresh if kept else fresh
+
+    def _midpoints(self, steps: int) -> list[tuple[float, float, bool]]:
+        """Plan of `flow`: the calls between the jumps; sets the times of all calls."""
+        settings: Any = self.config
+        middle, flow_end = settings.flow
+        count, stop = ((steps - 1) // 2, 1.0) if steps % 2 else ((steps - 2) // 2, flow_end)
+        times = torch.linspace(middle, stop, max(count, 0) + 1, dtype=torch.float64)
+        shift = settings.timestep_shift
+        ends = (shift * times / (1 + (shift - 1) * times) if shift > 0 else times).tolist()
+        calls = [(a, b, second) for a, b in zip(ends, ends[1:], strict=False) for second in (False, True)]
+        asked = [0.0, *((a + b) / 2 if second else a for a, b, second in calls)]
+        self._times = [*(asked if steps % 2 else [*asked, ends[-1]]), 1.0]
+        self.sigmas = 1 - torch.tensor(self._times)
+        return calls
+
+    def _asked(self) -> torch.Tensor:
+        """Noise levels of all calls, negative for the branch of the midpoint steps."""
+        levels = 1 - torch.tensor(self._times[:-1])
+        levels[1 : 1 + len(self._flow)] *= -1
+        return levels
 
     def _grid(self, steps: int) -> list[float]:
         """Times [steps + 1] from the first call to 1."""

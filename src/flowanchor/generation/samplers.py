@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,12 +11,14 @@ from flowanchor.base.trusted import build
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Interval, Sampler
 
+_TIMES = ("times", "grid")  # explicit times of the steps, and their older name
+
 
 def build_sampler(settings: Any, model: Any) -> Sampler:
     """A sampler from a config group, checked against what the loaded model was trained for.
 
     A group without `_target_` (`sampler=from_checkpoint`) takes the sampler that the checkpoint was trained with, and
-    lays the settings that are not null over it.
+    lays the settings that are not null over it (`beneath`).
     """
     chosen = _given(settings)
     if "_target_" in chosen:  # the user's own choice
@@ -29,7 +32,7 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
                 f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=40 "
                 "sampler.guidance_scale=4."
             )
-        sampler = build(own, "sampler", model.path, chosen)
+        sampler = build(beneath(own, chosen), "sampler", model.path, chosen)
     check_sampler(sampler, model.kind, model.interval)
     return sampler
 
@@ -37,7 +40,30 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
 def sampler_settings(settings: Any, model: Any) -> dict[str, Any]:
     """What `build_sampler` builds from, for a record: the checkpoint's settings under those that were chosen."""
     chosen = _given(settings)
-    return chosen if "_target_" in chosen else {**(model.config.get("sampler") or {}), **chosen}
+    return chosen if "_target_" in chosen else {**beneath(model.config.get("sampler") or {}, chosen), **chosen}
+
+
+def beneath(own: Any, chosen: Mapping[str, Any]) -> Any:
+    """A checkpoint's settings of its sampler that stay where others are chosen.
+
+    Explicit times are those of one number of steps, without a shift: where other times, another number or a shift are
+    chosen, they go, or what was chosen would do nothing.
+    """
+    if not isinstance(own, dict):
+        return own
+    times = [own[name] for name in _TIMES if isinstance(own.get(name), list)]
+    counted = chosen.get("steps") is None or any(len(listed) == chosen["steps"] for listed in times)
+    if counted and not {*_TIMES, "timestep_shift"} & set(chosen):
+        return own
+    return {name: value for name, value in own.items() if name not in _TIMES}
+
+
+def origin(settings: Any) -> str:
+    """Where a sampler's settings come from, in words."""
+    chosen = _given(settings)
+    if "_target_" in chosen:
+        return "as chosen here"
+    return f"from the checkpoint, with {', '.join(chosen)} as chosen here" if chosen else "from the checkpoint"
 
 
 def _given(settings: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 
 STEPS = 100_000  # more is a mistake, or a file that would have its reader wait
+_TOLD = 8  # times that a line names one by one
 
 
 def check_steps(steps: int) -> int:
@@ -43,12 +44,28 @@ def time_grid(steps: int, timestep_shift: float = 0.0, grid: Sequence[float] | N
             )
         return torch.tensor([*asked, 1.0], dtype=torch.float64)
     check_steps(steps)
+    check_shift(timestep_shift)
+    return shifted(torch.linspace(0, 1, steps + 1, dtype=torch.float64), timestep_shift)
+
+
+def shifted(times: Tensor, timestep_shift: float) -> Tensor:
+    """Times [N] in [0, 1] under a shift s, `s t / (1 + (s - 1) t)`; 0: as they are."""
+    return timestep_shift * times / (1 + (timestep_shift - 1) * times) if timestep_shift > 0 else times
+
+
+def check_shift(timestep_shift: float) -> float:
+    """A shift; raises `ConfigError` unless it is one."""
     if not 0 <= timestep_shift < float("inf"):
         raise ConfigError(
             f"sampler.timestep_shift={timestep_shift} is no shift: use 0 for none, or for example 0.2, which puts more "
             "steps near the noise."
         )
-    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    if timestep_shift > 0:
-        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
-    return times
+    return timestep_shift
+
+
+def told_times(times: Sequence[float]) -> str:
+    """Times in words for a line: each of a few, the ends of many."""
+    listed = [f"{time:.4g}" for time in times]
+    if len(listed) > _TOLD:
+        return f"{len(listed)} times from {listed[0]} to {listed[-1]}"
+    return f"times {' '.join(listed)}"

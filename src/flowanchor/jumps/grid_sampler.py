@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Sampler
-from flowanchor.jumps.grid import time_grid
+from flowanchor.jumps.grid import time_grid, told_times
 from flowanchor.jumps.guidance import Guidance
 
 Self = TypeVar("Self", bound="GridSampler")
@@ -60,10 +60,13 @@ class GridSampler(Sampler):
             raise ConfigError(f"nfe={nfe} is too few: a sampler needs at least one network call (nfe=1).")
         if self.grid is not None and nfe != self.nfe:
             raise ConfigError(
-                f"sampler.times has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the times or that "
-                "nfe."
+                f"sampler.times has {self.nfe} times and cannot be sampled with nfe={nfe}: remove the times (those of "
+                f"a checkpoint: add sampler.steps={nfe}) or that nfe."
             )
         return type(self)(**{**self.settings(), "steps": nfe})
+
+    def told(self) -> str:
+        return f"{self.label}, {told_times(self.times[:-1].tolist())}{self.guidance.told()}"
 
     def settings(self) -> dict[str, Any]:
         """What it was made with, but for the number of steps."""

@@ -34,6 +34,13 @@ class Guidance:
         """Network calls of one velocity evaluation inside the interval."""
         return 1 if self.scale == 1 else 2
 
+    def told(self) -> str:
+        """In words for the end of a line; empty where it does nothing."""
+        if self.scale == 1:
+            return ""
+        where = "" if (self.low, self.high) == (0, 1) else f" for t in [{self.low:g}, {self.high:g}]"
+        return f", guidance {self.scale:g}{where}"
+
     def reaches(self, t: Tensor) -> bool:
         """Whether any of the times [B] lies in the interval; asked of times on a device, the host waits for it."""
         return bool(((t >= self.low) & (t <= self.high)).any())

@@ -11,7 +11,7 @@ from flowanchor.base.registry import current_name, registered
 from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError, FlowAnchorError
 from flowanchor.generation.opened import OpenedModel
-from flowanchor.generation.samplers import check_sampler
+from flowanchor.generation.samplers import beneath, check_sampler
 from flowanchor.interfaces import Sampler
 
 JUMPS, FLOW_STEPS = 8, 100  # steps that the page offers at most
@@ -40,7 +40,8 @@ def choices(model: OpenedModel) -> dict[str, Choice]:
             continue
         most = FLOW_STEPS if sampler.kind == "flow" else JUMPS
         usual = 32 if sampler.kind == "flow" else 2
-        begun = int(own.get("steps") or sampler.nfe or usual) if target == first else usual
+        times = next((len(own[name]) for name in ("times", "grid") if isinstance(own.get(name), list)), None)
+        begun = int(times or own.get("steps") or sampler.nfe or usual) if target == first else usual
         found.setdefault(_name(target), Choice(target, sampler.kind, max(1, min(begun, most)), most))
     if not found:
         raise ConfigError(f"{model.path}: no sampler that is installed here can draw with this network.")
@@ -67,11 +68,9 @@ def build(model: OpenedModel, name: str, steps: int | None, guidance: float | No
         raise ConfigError(f"There is no sampler '{name}' for this network: choose one of {', '.join(offered)}.")
     target, own = offered[name].target, model.config.get("sampler") or {}
     mine = bool(own.get("_target_")) and current_name(own["_target_"]) == target
-    settings = dict(own) if mine else {"_target_": target}
-    if steps is not None and settings.get("grid") is not None:
-        del settings["grid"]  # times for another number of steps
     chosen = {"steps": steps, "guidance_scale": guidance}
     given = {key: value for key, value in chosen.items() if value is not None}
+    settings = beneath(own, given) if mine else {"_target_": target}
     sampler: Sampler = trusted.build(settings, "sampler", model.path, given)
     check_sampler(sampler, model.kind, model.interval)
     return sampler

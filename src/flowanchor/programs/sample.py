@@ -22,6 +22,7 @@ from flowanchor.generation.class_names import class_numbers
 from flowanchor.generation.generator import Generator, Moment
 from flowanchor.generation.prompts import read_prompts
 from flowanchor.generation.sample_file import SampleFile
+from flowanchor.generation.samplers import origin
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_device, choose_dtype
 from flowanchor.programs.commands import sample as main
 from flowanchor.provenance import write_program_record
@@ -62,6 +63,7 @@ def sample(cfg: DictConfig) -> None:
     chunks = generator.draw(request, cfg.seed, cfg.batch_size, cfg.size)
     write_program_record(folder, "sample", cfg, used=model.record())
     console = Console()
+    console.print(f"sampler {generator.sampler.told()} ({origin(cfg.sampler)})", soft_wrap=True, markup=False)
     batches = -(-cfg.num_samples // cfg.batch_size)
     shows = Shows(request, model)
     npz = cfg.out is None if cfg.npz is None else cfg.npz

@@ -22,6 +22,7 @@ from flowanchor.base.noise import renoiser, sample_noise
 from flowanchor.checkpoints import load_model
 from flowanchor.conditioning import batch_of
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
+from flowanchor.plugins.samplers.jump_flow import JumpFlowSampler
 from flowanchor.plugins.text_encoders.umt5 import UMT5
 from flowanchor.programs.convert import main
 from flowanchor.text.base import Tokens
@@ -35,19 +36,21 @@ INTERVALS = "flowanchor.plugins.objectives.intervals"
 EXPANDED = {"interval": {"_target_": f"{INTERVALS}.expanded.ExpandedInterval"}}
 AUXILIARY = {"interval": {"_target_": f"{INTERVALS}.auxiliary.AuxiliaryInterval"}}
 SAMPLER = {"_target_": "flowanchor.plugins.samplers.consistency.ConsistencySampler", "steps": 2}
+JUMP_FLOW = "flowanchor.plugins.samplers.jump_flow.JumpFlowSampler"
 CODEC = {"_target_": "flowanchor.plugins.codecs.wan_vae.WanVAE"}
 MEAN, STD = [0.1 * i - 0.8 for i in range(16)], [0.5 + 0.05 * i for i in range(16)]
 STUDENTS = {
     "plain": {},
     "auxiliary": {"backbone": {**BACKBONE, "auxiliary_time_cond": True}, "objective": AUXILIARY},
     "shifted": {
-        "sampler": {**SAMPLER, "timestep_shift": 3.0},
+        "sampler": {**SAMPLER, "timestep_shift": 3.0, "kept_noise": 0.2},
         "codec": {**CODEC, "statistics": {"mean": MEAN, "std": STD, "multiplier": 0.5}},
     },
     "experts": {
         "backbone": {**BACKBONE, "_target_": "flowanchor.plugins.backbones.wan_experts.WanExperts", "preset": "nano"},
         "sampler": {**SAMPLER, "boundaries": [0.125]},
     },
+    "flows": {"sampler": {"_target_": JUMP_FLOW, "timestep_shift": 0.5, "kept_noise": 0.1}},
 }
 STEPS = (1, 2, 4)
 PROMPTS = ["a red fox", "  a fox   in snow &amp; snow"]
@@ -147,7 +150,7 @@ def test_diffusers_alone_draws_our_images_seed_for_seed(folder, drawn, base, nam
         mean, std = torch.tensor(MEAN), torch.tensor(STD) / 0.5
     settings = {key: value for key, value in model.config["sampler"].items() if key not in ("_target_", "steps")}
     for steps in steps_of(name):
-        sampler = ConsistencySampler(steps=steps, **settings)
+        sampler = (JumpFlowSampler if name == "flows" else ConsistencySampler)(steps=steps, **settings)
         latents = sampler.sample(model.backbone, noise, text, model.interval, fresh)
         found = torch.from_numpy(drawn[f"{name}/{steps}/latent"])
         assert latents.std() > 0.3
@@ -179,6 +182,7 @@ def test_the_folder_says_what_it_is(folder, base):
     assert index["boundary_ratio"] == 0.875  # as released
     plain = json.loads((folder / "plain/model_index.json").read_text())
     assert plain["transformer_2"] == [None, None] and "boundary_ratio" not in plain
+    assert "(jump-flow, times 0 0.3333 0.5758 0.8182, 0.1 of" in (folder / "flows/README.md").read_text()
     card = (folder / "shifted/README.md").read_text()
     assert "num_inference_steps=2, guidance_scale=1, max_sequence_length=12" in card and "flowanchor" in card
     for part in ("vae", "text_encoder", "tokenizer"):
@@ -188,6 +192,14 @@ def test_the_folder_says_what_it_is(folder, base):
             linked = {path.name for path in (folder / name / part).iterdir() if path.is_symlink()}
             assert linked == (set() if name == "plain" else names - ({"config.json"} if part == "vae" else set()))
     assert json.loads((base / "vae/config.json").read_text())["latents_mean"] != MEAN, "the base is left alone"
+
+
+def test_a_sampler_that_a_pipeline_cannot_be_asked_by_is_told(base, tmp_path):
+    path = save_student(tmp_path / "a.ckpt", **STUDENTS["auxiliary"], sampler={"_target_": JUMP_FLOW, "steps": 4})
+    with pytest.warns(UserWarning, match="sampled by jump-flow, .* draws by consistency"):
+        run(f"checkpoint={path}", f"output={tmp_path}/out", "format=diffusers", f"pipeline={base}")
+    scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert scheduler["flow"] is None and scheduler["kept_noise"] == 0.0
 
 
 def test_bfloat16_leaves_what_diffusers_keeps_in_float32(folder, base, tmp_path):
