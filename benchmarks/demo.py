@@ -20,7 +20,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "outputs" / "demo"
-NAMES = {"teacher": "teacher, flow matching", "facm": "FACM student"}
+NAMES = {
+    "teacher": "teacher, flow matching",
+    "teacher_midpoint": "teacher, flow matching",
+    "facm": "FACM student",
+}
 BEGIN, END = "<!-- demo table: benchmarks/demo.py -->", "<!-- end of demo table -->"
 
 

@@ -53,7 +53,7 @@ MODELS = (
         "digits_teacher",
         "digits_teacher",
         "experiment=digits_teacher",
-        "sampler=flow nfe=[1,2,4,8,50] repeats=3",
+        "sampler=flow sampler.solver=euler nfe=[1,2,4,8,50] repeats=3",
         "The flow model that `digits` was distilled from, for comparing: `flowanchor play digits digits_teacher`.",
     ),
     Model(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, Sampler
-from flowanchor.jumps.grid import time_grid
+from flowanchor.jumps.grid import shifted, time_grid, told_times
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jumps.precision import state_dtype
 
@@ -33,6 +33,8 @@ class FlowSampler(Sampler):
         timestep_shift: shift of the grid, `s t / (1 + (s - 1) t)`; 0 for none.
         times: explicit starts of the steps instead of a uniform grid, increasing, in [0, 1).
         rtol, atol: tolerances of adaptive solvers.
+        final_euler: the last step of `midpoint` is one of Euler's, with one evaluation: that is how an odd number is
+            spent (one alone is Euler's method). Its step has the length of one evaluation, half of the others'.
     """
 
     kind = "flow"
@@ -48,13 +50,20 @@ class FlowSampler(Sampler):
         rtol: float = 1e-5,
         atol: float = 1e-5,
         times: Sequence[float] | None = None,
+        final_euler: bool = False,
     ) -> None:
         known = ("euler", "heun", *FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
         if solver not in known:
             raise ConfigError(f"Unknown solver sampler.solver={solver}: choose one of {', '.join(known)}.")
         if not (rtol >= TOLERANCE and atol >= TOLERANCE):
             raise ConfigError(f"sampler.rtol={rtol} and sampler.atol={atol} must be {TOLERANCE} at least.")
+        if final_euler and solver != "midpoint":
+            raise ConfigError(f"sampler.final_euler=true is for sampler.solver=midpoint, and this is {solver}.")
         self.times = time_grid(steps, timestep_shift, times)
+        self.final_euler = final_euler
+        if final_euler and times is None:
+            even = torch.arange(0, 2 * steps, 2, dtype=torch.float64) / (2 * steps - 1)
+            self.times = shifted(torch.cat([even, torch.ones(1, dtype=torch.float64)]), timestep_shift)
         self.explicit = None if times is None else list(times)
         self.steps = len(self.times) - 1
         self.solver = solver
@@ -73,18 +82,32 @@ class FlowSampler(Sampler):
             return None
         if self.solver == "heun":
             return 2 * self.steps - 1
-        return self.steps * FIXED_SOLVERS.get(self.solver, 1)
+        return self.steps * FIXED_SOLVERS.get(self.solver, 1) - self.final_euler
 
     @property
     def network_calls(self) -> int | None:
         """Network calls per sample, guided evaluations counted twice; None where it depends on the sample."""
         if self.guidance.scale == 1:
             return self.nfe
-        if self.solver not in ("euler", "heun"):
+        asked = self.asked
+        if asked is None:
             return None
-        asked = self.times[:-1] if self.solver == "euler" else torch.cat([self.times[:-1], self.times[1:-1]])
-        inside = (asked >= self.guidance.low) & (asked <= self.guidance.high)
-        return int((1 + inside.long()).sum())
+        return sum(1 + (self.guidance.low <= time <= self.guidance.high) for time in asked)
+
+    @property
+    def asked(self) -> list[float] | None:
+        """Times at which the network is asked, not in order; None where the library's solver knows them."""
+        starts = self.times[:-1]
+        if self.solver == "midpoint":
+            middles = (starts + self.times[1:]) / 2
+            return torch.cat([starts, middles[: self.steps - self.final_euler]]).tolist()
+        if self.solver == "heun":
+            return torch.cat([starts, starts[1:]]).tolist()
+        return starts.tolist() if self.solver == "euler" else None
+
+    def told(self) -> str:
+        where = "adaptive" if self.solver in ADAPTIVE_SOLVERS else told_times(self.times[:-1].tolist())
+        return f"{self.label}, {where}{', the last step Euler' if self.final_euler else ''}{self.guidance.told()}"
 
     def with_nfe(self, nfe: int) -> FlowSampler:
         if nfe < 1:
@@ -94,8 +117,11 @@ class FlowSampler(Sampler):
                 f"The solver {self.solver} chooses its own steps, so nfe={nfe} cannot be set: use sampler.solver=euler."
             )
         g = self.guidance
+        last = self.solver == "midpoint" and nfe % 2 == 1
         steps, spare = (
-            ((nfe + 1) // 2, (nfe + 1) % 2) if self.solver == "heun" else divmod(nfe, FIXED_SOLVERS.get(self.solver, 1))
+            ((nfe + 1) // 2, (nfe + 1) % 2)
+            if self.solver == "heun"
+            else divmod(nfe + last, FIXED_SOLVERS.get(self.solver, 1))
         )
         if spare or steps < 1:
             rule = "2 steps - 1" if self.solver == "heun" else f"a multiple of {FIXED_SOLVERS[self.solver]}"
@@ -104,11 +130,13 @@ class FlowSampler(Sampler):
             )
         if self.explicit is not None and steps != self.steps:
             raise ConfigError(
-                f"sampler.times has {self.steps} steps and cannot be sampled with nfe={nfe}: remove the times or that "
-                "nfe."
+                f"sampler.times has {self.steps} steps and cannot be sampled with nfe={nfe}: remove the times (those "
+                f"of a checkpoint: add sampler.steps={steps}) or that nfe."
             )
         guidance = (g.scale, g.low, g.high)
-        return FlowSampler(steps, self.solver, *guidance, self.timestep_shift, self.rtol, self.atol, self.explicit)
+        return FlowSampler(
+            steps, self.solver, *guidance, self.timestep_shift, self.rtol, self.atol, self.explicit, last
+        )
 
     @torch.no_grad()
     def sample(
@@ -141,22 +169,29 @@ class FlowSampler(Sampler):
         return x
 
     def _library_solve(self, velocity: Callable[[float, Tensor], Tensor], x: Tensor) -> Tensor:
-        times = self.times.to(x.device)
+        times = (self.times[:-1] if self.final_euler else self.times).to(x.device)
         options = {}
         if self.solver in ADAPTIVE_SOLVERS:
             times = times[[0, -1]]
             # A last step beyond t = 1 would ask the network on the other side of the data end: stop exactly there.
             options = {"step_t": times[-1:]}
         solve = torchdiffeq.odeint
-        path = solve(
-            lambda t, x: velocity(float(t), x),
-            x,
-            times,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.solver,
-            options=options,
-        )
+        path = x[None]
+        if len(times) > 1:
+            path = solve(
+                lambda t, x: velocity(float(t), x),
+                x,
+                times,
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.solver,
+                options=options,
+            )
         for now, state in zip(times.tolist(), path, strict=True):
             self.tell(now, state)
-        return path[-1]
+        if not self.final_euler:
+            return path[-1]
+        now = float(times[-1])
+        x = path[-1] + (1 - now) * velocity(now, path[-1])
+        self.tell(1.0, x)
+        return x

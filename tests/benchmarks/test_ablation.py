@@ -56,7 +56,10 @@ def test_the_table():
     assert cells[0] == [rows[0].name, "9", "3.00 ± 1.41", "1.50 ± 0.00", "1.00 ± 0.00", "0 of 2", "0 of 2", "1.00"]
     assert cells[1][-3:] == ["0 of 2", "1 of 2", "0.50"]
     assert cells[2] == [rows[2].name, "9", "-", "-", "-", "1 of 1", "0 of 1", "0.70"]
-    assert cells[3][2] == "20.00"
+    assert [row[2:5] for row in cells[3:]] == [["20.00", "9.00", "3.00"]], "as earlier records have it"
+    lines = ablation.table(rows, found, {**reference, "midpoint": {"2": 2.5, "4": 1.25}}, costs).splitlines()
+    assert lines[-2].startswith("| teacher, Euler steps |") and "| 20.00 | 9.00 | 3.00 |" in lines[-2]
+    assert lines[-1].startswith("| teacher, midpoint steps |") and "| 20.00 | 2.50 | 1.25 |" in lines[-1]
 
 
 def test_the_figure_has_a_panel_per_objective():

@@ -20,7 +20,12 @@ from flowanchor.programs import demo as program
 from flowanchor.programs.launch import prepare
 from flowanchor.reporting.demo_report import Demo, bars_of
 
-FD = {"teacher": {50: 2.26, 8: 3.9, 2: 24.0, 1: 79.0}, "facm": {1: 2.6, 2: 2.91, 4: 2.5}}
+FD = {
+    "teacher": {50: 2.26, 8: 3.9, 4: 9.0, 2: 24.0, 1: 79.0},
+    "teacher_midpoint": {8: 2.4, 4: 2.7, 2: 3.0},
+    "facm": {1: 2.6, 2: 2.91, 4: 2.5},
+}
+SAMPLERS = {"teacher": "flow-euler", "teacher_midpoint": "flow-midpoint", "facm": "consistency"}
 
 
 def fabricate(evaluation: Path, model: str, fd: dict[int, float], digest: str = "0" * 12) -> None:
@@ -31,7 +36,7 @@ def fabricate(evaluation: Path, model: str, fd: dict[int, float], digest: str = 
     for nfe in fd:
         images = (rng.random((60, 8, 8, 1)) * 25 * (labels[:, None, None, None] + 1)).astype(np.uint8)
         np.savez_compressed(evaluation / "samples" / f"nfe{nfe}.npz", images=images, labels=labels)
-    sampler = "flow-euler" if model == "teacher" else "consistency"
+    sampler = SAMPLERS[model]
     rows = [
         {"sampler": sampler, "nfe": nfe, "network_calls": nfe, "n": 60, "fd": value, "floor": 1.2, "floor_n": 60,
          "kid": 0.01, "precision": 0.9, "recall": 0.8, "inception_score": 8.0, "seconds": 1.0}
@@ -53,10 +58,17 @@ def fabricate_run(run: Path) -> None:
 def fabricated(tmp_path: Path) -> Demo:
     for model, fd in FD.items():
         fabricate(tmp_path / "evaluations" / model, model, fd)
-        fabricate_run(tmp_path / "runs" / model)
-    folders = {kind: {m: tmp_path / kind / m for m in FD} for kind in ("runs", "evaluations")}
+    runs = {model: tmp_path / "runs" / model for model in ("teacher", "facm")}
+    for run in runs.values():
+        fabricate_run(run)
+    evaluations = {model: tmp_path / "evaluations" / model for model in FD}
     return Demo(
-        folder=tmp_path, **folders, seconds={"teacher": 12.0}, settings={"seed": 0}, commands=["python src/train.py"]
+        folder=tmp_path,
+        runs=runs,
+        evaluations=evaluations,
+        seconds={"teacher": 12.0},
+        settings={"seed": 0},
+        commands=["python src/train.py"],
     )
 
 
@@ -66,7 +78,7 @@ def test_report_from_evaluations(fabricated: Demo) -> None:
     assert [bar.met for bar in bars] == [True, True, True]
     results = json.loads((folder / "results.json").read_text())
     assert [(r["model"], r["sampler"], r["nfe"], r["fd"], r["floor"]) for r in results] == [
-        (m, "flow-euler" if m == "teacher" else "consistency", nfe, fd, 1.2) for m in FD for nfe, fd in FD[m].items()
+        (m, SAMPLERS[m], nfe, fd, 1.2) for m in FD for nfe, fd in FD[m].items()
     ]
     assert all(r["metric"] == "FD-digits" and r["checkpoint_hash"] == "0" * 12 for r in results)
     names = {p.name for p in (folder / "samples").iterdir()}
@@ -76,9 +88,10 @@ def test_report_from_evaluations(fabricated: Demo) -> None:
     with Image.open(folder / "overview.png") as picture:
         assert picture.width > 800 and picture.height > 700
     page = (folder / "report.html").read_text()
+    assert "teacher, 1 midpoint step<" in page and "teacher, 4 midpoint steps<" in page
     for text in ("79", "2.6", "FD-digits", "power_0.2", "python src/train.py", "student FD at 1 step"):
         assert text in page
-    assert page.count("data:image/png;base64") == 1 + 7 + 1  # quality, a grid for each evaluation, losses
+    assert page.count("data:image/png;base64") == 1 + 11 + 1  # quality, a grid for each evaluation, losses
     assert 'class="bad"' not in page
 
 
@@ -134,7 +147,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             if not (folder / "csv").exists():
                 fabricate_run(folder)
         else:
-            model = "teacher" if "teacher" in folder.name else "facm"
+            model = folder.name.removesuffix("_quick")
             run_folder = Path(next(a.split("=")[1] for a in arguments if a.startswith("checkpoint=")))
             program.shutil.rmtree(folder, ignore_errors=True)
             fabricate(folder, model, FD[model], program.file_digest(run_folder / "checkpoints/last.ckpt")[:12])
@@ -161,19 +174,22 @@ def assert_order(calls: list[Any], whole: list[str]) -> None:
 def test_order_reuse_and_fresh(tmp_path: Path, programs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     cfg = config(tmp_path, "teacher.steps=30", "student.steps=20")
     demo(cfg)
-    whole = ["teacher", "FACM student", "evaluation of the teacher", "evaluation of the student"]
+    midpoint = "evaluation of the teacher by midpoint steps"
+    whole = ["teacher", "FACM student", "evaluation of the teacher", midpoint, "evaluation of the student"]
     assert_order(programs, whole)
     arguments = dict(programs)
     assert f"teacher.checkpoint={tmp_path / 'runs/teacher'}" in arguments["FACM student"]
-    assert {"nfe=[50,8,2,1]", "sampler=flow", "num_samples=60", "save_samples=true"} <= set(arguments[whole[2]])
-    assert {"nfe=[1,2,4]", "sampler=consistency"} <= set(arguments[whole[3]])
+    asked = {"sampler=flow", "num_samples=60", "save_samples=true"}
+    assert {"nfe=[50,8,4,2,1]", "sampler.solver=euler", *asked} <= set(arguments[whole[2]])
+    assert {"nfe=[8,4,2]", "sampler.solver=midpoint", *asked} <= set(arguments[midpoint])
+    assert {"nfe=[1,2,4]", "sampler=consistency"} <= set(arguments[whole[4]])
     assert "met" in capsys.readouterr().out and (tmp_path / "report.html").is_file()
 
     programs.clear()
     demo(cfg)
     assert programs == []  # all of it is finished
     demo(config(tmp_path, "teacher.steps=30", "student.steps=25"))
-    assert [title for title, _ in programs] == [whole[1], whole[3]]  # the student goes on, and is measured again
+    assert [title for title, _ in programs] == [whole[1], whole[4]]  # the student goes on, and is measured again
     programs.clear()
     demo(config(tmp_path, "teacher.steps=40", "student.steps=25"))
     assert_order(programs, whole)  # another teacher: its student starts anew

@@ -71,6 +71,40 @@ def test_heun_is_second_order_and_euler_first():
     assert error("heun", 40) < error("euler", 40) / 5
 
 
+def test_an_odd_number_of_evaluations_ends_with_a_step_of_eulers():
+    """Of dx/dt = -x: a midpoint step multiplies by 1 - h + h^2 / 2, Euler's by 1 - h."""
+    noise = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    usual = FlowSampler(25, "midpoint")
+
+    def factor(sampler):
+        drawn = sampler.sample(Decay(), noise, None, ExpandedInterval()) / noise
+        assert torch.allclose(drawn, drawn[:1, :1, :1, :1].expand_as(drawn))
+        return float(drawn[0, 0, 0, 0])
+
+    one, h = usual.with_nfe(1), 2 / 5
+    assert one.nfe == 1 and factor(one) == factor(FlowSampler(1)) == 0
+    assert factor(usual.with_nfe(2)) == pytest.approx(1 - 1 + 1 / 2)
+    assert factor(usual.with_nfe(5)) == pytest.approx((1 - h + h * h / 2) ** 2 * (1 - h / 2))
+    assert usual.with_nfe(5).times.tolist() == pytest.approx([0, 0.4, 0.8, 1])
+    network = Decay()
+    usual.with_nfe(5).sample(network, noise, None, ExpandedInterval())
+    assert [2 - time for time in network.told] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8]), "evenly"
+    shifted = FlowSampler(25, "midpoint", timestep_shift=0.5).with_nfe(5)
+    assert shifted.times.tolist() == pytest.approx([0, 0.25, 2 / 3, 1]) and shifted.with_nfe(4).nfe == 4
+    given = FlowSampler(solver="midpoint", times=[0.0, 0.6])
+    assert given.with_nfe(3).times.tolist() == [0.0, 0.6, 1.0]
+    assert factor(given.with_nfe(3)) == pytest.approx((1 - 0.6 + 0.18) * 0.6)
+    with pytest.raises(ConfigError, match="final_euler=true is for sampler.solver=midpoint, and this is heun"):
+        FlowSampler(2, "heun", final_euler=True)
+
+
+def test_the_option_takes_midpoint_steps_and_the_class_is_eulers_still():
+    from flowanchor.parts import described
+
+    assert {"steps": 25, "solver": "midpoint", "final_euler": False}.items() <= described("flow", "sampler").items()
+    assert (FlowSampler().solver, FlowSampler().nfe) == ("euler", 50)
+
+
 def test_consistency_sampler_jumps_to_the_end():
     noise = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     network = Decay()
@@ -134,8 +168,11 @@ def transformer(**settings):
         *[FlowSampler(3, solver) for solver in ("euler", "heun", *FIXED_SOLVERS)],
         FlowSampler(5, "euler", guidance_scale=2.0, guidance_low=0.3, guidance_high=0.7),
         FlowSampler(5, "heun", guidance_scale=2.0, guidance_low=0.3, guidance_high=0.7),
+        FlowSampler(3, "midpoint", guidance_scale=2.0, guidance_low=0.3, guidance_high=0.7),
+        *[FlowSampler(25, "midpoint").with_nfe(nfe) for nfe in (1, 2, 5)],
+        FlowSampler(25, "midpoint", guidance_scale=2.0, guidance_low=0.3, guidance_high=0.7).with_nfe(5),
     ],
-    ids=lambda s: f"{s.label}-{s.guidance.scale}",
+    ids=lambda s: f"{s.label}-{s.guidance.scale}-{s.nfe}",
 )
 def test_the_stated_number_of_calls_is_the_counted_one(sampler):
     counter = Counter(transformer())
@@ -150,6 +187,7 @@ def test_budgets():
     assert FlowSampler(50).with_nfe(8).steps == 8
     assert FlowSampler(50, "heun").with_nfe(9).steps == 5
     assert FlowSampler(50, "rk4").with_nfe(8).steps == 2
+    assert FlowSampler(25, "midpoint").with_nfe(8).steps == FlowSampler(25, "midpoint").with_nfe(7).steps == 4
     for sampler, nfe in (
         (ConsistencySampler(), 0), (FlowSampler(), 0), (FlowSampler(solver="heun"), 4), (FlowSampler(solver="rk4"), 6),
         (FlowSampler(solver="dopri5"), 6), (ConsistencySampler(grid=[0.0, 0.5]), 4),

@@ -29,7 +29,7 @@ def build_sampler(settings: Any, model: Any) -> Sampler:
         own = model.config.get("sampler")
         if not own:
             raise ConfigError(
-                f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=40 "
+                f"{model.path} does not say how it is sampled: add for example sampler=flow sampler.steps=20 "
                 "sampler.guidance_scale=4."
             )
         sampler = build(beneath(own, chosen), "sampler", model.path, chosen)

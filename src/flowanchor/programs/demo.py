@@ -121,11 +121,10 @@ def _evaluate(
     run: Path,
     folder: Path,
     sampler: Sequence[str],
-    settings: DictConfig,
+    nfe: list[int],
     cfg: DictConfig,
     margin: str = "   ",
 ) -> None:
-    nfe = [int(n) for n in settings.nfe]
     budgets = "nfe=[" + ",".join(map(str, nfe)) + "]"
     arguments = [f"checkpoint={run}", *sampler, budgets, f"num_samples={cfg.num_samples}", f"seed={cfg.seed}"]
     arguments += [
@@ -179,7 +178,9 @@ def demo(cfg: DictConfig) -> None:
         raise ConfigError(f"num_samples={cfg.num_samples} is too few to compare anything: give at least 10.")
     folder, start, kind = Path(cfg.folder), time.perf_counter(), "_quick" if cfg.quick else ""
     runs = {model: folder / "runs" / f"{model}{kind}" for model in ("teacher", "facm")}
-    evaluations = {model: folder / "evaluations" / f"{model}{kind}" for model in runs}
+    evaluations = {
+        name: folder / "evaluations" / f"{name}{kind}" for name in ("teacher", "teacher_midpoint", "facm")
+    }  # fmt: skip
     if cfg.fresh:
         for path in (*runs.values(), *evaluations.values()):
             shutil.rmtree(path, ignore_errors=True)
@@ -187,11 +188,17 @@ def demo(cfg: DictConfig) -> None:
 
     _train(parts, "teacher", runs["teacher"], cfg.teacher, cfg, [])
     _forget_other_teacher(runs["facm"], runs["teacher"])
+
+    def measure_teacher() -> None:
+        for name, solver, nfe in (("", "euler", cfg.teacher.nfe), ("_midpoint", "midpoint", cfg.teacher.midpoint_nfe)):
+            _evaluate(
+                parts, f"evaluation of the teacher{name and ' by midpoint steps'}", runs["teacher"],
+                evaluations[f"teacher{name}"], ["sampler=flow", f"sampler.solver={solver}"], [int(n) for n in nfe], cfg,
+                "   | ",
+            )  # fmt: skip
+
     with ThreadPoolExecutor(1) as beside:  # the teacher is measured on a second core while the student trains
-        measured = beside.submit(
-            _evaluate, parts, "evaluation of the teacher", runs["teacher"], evaluations["teacher"],
-            ["sampler=flow", "sampler.solver=euler"], cfg.teacher, cfg, "   | ",
-        )  # fmt: skip
+        measured = beside.submit(measure_teacher)
         try:
             _train(parts, "FACM student", runs["facm"], cfg.student, cfg, [f"teacher.checkpoint={runs['teacher']}"])
             measured.result()
@@ -199,7 +206,8 @@ def demo(cfg: DictConfig) -> None:
             parts.stop(stop.signum)
             raise
     _evaluate(
-        parts, "evaluation of the student", runs["facm"], evaluations["facm"], ["sampler=consistency"], cfg.student, cfg
+        parts, "evaluation of the student", runs["facm"], evaluations["facm"], ["sampler=consistency"],
+        [int(n) for n in cfg.student.nfe], cfg,
     )  # fmt: skip
 
     spent = time.perf_counter() - start

@@ -21,7 +21,11 @@ from flowanchor.reporting.html import Page, Raw
 from flowanchor.reporting.plots import QualityCurve, loss_figure, quality_figure, read_metrics
 
 MAX_RATIO, MIN_GAIN = 1.35, 10.0
-TITLES = {"teacher": "teacher (flow matching, Euler)", "facm": "FACM student"}
+TITLES = {
+    "teacher": "teacher (flow matching, Euler)",
+    "teacher_midpoint": "teacher (flow matching, midpoint steps)",
+    "facm": "FACM student",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Bar:
 
 @dataclass
 class Demo:
-    """What the demo's parts have left: model name -> folder of its run and of its evaluation."""
+    """What the demo's parts have left: model -> folder of its run; model, or model and solver, -> evaluation."""
 
     folder: Path
     runs: Mapping[str, Path]
@@ -192,6 +196,8 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _title(model: str, nfe: int) -> str:
+    if model == "teacher_midpoint":
+        return f"teacher, {nfe // 2} midpoint step{'s' if nfe > 2 else ''}"
     return f"{'FACM student' if model == 'facm' else model}, {nfe} step{'s' if nfe > 1 else ''}"
 
 
