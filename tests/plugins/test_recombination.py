@@ -343,6 +343,49 @@ def test_scm_by_hand(norm):
         torch.testing.assert_close(gradient[i], 2 * g / g.numel())  # the prediction is moved along -g
 
 
+@pytest.mark.parametrize("warmth", [0.0, 0.3, 1.0])
+def test_the_warm_up_of_rcm_is_trigflows(warmth):
+    """Against its gradient in TrigFlow's own terms: `cos T sqrt(1 - w^2 sin^2 T) (G - dx/dT) + w (cos T sin T x +
+    cos T sin T dG/dT)`, G the network that means the same data, differentiated by torch; ours is that over -n t."""
+    x1, x0 = torch.randn(2, 3, 2, 3, 3, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    wide = t.view(-1, 1, 1, 1)
+
+    def straight(x, t):
+        t = t.view(-1, 1, 1, 1)
+        return torch.sin(1.3 * x + t) + t * x.square().mean((1, 2, 3), keepdim=True)
+
+    def turned(state, angle):
+        angle = angle.view(-1, 1, 1, 1)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        time = cos / (cos + sin)
+        x = state / (cos + sin)
+        data = x + (1 - time) * straight(x, time.flatten())
+        return (cos * state - data) / sin
+
+    angle = torch.atan2(1 - t, t)
+    cos, sin = torch.cos(angle).view(-1, 1, 1, 1), torch.sin(angle).view(-1, 1, 1, 1)
+    state, speed = cos * x1 + sin * x0, cos * x0 - sin * x1
+    answer, rate = torch.func.jvp(turned, (state, angle), (speed, torch.ones_like(angle)))
+    theirs = cos * (1 - warmth**2 * sin**2).sqrt() * (answer - speed) + warmth * cos * sin * (state + rate)
+
+    x_t, v = (1 - wide) * x0 + wide * x1, x1 - x0
+    prediction, tangent = torch.func.jvp(straight, (x_t, t), (v, torch.ones_like(t)))
+    shortcut = SCMShortcut(warmup_steps=100, normalisation=None, time_weight=False, warmup="rcm")
+    shortcut.at_step(round(100 * warmth))
+    prediction.requires_grad_()
+    loss = shortcut.loss(Answers(prediction, tangent), Point(x_t, t, torch.ones_like(t), v)).loss
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    ours = gradient * prediction[0].numel() / 2  # of the mean of squares of F - sg(F) + g
+    torch.testing.assert_close(ours, -theirs / ((wide.square() + (1 - wide).square()).sqrt() * wide))
+    if warmth == 1:
+        torch.testing.assert_close(ours, (prediction - v - (1 - wide) * tangent).detach())
+    noise = shortcut.loss(Answers(prediction, tangent), Point(x_t, torch.zeros(3), torch.ones(3), v)).loss
+    assert bool(noise.isfinite().all()), "also at t = 0"
+    with pytest.raises(ConfigError, match="objective.shortcut.warmup=other: choose tangent or rcm"):
+        SCMShortcut(warmup="other")
+
+
 @pytest.mark.parametrize("power, epsilon, reduction", [(0.5, 1e-3, "mean"), (1.0, 0.01, "sum"), (1.0, 1e-3, "mean")])
 def test_the_power_weight_by_hand(power, epsilon, reduction):
     """Per row, loss and gradient; with the constants as FACM, MeanFlow (and iMF), alpha-Flow publish them."""
