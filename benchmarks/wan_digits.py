@@ -77,13 +77,15 @@ def run(folder: Path, program: str, *words: str) -> None:
         sys.exit(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def shares(folder: Path, name: str, steps: tuple[int, ...], samples: int, judge: Judge) -> dict[str, float]:
+def shares(
+    folder: Path, name: str, steps: tuple[int, ...], samples: int, judge: Judge, *sampler: str
+) -> dict[str, float]:
     """By number of steps."""
     found = {}
     for count in steps:
         run(
             folder, "sample.py", f"checkpoint=outputs/train/{name}", "prompts=prompts.txt", f"sampler.steps={count}",
-            f"num_samples={samples}", "seed=0", f"hydra.run.dir=drawn/{name}_{count}",
+            f"num_samples={samples}", "seed=0", f"hydra.run.dir=drawn/{name}_{count}", *sampler,
         )  # fmt: skip
         found[str(count)] = judge.share(np.load(folder / "drawn" / f"{name}_{count}" / "samples.npz")["images"])
     return found
@@ -148,7 +150,7 @@ def main() -> None:
             "image_size=8", "captions.multiple=8", "captions.max_ratio=1", "out=data/captioned_digits",
         )  # fmt: skip
     run(folder, "train.py", f"experiment={TEACHER}", *words)  # an ended run ends at once
-    teacher = shares(folder, TEACHER, (TEACHER_STEPS,), arguments.samples, judge)
+    teacher = shares(folder, TEACHER, (TEACHER_STEPS,), arguments.samples, judge, "sampler.solver=euler")
     print(f"judge {judge.accuracy:.3f}, teacher {teacher}", flush=True)
     cells = [(width, seed) for seed in SEEDS for width in WIDTHS]
     if arguments.quick:
