@@ -17,6 +17,8 @@ class DiT(SiT):
     level, which is reflected about the data end, where the level is 0.
     """
 
+    predictions = ("v",)  # the noise, that is, whose velocity has a conversion of its own
+
     def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, H, W], t [B] in [0, 2], labels [B], r [B] -> tokens [B, N, D] and the context (c, x, physical t)."""
         physical = 1 - (1 - t).abs()

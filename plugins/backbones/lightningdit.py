@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.velocity import from_data, with_sample
 
 from .lightningdit_layers import (
     Block,
@@ -54,9 +55,11 @@ class LightningDiT(Backbone):
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
         disable_label_dropout: keep the null class but drop no label.
         pixel_norm: normalise the blocks' shifts and scales over the channels, as sCM does against collapse.
+        predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
     """
 
     presets = PRESETS
+    predictions: tuple[str, ...] = ("v", "x")
 
     def __init__(
         self,
@@ -78,8 +81,13 @@ class LightningDiT(Backbone):
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
         pixel_norm: bool = False,
+        predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__()
+        if predicts not in self.predictions:
+            known = " or ".join(self.predictions)
+            raise ConfigError(f"backbone.predicts={predicts}: {type(self).__name__} has {known}.")
+        self.predicts = predicts
         _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         if depth < 1:
             raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")
@@ -134,14 +142,16 @@ class LightningDiT(Backbone):
         if self.y_embedder is not None:
             c = c + self.y_embedder(self._labels(cond, x))
         fixed = () if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
-        return tokens, StageContext(carried=(c,), fixed=fixed)
+        context = StageContext(carried=(c,), fixed=fixed)
+        return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """Tokens [B, N, D] -> velocity [B, C, H, W]."""
         patches = self.final_layer(tokens, context)
         p = self.patch_size
         out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, w=self.side, p=p, q=p)
-        return out[:, : self.in_channels] if self.learn_sigma else out
+        out = out[:, : self.in_channels] if self.learn_sigma else out
+        return from_data(out, context) if self.predicts == "x" else out
 
     def float32_modules(self) -> list[nn.Module]:
         """Embedders of times, and every modulation."""

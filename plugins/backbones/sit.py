@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 _SIZES = {
@@ -43,6 +45,7 @@ class SiT(LightningDiT):
         learn_sigma: bool = True,
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
+        predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__(
             input_size,
@@ -57,4 +60,5 @@ class SiT(LightningDiT):
             learn_sigma=learn_sigma,
             auxiliary_time_cond=auxiliary_time_cond,
             disable_label_dropout=disable_label_dropout,
+            predicts=predicts,
         )

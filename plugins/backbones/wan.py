@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -31,6 +31,7 @@ from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.smoothing import smoothed
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 from flowanchor.text.base import Tokens
+from flowanchor.velocity import from_data, with_sample
 
 WAN_TIMESTEPS = 1000.0
 
@@ -63,6 +64,7 @@ class Wan(Backbone):
         tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
             averaged; 0: the exact one. An embedding of 1,000 timesteps turns within a step of 0.001 of t, and a
             shortcut that learns from the derivative of that feeds on itself (docs/wan.md).
+        predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
         lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
 
     Raises `ConfigError` for sizes that do not fit together.
@@ -93,8 +95,12 @@ class Wan(Backbone):
         auxiliary_time_cond: bool = False,
         tangent_smoothing: float = 0.0,
         lora: Mapping[str, Any] | None = None,
+        predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__()
+        if predicts not in ("v", "x"):
+            raise ConfigError(f"backbone.predicts={predicts}: a Wan has v or x.")
+        self.predicts = predicts
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.text_len, self.text_dim = text_len, text_dim
         self.conditioning = Text(Tokens(torch.zeros(1, text_dim)), {"tokens": text_len}, condition_dropout)
@@ -175,7 +181,8 @@ class Wan(Backbone):
             text = self.condition_embedder.text_embedder(self._padded(cond, x))
             cos, sin = self.rope(x)
         modulation = self._modulation(added)
-        return tokens, StageContext(carried=(added, modulation), fixed=(text, cos, sin, grid))
+        context = StageContext(carried=(added, modulation), fixed=(text, cos, sin, grid))
+        return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext, table: Tensor | None = None) -> Tensor:
         """Tokens [B, N, D] -> velocity [B, C, F, h, w]: data minus noise, the negative of what Wan predicts.
@@ -190,7 +197,8 @@ class Wan(Backbone):
         frames, rows, columns = context.fixed[3]
         out = patches.unflatten(1, (frames, rows, columns)).unflatten(4, (*self.patch_size, -1))
         out = out.permute(0, 7, 1, 4, 2, 5, 3, 6)  # b c f pf h ph w pw
-        return -out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        out = -out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return from_data(out, context) if self.predicts == "x" else out
 
     def float32_modules(self) -> list[nn.Module]:
         """Embedders of times and the projection that makes the modulation of them."""

@@ -46,7 +46,7 @@ class WanExperts(Backbone):
         self.size_steps = self.high.size_steps
         self.conditioning = self.low.conditioning = self.high.conditioning  # they are asked alike
         self.takes_end_time = self.high.takes_end_time
-        self.tangent_smoothing = self.high.tangent_smoothing
+        self.tangent_smoothing, self.predicts = self.high.tangent_smoothing, self.high.predicts
         self.initialise()
 
     def expert(self, t: Tensor) -> Wan:

@@ -29,7 +29,7 @@ from flowanchor.interfaces import (
     VelocityField,
     Weight,
 )
-from flowanchor.velocity import as_velocity
+from flowanchor.velocity import CLIP, as_velocity, reached
 
 
 class ComposedObjective(Objective):
@@ -118,6 +118,8 @@ class ComposedObjective(Objective):
 
         ask = _Asked(student, engine, self.interval, x_t, cond, self._anchor_question(t))
         target = at_least_float32(v)
+        if student.predicts == "x" and not velocity.clips(student):
+            target = v = like(reached(t), x1) * target
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         jump: TermResult | None = None
@@ -200,7 +202,9 @@ class _Asked(Ask):
         direction: tuple[Tensor, ...] = (velocity.to(self.x_t.dtype), torch.ones_like(t))
         if self.interval.end_rate:
             direction = (*direction, torch.full_like(t, self.interval.end_rate))
-        prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction))
+        # Where the clip of a network of data holds, an average is taken for the velocity at its start.
+        held = like(1 - t < CLIP, x) if self.student.predicts == "x" else None
+        prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction), held)
         assert tangent is not None
         return prediction, tangent
 
@@ -215,13 +219,16 @@ class _Asked(Ask):
             self._anchored = self._answers(self.x_t, [self._waiting])[0].prediction
         return self._anchored
 
-    def _answer(self, x: Tensor, question: Question) -> Answer:
+    def _answer(self, x: Tensor, question: Question, held: Tensor | None = None) -> Answer:
+        """`held` [B, 1, ...]: where the tangent counts as 0."""
         questions = [question]
         if self._waiting is not None and x is self.x_t and torch.is_grad_enabled() == self._with_gradient:
             questions, self._waiting = [self._waiting, question], None
         *anchored, answer = self._answers(x, questions)
         if anchored:
             self._anchored = anchored[0].prediction
+        if held is not None and answer.tangent is not None:
+            answer = answer._replace(tangent=torch.where(held, 0, answer.tangent))
         if self.prediction is None:
             self.prediction, self.tangent = answer
         return answer

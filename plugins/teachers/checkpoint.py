@@ -88,6 +88,9 @@ class CheckpointVelocity(VelocityField):
         with self._casting(x.device.type):
             return self.guidance.velocity(self.network, x, question, cond, t, self._reached).to(flow.dtype)
 
+    def clips(self, student: Backbone) -> bool:
+        return self.network.predicts == "x"
+
     def at_times(self, t: Tensor | None) -> Hashable:
         self._reached = None if t is None or self.guidance.scale == 1 else self.guidance.reaches(t)
         return self._reached, self.network.at_times(t)

@@ -87,6 +87,13 @@ class ExpertsVelocity(VelocityField):
         self._sides = None if t is None else self.sides(t)
         return self._sides, self.high.at_times(t), self.low.at_times(t)
 
+    def clips(self, student: Backbone) -> bool:
+        return self.high.clips(student)
+
     def check(self, student: Backbone) -> None:
+        if self.high.clips(student) != self.low.clips(student):
+            raise ConfigError(
+                "One of the experts predicts the data (backbone.predicts=x), the other does not: teach by two alike."
+            )
         for expert in (self.high, self.low):
             expert.check(student)

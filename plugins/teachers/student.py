@@ -12,7 +12,7 @@ from flowanchor.conditioning import NoCondition
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval, VelocityField
 from flowanchor.jumps.guidance import Guidance
-from flowanchor.velocity import as_velocity
+from flowanchor.velocity import as_velocity, reached
 
 
 class SelfVelocity(VelocityField):
@@ -43,6 +43,8 @@ class SelfVelocity(VelocityField):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
+        if self.clips(student):  # what such a network can answer, as its own answers below are
+            flow = like(reached(t), flow) * flow
         if self.guidance_scale == 1 and not self.mix:
             return flow
         if cond is None:
@@ -60,6 +62,9 @@ class SelfVelocity(VelocityField):
         dropped = student.conditioning.is_null(cond)
         inside = (t >= self.guidance_low) & (t <= self.guidance_high) & ~dropped
         return torch.where(like(inside, flow), guided, flow)
+
+    def clips(self, student: Backbone) -> bool:
+        return student.predicts == "x"
 
     def check(self, student: Backbone) -> None:
         """Raise `ConfigError` where the student's null class is never trained."""

@@ -69,6 +69,7 @@ class Backbone(StagedWeights, ABC):
     size_steps: tuple[int, int] = (1, 1)  # of which height and width of such a size must be multiples
     conditioning: Conditioning  # what it is conditioned on beside the time; `NoCondition` unless a constructor sets it
     takes_end_time: bool = False  # whether `r` has an embedder of its own
+    predicts: Literal["v", "x"] = "v"  # "x": its head turns data into velocities (flowanchor.velocity.from_data)
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
 
     def __init__(self) -> None:
@@ -354,6 +355,10 @@ class VelocityField(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:
         """x_t [B, *], t [B], condition, `flow = x1 - x0` [B, *] -> target velocity [B, *], without gradient."""
+
+    def clips(self, student: Backbone) -> bool:
+        """Whether its velocities are clipped as those of a network that predicts the data (`Backbone.predicts`)."""
+        return False
 
     def at_times(self, t: Tensor | None) -> Hashable:
         """As `Backbone.at_times`: `t` [B] are the times that it is then asked about."""

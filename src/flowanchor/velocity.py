@@ -1,4 +1,4 @@
-"""What a network may answer: one velocity per sample, of the sample's own shape."""
+"""What a network may answer: one velocity per sample, of the sample's own shape, or the data that it stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
+from flowanchor.interfaces import StageContext
+
+# Of networks that predict the data (JiT, arXiv 2511.13720): the least of `1 - t` that is divided by.
+CLIP = 0.05
 
 
 def as_velocity(answer: Any, x: Tensor, source: object) -> Tensor:
@@ -24,3 +29,27 @@ def as_velocity(answer: Any, x: Tensor, source: object) -> Tensor:
         f"{type(source).__name__} returned {found} for samples of shape {tuple(x.shape)}: let its last layer (a "
         "Backbone's head) return floating-point numbers of the samples' own shape."
     )
+
+
+def clipped(t: Tensor) -> Tensor:
+    """Times [B] -> `clip(1 - t, 0.05, 1)` [B]; a time beyond 1 means 2 - t, as the expanded interval tells it."""
+    return (1 - t).abs().clamp(min=CLIP)  # never above 1, where a clamp's derivative would be lost at t = 0
+
+
+def with_sample(context: StageContext, x: Tensor, t: Tensor) -> StageContext:
+    """The context of a network that predicts the data, with what `from_data` needs: x_t [B, *] and t [B]."""
+    return StageContext((*context.carried, x, t), context.fixed)
+
+
+def from_data(data: Tensor, context: StageContext) -> Tensor:
+    """Predicted data [B, *] -> the velocity `(data - x_t) / clip(1 - t, 0.05, 1)` [B, *], at the end of a head."""
+    *_, x, t = context.carried
+    return (data - x) / like(clipped(t), x)
+
+
+def reached(t: Tensor) -> Tensor:
+    """Times [B] -> the share [B] of a velocity that a network which predicts the data can answer.
+
+    `(1 - t) / clip(1 - t, 0.05, 1)`: for a velocity v the data is `x_t + (1 - t) v`. 1 up to t = 0.95, 0 at 1.
+    """
+    return (1 - t).abs() / clipped(t)

@@ -155,7 +155,7 @@ def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str],
 
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
     """
-    weights, source = weights_at(path, ema)
+    weights, source = weights_at(path, ema, backbone.predicts)
     load_weights(backbone, weights, source, _may_lack(backbone))
 
 
