@@ -21,6 +21,7 @@ from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.intervals.plain import PlainInterval
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
 from flowanchor.plugins.samplers.flow import ADAPTIVE_SOLVERS, FIXED_SOLVERS, FlowSampler
+from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
 
 
 class Decay(Backbone):
@@ -69,6 +70,36 @@ def test_heun_is_second_order_and_euler_first():
 
     assert 1.8 < error("euler", 20) / error("euler", 40) < 2.2
     assert error("heun", 40) < error("euler", 40) / 5
+
+
+@pytest.mark.parametrize(
+    ("sampler", "times"),
+    [
+        (MeanFlowSampler(4), [0, 0.25, 0.5, 0.75, 1]),
+        (MeanFlowSampler(4, timestep_shift=0.2), [0, 1 / 16, 1 / 6, 3 / 8, 1]),
+        (MeanFlowSampler(2, timestep_shift=0.2).with_nfe(4), [0, 1 / 16, 1 / 6, 3 / 8, 1]),
+        (MeanFlowSampler(times=[0.1, 0.4]), [0.1, 0.4, 1]),
+        (MeanFlowSampler(times=[0.0, 0.4]).with_nfe(2), [0, 0.4, 1]),
+    ],
+)
+def test_averages_go_from_each_time_of_the_grid_to_the_next(sampler, times):
+    class Averages(Decay):
+        takes_end_time = True
+
+        def embed(self, x, t, cond, r=None):
+            self.told.append((float(t[0]), float(r[0])))
+            return x * self.scale, StageContext((t, r))
+
+        def head(self, tokens, context):
+            span = (context.carried[1] - context.carried[0]).view(-1, 1, 1, 1)
+            return tokens * (torch.exp(-span) - 1) / span
+
+    network, noise = Averages(), torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    drawn = sampler.sample(network, noise, None, AuxiliaryInterval())
+    assert network.told == [pytest.approx(pair) for pair in zip(times[:-1], times[1:], strict=True)]
+    assert sampler.nfe == sampler.network_calls == len(network.told)
+    torch.testing.assert_close(drawn, noise * math.exp(times[0] - 1))
+    assert sampler.told().startswith(f"meanflow, times {times[0]:.4g} {times[1]:.4g}")
 
 
 def test_an_odd_number_of_evaluations_ends_with_a_step_of_eulers():
