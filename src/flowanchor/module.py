@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flowanchor.base.noise import share_of_noise
 from flowanchor.base.rank_zero import rank_zero_info
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.description import named_classes
@@ -25,7 +26,7 @@ from flowanchor.graphs.possible import check_choice, why_not
 from flowanchor.graphs.steps import GraphedSteps
 from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
 from flowanchor.jvp.chain import Chain
-from flowanchor.jvp.compatibility import check, is_low
+from flowanchor.jvp.compatibility import check, is_low, said_of_products
 from flowanchor.jvp.compiled import compile_blocks
 from flowanchor.jvp.full import Full
 from flowanchor.jvp.stages import is_sharded
@@ -190,6 +191,9 @@ class FlowModule(pl.LightningModule):
             raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
         if self.cuda_graph == "auto" and reason is not None and on_cuda:
             rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
+        products = said_of_products(self.trainer.strategy.root_device.type, self.trainer.precision)
+        if products is not None:
+            rank_zero_info(products)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -228,13 +232,16 @@ class FlowModule(pl.LightningModule):
         size, rank = x1.shape[0], self.global_rank
         mine = slice(rank * size, (rank + 1) * size)
         torch.manual_seed(int(seeds[0]))
-        noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:], device=x1.device)[mine].to(x1.dtype)
+        if x1.device.type == "cpu":  # drawn jointly, as golden curves and resumed runs have it; the host has memory
+            noise = torch.randn(self.trainer.world_size * size, *x1.shape[1:])[mine]
+        else:
+            noise = share_of_noise((self.seed, stream, step), rank * size, size, x1.shape[1:], x1.device)
         with _float32_at_least():
             drawn = self.objective.draw(self.trainer.world_size * size, torch.device("cpu"))
         torch.manual_seed(int(seeds[1]) + rank)
         t, end = (None if value is None else value[mine] for value in drawn)
         assert t is not None
-        return noise, Times(_sent(t, x1.device), None if end is None else _sent(end, x1.device)), t
+        return noise.to(x1.dtype), Times(_sent(t, x1.device), None if end is None else _sent(end, x1.device)), t
 
     @contextmanager
     def _told(self, t: Tensor) -> Iterator[Hashable]:
