@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowanchor.plugins.backbones.end_time import GATE
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 _SIZES = {
@@ -43,6 +44,9 @@ class SiT(LightningDiT):
         learn_sigma: bool = True,
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
+        end_time: str | None = None,
+        end_time_split: float | None = None,
+        end_time_gate: float = GATE,
     ) -> None:
         super().__init__(
             input_size,
@@ -57,4 +61,7 @@ class SiT(LightningDiT):
             learn_sigma=learn_sigma,
             auxiliary_time_cond=auxiliary_time_cond,
             disable_label_dropout=disable_label_dropout,
+            end_time=end_time,
+            end_time_split=end_time_split,
+            end_time_gate=end_time_gate,
         )
