@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowanchor.errors import ConfigError
 
@@ -68,11 +68,17 @@ class EndTime:
         return at_t + at_r if self.way == "auxiliary" else at_t + self.gate * (at_r - at_t)
 
 
+def copy_values(of: nn.Module, into: nn.Module) -> None:
+    """The parameters of one embedder into another. Not by a state dict, which a sharding unit replaces."""
+    for target, value in zip(into.parameters(), of.parameters(), strict=True):
+        target.data.copy_(value.data)
+
+
 def _first(split: float | None, depth: int) -> int:
     """How many of the blocks are conditioned on t: one of them at least."""
     if split is None or 0 < split < 1:
         return max(1, round((SHARE if split is None else split) * depth))
-    if split != int(split) or not 1 <= split <= depth:
+    if not 1 <= split <= depth or split != int(split):
         raise ConfigError(
             f"backbone.end_time_split={split} is how many of the {depth} blocks, or which share of them, are "
             "conditioned on t: use for example 0.7, or null for 5/7."

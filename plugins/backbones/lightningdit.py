@@ -12,7 +12,7 @@ from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 
-from .end_time import GATE, EndTime, required
+from .end_time import GATE, EndTime, copy_values, required
 from .lightningdit_layers import (
     Block,
     FinalLayer,
@@ -213,7 +213,7 @@ class LightningDiT(Backbone):
         for layer in self.t_embedder.layers:
             nn.init.normal_(layer.weight, std=0.02)
         if self.r_embedder is not None and self.end_time == "gated":
-            self.r_embedder.load_state_dict(self.t_embedder.state_dict())
+            copy_values(self.t_embedder, into=self.r_embedder)
         elif self.r_embedder is not None:
             first, last = self.r_embedder.layers
             nn.init.normal_(first.weight, std=0.02)

@@ -29,7 +29,7 @@ from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.smoothing import smoothed
-from flowanchor.plugins.backbones.end_time import GATE, EndTime, required
+from flowanchor.plugins.backbones.end_time import GATE, EndTime, copy_values, required
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 from flowanchor.text.base import Tokens
 
@@ -293,7 +293,7 @@ class Wan(Backbone):
                     nn.init.normal_(layers.linear_1.weight, std=0.02)
                     nn.init.normal_(layers.linear_2.weight, std=0.02)
             if self.r_embedder is not None and self.end_time == "gated":
-                self.r_embedder.load_state_dict(embedder.time_embedder.state_dict())
+                copy_values(embedder.time_embedder, into=self.r_embedder)
             elif self.r_embedder is not None:
                 nn.init.zeros_(self.r_embedder.linear_2.weight)
             _draw_table(self.scale_shift_table)

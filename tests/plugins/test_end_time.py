@@ -10,7 +10,7 @@ from torch import nn
 
 from flowanchor.checkpoints import initialise_student
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Question
+from flowanchor.interfaces import Backbone, Batch, Question, VelocityField
 from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, compiled_forms
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.end_time import EndTime
@@ -18,9 +18,18 @@ from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
+from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
+from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.auxiliary import AuxiliaryInterval
 from flowanchor.plugins.objectives.intervals.end_time import EndTimeInterval
-from flowanchor.testing import check_backbone
+from flowanchor.plugins.objectives.shortcuts.alpha_flow import AlphaFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShortcut
+from flowanchor.plugins.objectives.shortcuts.imf import ImprovedMeanFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
+from flowanchor.plugins.objectives.shortcuts.scm import SCMShortcut
+from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
+from flowanchor.testing import check_backbone, check_objective
 from flowanchor.text.base import Tokens
 
 SQUARE = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 3}
@@ -236,3 +245,76 @@ def test_adapters_keep_the_copy_trained(tmp_path):
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert {name for name in student.state_dict() if "r_embedder." in name} < trained
     assert not {name for name in student.borrowed() if "r_embedder." in name}
+
+
+class Frozen(VelocityField):
+    """The velocity of a teacher that knows no end."""
+
+    def __init__(self, teacher: Backbone) -> None:
+        super().__init__()
+        self.teacher = [teacher]
+
+    @torch.no_grad()
+    def forward(self, x, t, cond, flow, student, interval):
+        return self.teacher[0].predict(x, t, cond)
+
+
+SHORTCUTS = {
+    "consistency": ConsistencyShortcut, "meanflow": MeanFlowShortcut, "imf": ImprovedMeanFlowShortcut,
+    "alpha_flow": lambda: AlphaFlowShortcut(start=0, end=3, run_steps=None), "scm": lambda: SCMShortcut(4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_every_shortcut_learns_beside_an_anchor(name, way, tmp_path):
+    """The anchor is without a fault at the start, and the shortcut's loss is that of any exact engine."""
+    teacher, student = filled("sit").double(), filled("sit", 1, end_time=way).double()
+    initialise_student(student, saved(teacher, tmp_path))
+    goal = ComposedObjective(EndTimeInterval(way), Uniform(), FlowMatchingAnchor(), SHORTCUTS[name]())
+    goal.check(student)
+    goal.at_step(2)
+    x1 = torch.randn(4, *student.sample_shape).double()
+    noise, times = torch.randn(x1.shape).double(), [None if d is None else d.double() for d in goal.draw(4)]
+    losses = []
+    for engine in (Full(), Chain()):
+        student.zero_grad()
+        result = goal(student, Batch(x1, torch.tensor([0, 1, 2, 0])), Frozen(teacher), engine, noise, *times)
+        result.loss.backward()
+        losses.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        assert abs(result.terms["anchor"]) < 1e-12 and result.terms["shortcut"].isfinite()
+    assert losses[0].norm() > 0 and (losses[1] - losses[0]).norm() <= 1e-9 * losses[0].norm()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_without_a_jump_find_nothing_to_learn_at_first(way, tmp_path):
+    teacher, student = filled("lightningdit"), filled("lightningdit", 1, end_time=way)
+    initialise_student(student, saved(teacher, tmp_path))
+    x1, cond = torch.randn(4, *student.sample_shape), torch.tensor([0, 1, 2, 0])
+    for share, still in ((1.0, True), (0.0, False)):
+        goal = ComposedObjective(EndTimeInterval(way), Uniform(), shortcut=MeanFlowShortcut(share))
+        loss = goal(student, Batch(x1, cond), Frozen(teacher), Chain()).loss
+        assert loss < 1e-7 if still else loss > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("network", "way"), [("lightningdit", "decoupled"), pytest.param("wan", "gated", marks=pytest.mark.slow)]
+)
+def test_a_step_can_be_captured(network, way):
+    goal = ComposedObjective(EndTimeInterval(way), Uniform(), FlowMatchingAnchor(), MeanFlowShortcut(0.5))
+    if network == "lightningdit":
+        check_objective(goal)
+    else:
+        student = filled(network, end_time=way)
+        batch = Batch(torch.randn(2, *student.sample_shape), Tokens(torch.randn(2, 4, 6)))
+        check_objective(goal, student, batch=batch)
+
+
+@torch.no_grad()
+def test_a_sampler_asks_for_the_end_of_each_step():
+    network = filled("sit", end_time="decoupled")
+    x, _, cond, _ = asked(network)
+    drawn = MeanFlowSampler(steps=2).sample(network, x, cond, EndTimeInterval("decoupled"))
+    zero, half, one = (torch.full((3,), time) for time in (0.0, 0.5, 1.0))
+    middle = x + 0.5 * network.predict(x, zero, cond, half)
+    torch.testing.assert_close(drawn.float(), middle + 0.5 * network.predict(middle, half, cond, one))
