@@ -86,6 +86,16 @@ ROWS = (
         ("objective=alpha_flow", "objective.shortcut.end=0.5", UNWEIGHTED, *R_EMBEDDER),
         3,
     ),
+    Row(
+        "MeanFlow, decoupled",
+        ("objective=meanflow", "objective/interval=decoupled", "objective.shortcut.share=0.5", UNWEIGHTED),
+        2,
+    ),
+    Row(
+        "MeanFlow, gated",
+        ("objective=meanflow", "objective/interval=gated", "objective.shortcut.share=0.5", UNWEIGHTED),
+        2,
+    ),
 )
 
 

@@ -23,11 +23,17 @@ class DiT(SiT):
         """x [B, C, H, W], t [B] in [0, 2], labels [B], r [B] -> tokens [B, N, D] and the context (c, x, physical t)."""
         physical = 1 - (1 - t).abs()
         scale = like(unit_scale(physical), x).to(x.dtype)
-        level = noise_level(physical) * (1 - 2 * (t > 1).to(t.dtype))
-        tokens, context = super().embed(x * scale, level, cond, r)
+        if r is not None and self.end_time != "auxiliary":  # whose embedder is its own; these share the one of levels
+            r = _level(r)
+        tokens, context = super().embed(x * scale, _level(t), cond, r)
         return tokens, StageContext((*context.carried, x, physical), context.fixed)
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """Tokens [B, N, D] -> velocity [B, C, H, W]."""
-        _, x, physical = context.carried
+        *_, x, physical = context.carried
         return velocity(x, physical, super().head(tokens, context))
+
+
+def _level(t: Tensor) -> Tensor:
+    """What the trunk is told at times t [B] in [0, 2]."""
+    return noise_level(1 - (1 - t).abs()) * (1 - 2 * (t > 1).to(t.dtype))

@@ -13,6 +13,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.velocity import from_data, with_sample
 
+from .end_time import GATE, EndTime, copy_values, required
 from .lightningdit_layers import (
     Block,
     FinalLayer,
@@ -52,9 +53,12 @@ class LightningDiT(Backbone):
         use_qknorm, use_swiglu, use_rope, use_rmsnorm: the released switches (off: DiT's layers).
         wo_shift: adaLN without shifts.
         learn_sigma: twice the output channels, the second half of which is dropped (released checkpoints of DiT, SiT).
-        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation; the same as `end_time=auxiliary`.
         disable_label_dropout: keep the null class but drop no label.
         pixel_norm: normalise the blocks' shifts and scales over the channels, as sCM does against collapse.
+        end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (see `end_time.py`); None: not at all.
+        end_time_split: of `decoupled`: how many blocks, or which share of them, are conditioned on `t`; None: 5/7.
+        end_time_gate: of `gated`: the weight of what `r` says.
         predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
     """
 
@@ -81,6 +85,9 @@ class LightningDiT(Backbone):
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
         pixel_norm: bool = False,
+        end_time: str | None = None,
+        end_time_split: float | None = None,
+        end_time_gate: float = GATE,
         predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__()
@@ -101,21 +108,33 @@ class LightningDiT(Backbone):
         null = class_dropout_prob > 0
         if num_classes:
             self.conditioning = Classes(num_classes, null, 0.0 if disable_label_dropout else class_dropout_prob)
-        self.takes_end_time = auxiliary_time_cond
+        self.told_end = EndTime.of(end_time, end_time_split, end_time_gate, depth, auxiliary_time_cond)
+        self.end_time, self.takes_end_time = self.told_end.way, self.told_end.way is not None
+        late = int(self.end_time == "decoupled")  # which of the carried conditions the later part reads
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedding(hidden_size)
-        self.r_embedder = TimeEmbedding(hidden_size) if auxiliary_time_cond else None
+        self.r_embedder = TimeEmbedding(hidden_size) if self.told_end.needs_embedder else None
         rows = num_classes + int(null)
         self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
         self.feat_rope = RotaryPositions(hidden_size // num_heads, self.side) if use_rope else None
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift, pixel_norm)
-            for _ in range(depth)
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio,
+                use_qknorm,
+                use_swiglu,
+                use_rmsnorm,
+                wo_shift,
+                pixel_norm,
+                late if index >= self.told_end.first else 0,
+            )
+            for index in range(depth)
         )
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm, late)
         self.initialise()
 
     @classmethod
@@ -129,20 +148,19 @@ class LightningDiT(Backbone):
     # ----------------------------------------------------------------------------------------------------- stages
 
     def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
-        """x [B, C, H, W], t [B], labels [B], r [B] -> tokens [B, N, D] and the context (c [B, D]; rotary tables)."""
+        """x [B, C, H, W], t [B], labels [B], r [B] -> tokens [B, N, D] and the context: the condition c [B, D], and a
+        second one for the later blocks where those are decoupled; rotary tables."""
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t)
+        conditions = [self.t_embedder(t)]
         if self.r_embedder is not None:
-            if r is None:
-                raise ConfigError(
-                    f"This {type(self).__name__} embeds a second time: pass r (r = t asks for the instantaneous "
-                    "velocity)."
-                )
-            c = c + self.r_embedder(r)
+            conditions = [self.told_end.embedded(conditions[0], self.r_embedder(required(r, self)))]
+        elif self.end_time == "decoupled":
+            conditions.append(self.t_embedder(required(r, self)))
         if self.y_embedder is not None:
-            c = c + self.y_embedder(self._labels(cond, x))
+            labels = self.y_embedder(self._labels(cond, x))
+            conditions = [c + labels for c in conditions]
         fixed = () if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
-        context = StageContext(carried=(c,), fixed=fixed)
+        context = StageContext(carried=tuple(conditions), fixed=fixed)
         return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
@@ -157,6 +175,11 @@ class LightningDiT(Backbone):
         """Embedders of times, and every modulation."""
         times = [embedder for embedder in (self.t_embedder, self.r_embedder) if embedder is not None]
         return [*times, *(module for module in self.modules() if isinstance(module, Modulation))]
+
+    def copies(self) -> dict[str, str]:
+        """The embedder of the end, gated, starts as that of the time."""
+        names = [name for name in self.state_dict() if name.startswith("r_embedder.") and self.end_time == "gated"]
+        return {name: name.replace("r_embedder.", "t_embedder.", 1) for name in names}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None, r: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], t [B], labels y [B], r [B] -> velocity [B, C, H, W]; drops labels in training mode."""
@@ -199,7 +222,9 @@ class LightningDiT(Backbone):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.layers:
             nn.init.normal_(layer.weight, std=0.02)
-        if self.r_embedder is not None:
+        if self.r_embedder is not None and self.end_time == "gated":
+            copy_values(self.t_embedder, into=self.r_embedder)
+        elif self.r_embedder is not None:
             first, last = self.r_embedder.layers
             nn.init.normal_(first.weight, std=0.02)
             nn.init.zeros_(last.weight)

@@ -187,7 +187,10 @@ class Modulation(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the condition (adaLN, arXiv 2212.09748)."""
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN, arXiv 2212.09748).
+
+    `reads`: which of the carried conditions.
+    """
 
     def __init__(
         self,
@@ -199,8 +202,10 @@ class Block(nn.Module):
         use_rmsnorm: bool,
         wo_shift: bool,
         pixel_norm: bool = False,
+        reads: int = 0,
     ) -> None:
         super().__init__()
+        self.reads = reads
         hidden = int(hidden_size * mlp_ratio)
         self.wo_shift, self.pixel_norm = wo_shift, pixel_norm
         self.norm1 = make_norm(hidden_size, use_rmsnorm)
@@ -210,7 +215,7 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(hidden_size, 4 if wo_shift else 6)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
-        modulation = self.adaLN_modulation(context.carried[0])
+        modulation = self.adaLN_modulation(context.carried[self.reads])
         shift1: Tensor | None = None
         shift2: Tensor | None = None
         if self.wo_shift:
@@ -226,16 +231,17 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to patches: [B, N, D] -> [B, N, p p C]."""
+    """Modulated norm and projection to patches: [B, N, D] -> [B, N, p p C]; `reads` as in `Block`."""
 
-    def __init__(self, hidden_size: int, out_features: int, use_rmsnorm: bool) -> None:
+    def __init__(self, hidden_size: int, out_features: int, use_rmsnorm: bool, reads: int = 0) -> None:
         super().__init__()
+        self.reads = reads
         self.norm_final = make_norm(hidden_size, use_rmsnorm)
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = Modulation(hidden_size, 2)
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:
-        shift, scale = self.adaLN_modulation(context.carried[0]).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(context.carried[self.reads]).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from flowanchor.plugins.backbones.end_time import GATE
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 
 _SIZES = {
@@ -46,6 +47,9 @@ class SiT(LightningDiT):
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
         predicts: Literal["v", "x"] = "v",
+        end_time: str | None = None,
+        end_time_split: float | None = None,
+        end_time_gate: float = GATE,
     ) -> None:
         super().__init__(
             input_size,
@@ -61,4 +65,7 @@ class SiT(LightningDiT):
             auxiliary_time_cond=auxiliary_time_cond,
             disable_label_dropout=disable_label_dropout,
             predicts=predicts,
+            end_time=end_time,
+            end_time_split=end_time_split,
+            end_time_gate=end_time_gate,
         )

@@ -29,6 +29,7 @@ from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.smoothing import smoothed
+from flowanchor.plugins.backbones.end_time import GATE, EndTime, copy_values, required
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 from flowanchor.text.base import Tokens
 from flowanchor.velocity import from_data, with_sample
@@ -60,12 +61,15 @@ class Wan(Backbone):
         patch_size, cross_attn_norm, qk_norm, eps, rope_max_seq_len: as in diffusers.
         text_len: tokens of the text after padding with zeros; the padding is not masked, as released.
         condition_dropout: share of prompts that training replaces by the negative prompt.
-        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
+        auxiliary_time_cond: a second time embedder for `r`, zero at initialisation; the same as `end_time=auxiliary`.
         tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
             averaged; 0: the exact one. An embedding of 1,000 timesteps turns within a step of 0.001 of t, and a
             shortcut that learns from the derivative of that feeds on itself (docs/wan.md).
         predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
         lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
+        end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (see `end_time.py`); None: not at all.
+        end_time_split: of `decoupled`: how many blocks, or which share of them, are conditioned on `t`; None: 5/7.
+        end_time_gate: of `gated`: the weight of what `r` says.
 
     Raises `ConfigError` for sizes that do not fit together.
     """
@@ -96,6 +100,9 @@ class Wan(Backbone):
         tangent_smoothing: float = 0.0,
         lora: Mapping[str, Any] | None = None,
         predicts: Literal["v", "x"] = "v",
+        end_time: str | None = None,
+        end_time_split: float | None = None,
+        end_time_gate: float = GATE,
     ) -> None:
         super().__init__()
         if predicts not in ("v", "x"):
@@ -105,7 +112,6 @@ class Wan(Backbone):
         self.text_len, self.text_dim = text_len, text_dim
         self.conditioning = Text(Tokens(torch.zeros(1, text_dim)), {"tokens": text_len}, condition_dropout)
         self.size_steps = self.patch_size[1:]
-        self.takes_end_time = auxiliary_time_cond
         self.tangent_smoothing = float(tangent_smoothing)
         self.sample_shape = (in_channels, frames, height, width)
         _check_sizes(self.sample_shape, self.patch_size, attention_head_dim, num_layers, condition_dropout)
@@ -114,6 +120,8 @@ class Wan(Backbone):
                 f"backbone.tangent_smoothing={tangent_smoothing} is a width in time, a small part of 1: use for "
                 "example 0.01, or 0 for exact tangents."
             )
+        self.told_end = EndTime.of(end_time, end_time_split, end_time_gate, num_layers, auxiliary_time_cond)
+        self.end_time, self.takes_end_time = self.told_end.way, self.told_end.way is not None
         # What a stock network of the same weights is built with (`transformer`).
         self.settings = {
             "patch_size": self.patch_size, "num_attention_heads": num_attention_heads,
@@ -126,10 +134,12 @@ class Wan(Backbone):
         self.rope = WanRotaryPosEmbed(attention_head_dim, self.patch_size, rope_max_seq_len)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, 6 * dim, text_dim)
-        self.r_embedder = TimestepEmbedding(freq_dim, dim) if auxiliary_time_cond else None
+        self.r_embedder = TimestepEmbedding(freq_dim, dim) if self.told_end.needs_embedder else None
         self.blocks = nn.ModuleList(
             WanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
         )
+        for block in self.blocks[self.told_end.first :]:
+            cast(WanBlock, block).reads = 2
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, in_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
@@ -162,8 +172,8 @@ class Wan(Backbone):
     def embed(self, x: Tensor, t: Tensor, cond: Tokens | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, F, h, w], t [B], text [B, L, text_dim], r [B] -> tokens [B, N, D] and the context.
 
-        Context: what the time adds to the head [B, D] and to every block [B, 6, D]; text [B, text_len, D], rotary
-        tables, tokens per axis.
+        Context: what the time adds to the head [B, D] and to every block [B, 6, D], and to the later blocks where those
+        are decoupled; text [B, text_len, D], rotary tables, tokens per axis.
         """
         if x.ndim != 5:
             raise ConfigError(
@@ -178,10 +188,13 @@ class Wan(Backbone):
         with _exact(x):
             tokens = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
             added = self._time(t, r)
+            late = self._embedded(required(r, self)) if self.end_time == "decoupled" else None
             text = self.condition_embedder.text_embedder(self._padded(cond, x))
             cos, sin = self.rope(x)
-        modulation = self._modulation(added)
-        context = StageContext(carried=(added, modulation), fixed=(text, cos, sin, grid))
+        carried: tuple[Tensor, ...] = (added, self._modulation(added))
+        if late is not None:
+            carried = (late, carried[1], self._modulation(late))
+        context = StageContext(carried=carried, fixed=(text, cos, sin, grid))
         return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext, table: Tensor | None = None) -> Tensor:
@@ -210,6 +223,11 @@ class Wan(Backbone):
         """The modulation tables of the blocks: 6 values per channel, which stay in float32."""
         return [cast(WanBlock, block).scale_shift_table for block in self.blocks]
 
+    def copies(self) -> dict[str, str]:
+        """The embedder of the end, gated, starts as that of the time."""
+        names = [name for name in self.state_dict() if name.startswith("r_embedder.") and self.end_time == "gated"]
+        return {name: name.replace("r_embedder.", "condition_embedder.time_embedder.", 1) for name in names}
+
     def borrowed(self) -> set[str]:
         """With adapters: everything that they stand beside."""
         if not self.adapted:
@@ -218,14 +236,16 @@ class Wan(Backbone):
 
     def _time(self, t: Tensor, r: Tensor | None) -> Tensor:
         """[B, D], float32 or better whatever autocast says."""
-        embedder = self.condition_embedder
+        added = self._embedded(t)
+        if self.r_embedder is None:
+            return added
         with torch.autocast(t.device.type, enabled=False):
-            added = embedder.time_embedder(self._waves(t))
-            if self.r_embedder is None:
-                return added
-            if r is None:
-                raise ConfigError("This Wan embeds a second time: pass r (r = t asks for the instantaneous velocity).")
-            return added + self.r_embedder(self._waves(r))
+            return self.told_end.embedded(added, self.r_embedder(self._waves(required(r, self))))
+
+    def _embedded(self, t: Tensor) -> Tensor:
+        """What the embedder of times says of one, [B] -> [B, D]."""
+        with torch.autocast(t.device.type, enabled=False):
+            return cast(Tensor, self.condition_embedder.time_embedder(self._waves(t)))
 
     def _modulation(self, added: Tensor) -> Tensor:
         """[B, D] -> [B, 6, D]."""
@@ -280,7 +300,9 @@ class Wan(Backbone):
                 if layers is not None:
                     nn.init.normal_(layers.linear_1.weight, std=0.02)
                     nn.init.normal_(layers.linear_2.weight, std=0.02)
-            if self.r_embedder is not None:
+            if self.r_embedder is not None and self.end_time == "gated":
+                copy_values(embedder.time_embedder, into=self.r_embedder)
+            elif self.r_embedder is not None:
                 nn.init.zeros_(self.r_embedder.linear_2.weight)
             _draw_table(self.scale_shift_table)
         elif index > len(self.blocks):
@@ -290,11 +312,13 @@ class Wan(Backbone):
 class WanBlock(WanTransformerBlock):
     """diffusers' block (self-attention, cross-attention to the text, feed-forward) as a stage."""
 
+    reads = 1  # which of the carried tensors modulates it
+
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:  # type: ignore[override]
         """Tokens [B, N, D] -> tokens [B, N, D]."""
         text, cos, sin = context.fixed[:3]
         with _exact(tokens):
-            return super().forward(tokens, text, context.carried[1], cast(Tensor, (cos, sin)))
+            return super().forward(tokens, text, context.carried[self.reads], cast(Tensor, (cos, sin)))
 
 
 class _KeepDouble(TorchFunctionMode):

@@ -45,7 +45,7 @@ class WanExperts(Backbone):
         self.sample_shape, self.patch_size = self.high.sample_shape, self.high.patch_size
         self.size_steps = self.high.size_steps
         self.conditioning = self.low.conditioning = self.high.conditioning  # they are asked alike
-        self.takes_end_time = self.high.takes_end_time
+        self.takes_end_time, self.end_time = self.high.takes_end_time, self.high.end_time
         self.tangent_smoothing, self.predicts = self.high.tangent_smoothing, self.high.predicts
         self.initialise()
 
@@ -94,6 +94,10 @@ class WanExperts(Backbone):
 
     def whole_parameters(self) -> list[nn.Parameter]:
         return [*self.high.whole_parameters(), *self.low.whole_parameters()]
+
+    def copies(self) -> dict[str, str]:
+        experts = (("high", self.high), ("low", self.low))
+        return {f"{part}.{name}": f"{part}.{of}" for part, expert in experts for name, of in expert.copies().items()}
 
     def borrowed(self) -> set[str]:
         experts = (("high", self.high), ("low", self.low))

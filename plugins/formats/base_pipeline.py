@@ -17,13 +17,15 @@ from flowanchor.errors import CheckpointError
 INDEX = "model_index.json"
 SCHEDULER = ["flowanchor_scheduler", "FlowAnchorScheduler"]  # file and class of ours, as the index names them
 VAE = "AutoencoderKLWan"
+MARK = {"_exported_by": "flowanchor"}  # in an index without a part of ours; diffusers skips it
 
 
 def is_exported(path: Path) -> bool:
     """Whether a folder is a pipeline that was exported here."""
     try:
-        return bool(read_json(path / INDEX).get("scheduler") == SCHEDULER)
-    except (OSError, CheckpointError, AttributeError):
+        index = read_json(path / INDEX)
+        return bool(index.get("scheduler") == SCHEDULER or MARK.items() <= index.items())
+    except (OSError, CheckpointError, AttributeError, TypeError):
         return False
 
 

@@ -19,8 +19,11 @@ from flowanchor.plugins.formats.wan_weights import CONFIG, WanWeights
 from flowanchor.weights import Joined
 
 DIFFUSERS, RELEASED = "WanTransformer3DModel", "WanModel"
+ANYFLOW = "AnyFlowTransformer3DModel"  # diffusers', a Wan that is told the end of an average too
+KINDS = (DIFFUSERS, RELEASED, ANYFLOW)
 PARTS = ("transformer", "transformer_2")  # of a diffusers pipeline; the release: the two folders below
 EXPERTS = ("high_noise_model", "low_noise_model")
+INTERVALS = "flowanchor.plugins.objectives.intervals"
 BOUNDARY = 0.875  # noise level, of the released text-to-video network
 
 # Names in the release's config, and in ours.
@@ -56,10 +59,10 @@ class WanFolder(Format):
 
     def recognises(self, path: Path) -> bool:
         """Whether a folder says that it holds a network of Wan, or a pipeline with one."""
-        return path.is_dir() and (_class_name(path) in (DIFFUSERS, RELEASED) or bool(_parts(path)))
+        return path.is_dir() and (_class_name(path) in KINDS or bool(_parts(path)))
 
     def read(self, path: Path, choices: Choices) -> DescribedWeights:
-        """As a flow model; two experts are one network.
+        """As a flow model, or the student that an AnyFlow is; two experts are one network.
 
         Raises `CheckpointError` for experts of different sizes, files that are missing, networks that are not
         text-to-video (or image).
@@ -110,9 +113,12 @@ def _described(folder: Path) -> DescribedWeights:
         target, named = "flowanchor.plugins.backbones.wan_experts.WanExperts", ["high.", "low."]
         first["boundary"] = _boundary(folder)
     weights = {name: WanWeights(place) for name, place in zip(named, places, strict=True)}
-    interval = {"_target_": "flowanchor.plugins.objectives.intervals.plain.PlainInterval"}
-    config = {"backbone": {"_target_": target, **first}, "objective": {"interval": interval}}
+    interval: dict[str, Any] = {"_target_": f"{INTERVALS}.plain.PlainInterval"}
+    config: dict[str, Any] = {"backbone": {"_target_": target, **first}, "objective": {"interval": interval}}
     meta = {"format": FORMAT, "config": config, "kind": "flow", "step": 0}
+    if first.get("end_time"):
+        meta["kind"], config["sampler"] = "shortcut", _sampler(folder)
+        interval |= {"_target_": f"{INTERVALS}.end_time.EndTimeInterval", "end_time": first["end_time"]}
     return DescribedWeights(folder, weights[""] if "" in weights else Joined(weights), meta)
 
 
@@ -134,6 +140,8 @@ def _arguments(folder: Path, config: Any) -> dict[str, Any]:
         channels = config.get("out_dim", config["in_dim"])
     else:
         settings = {name: config[name] for name in _DIFFUSERS_SETTINGS if config.get(name) is not None}
+        if config.get("_class_name") == ANYFLOW:
+            settings |= _gated(folder, config)
         text_only = config.get("image_dim") is None and config.get("added_kv_proj_dim") is None
         channels = config.get("out_channels") or config["in_channels"]
     if not text_only or channels != settings["in_channels"]:
@@ -145,6 +153,24 @@ def _arguments(folder: Path, config: Any) -> dict[str, Any]:
     for name, usual, patch in zip(("frames", "height", "width"), (1, 60, 104), patches, strict=True):
         settings[name] = -(-usual // patch) * patch
     return settings
+
+
+def _gated(folder: Path, config: Any) -> dict[str, Any]:
+    told = config.get("deltatime_type", "r")
+    if told != "r":
+        raise CheckpointError(
+            f"{folder} is an AnyFlow that is told {told} in place of the end, r: give one with deltatime_type=r, as "
+            "released."
+        )
+    return {"end_time": "gated", "end_time_gate": float(config.get("gate_value", 0.25))}
+
+
+def _sampler(pipeline: Path) -> dict[str, Any]:
+    """Of an AnyFlow: four steps on the grid that its scheduler says."""
+    found = _entry(pipeline / "scheduler" / "scheduler_config.json", "shift")
+    shift = float(found) if isinstance(found, (int, float)) and found > 0 else 1.0
+    target = "flowanchor.plugins.samplers.meanflow.MeanFlowSampler"
+    return {"_target_": target, "steps": 4, "timestep_shift": 0.0 if shift == 1 else 1 / shift}
 
 
 def _boundary(pipeline: Path) -> float:
@@ -169,4 +195,4 @@ def _entry(file: Path, key: str) -> Any:
 
 def _parts(folder: Path) -> list[str]:
     """The networks of Wan in the folders of a pipeline or of a release with two experts."""
-    return [name for name in (*PARTS, *EXPERTS) if _class_name(folder / name) in (DIFFUSERS, RELEASED)]
+    return [name for name in (*PARTS, *EXPERTS) if _class_name(folder / name) in KINDS]

@@ -1,11 +1,11 @@
-"""A distilled Wan as a folder that stock `diffusers.WanPipeline` opens, with a scheduler that samples it."""
+"""A distilled Wan as a folder of diffusers: `WanPipeline` with a scheduler of ours, or `AnyFlowPipeline` as it is."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -22,11 +22,14 @@ from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone, Interval, Sampler
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
-from flowanchor.plugins.formats.base_pipeline import INDEX, SCHEDULER, BasePipeline
+from flowanchor.plugins.formats import anyflow_pipeline
+from flowanchor.plugins.formats.anyflow_pipeline import anyflow_transformer
+from flowanchor.plugins.formats.base_pipeline import INDEX, MARK, SCHEDULER, BasePipeline
 from flowanchor.plugins.formats.pipeline_card import pipeline_card
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.samplers.consistency import ConsistencySampler
 from flowanchor.plugins.samplers.jump_flow import JumpFlowSampler
+from flowanchor.plugins.samplers.meanflow import MeanFlowSampler
 
 NETWORK = ["diffusers", "WanTransformer3DModel"]
 
@@ -46,23 +49,39 @@ def export_pipeline(
     """
     backbone, interval = open_described(given)
     networks = _networks(backbone, given)
-    _check(given, networks[0], interval, base)
-    sampler = _sampler(given, flows=isinstance(interval, ExpandedInterval) and isinstance(backbone, Wan))
+    own = _own_sampler(given)
+    anyflow = own if networks[0].end_time == "gated" and isinstance(own, MeanFlowSampler) else None
+    jumps: ConsistencySampler | JumpFlowSampler | None = None
+    if anyflow is not None:
+        _check(given, networks, interval, base, anyflow)
+        stocks = [anyflow_transformer(networks[0], given.file)]
+    else:
+        jumps = _jumps(given, own, flows=isinstance(interval, ExpandedInterval) and isinstance(backbone, Wan))
+        _check(given, networks, interval, base, jumps)
+        stocks = [_folded(network) for network in networks]
     partial = unfinished(output)
     remove(partial)
     partial.mkdir(parents=True)
     base.place(partial, link, _statistics(given))
-    _write_scheduler(partial / "scheduler", sampler)
-    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}
-    index |= {**base.parts, "scheduler": SCHEDULER, "transformer": NETWORK, "transformer_2": [None, None]}
+    index: dict[str, Any] = {"_diffusers_version": diffusers.__version__, **base.parts}
+    if anyflow is not None:
+        anyflow_pipeline.write_scheduler(partial / "scheduler", anyflow)
+        index |= {"_class_name": "AnyFlowPipeline", **MARK, "scheduler": anyflow_pipeline.SCHEDULER}
+        index |= {"transformer": anyflow_pipeline.NETWORK}
+        card = anyflow_pipeline.anyflow_card(networks[0], anyflow)
+    else:
+        assert jumps is not None
+        _write_scheduler(partial / "scheduler", jumps)
+        index |= {"_class_name": "WanPipeline", "scheduler": SCHEDULER}
+        index |= {"transformer": NETWORK, "transformer_2": [None, None]}
+        card = pipeline_card(networks[0], jumps, SCHEDULER[0])
     if isinstance(backbone, WanExperts):
         index |= {"transformer_2": NETWORK, "boundary_ratio": backbone.boundary}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(pipeline_card(networks[0], sampler, SCHEDULER[0]), encoding="utf-8")
+    (partial / "README.md").write_text(card, encoding="utf-8")
     size = 0
-    for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
-        stock = stock_transformer(network, dtype)
-        stock.save_pretrained(partial / name)
+    for name, stock in zip(("transformer", "transformer_2"), stocks, strict=False):
+        _lowered(stock, dtype).save_pretrained(partial / name)
         size += sum(parameter.numel() for parameter in stock.parameters())
     flush(partial)
     replace(partial, output)
@@ -70,19 +89,30 @@ def export_pipeline(
 
 
 def stock_transformer(network: Wan, dtype: torch.dtype | None = None) -> Any:
-    """A stock `diffusers.WanTransformer3DModel` that answers as `network` does when its jumps go to the data.
+    """A stock `diffusers.WanTransformer3DModel` that answers as `network` does when its jumps go to the data."""
+    return _lowered(_folded(network), dtype)
 
-    An embedder of the end time r adds the same to every time embedding while r = 1: it becomes part of that bias.
-    """
+
+def _folded(network: Wan) -> Any:
+    """An embedder of the end time r says the same for every sample while r = 1: that becomes part of a bias."""
     stock = network.transformer()
-    state = stock.state_dict()
-    if network.takes_end_time:
-        embedder = stock.condition_embedder
-        weight, bias = network.r_embedder.linear_1.weight, "condition_embedder.time_embedder.linear_2.bias"
+    if network.r_embedder is not None:
+        state, embedder = stock.state_dict(), stock.condition_embedder
+        weight, last = network.r_embedder.linear_1.weight, "condition_embedder.time_embedder.linear_2"
         with torch.no_grad():
             waves = embedder.timesteps_proj(torch.zeros(1, device=weight.device)).to(weight.dtype)  # timestep of r = 1
-            state[bias] = state[bias] + network.r_embedder(waves)[0]
-    kept = set(stock._keep_in_fp32_modules or ())
+            told, gate = network.r_embedder(waves)[0], network.told_end.gate
+            if network.end_time == "gated":
+                told = gate * told
+                state |= {f"{last}.{name}": (1 - gate) * state[f"{last}.{name}"] for name in ("weight", "bias")}
+            state[f"{last}.bias"] = state[f"{last}.bias"] + told
+        stock.load_state_dict(state, assign=True)
+    return stock
+
+
+def _lowered(stock: Any, dtype: torch.dtype | None) -> Any:
+    """With weights of a lower precision, but for those that diffusers keeps in float32; None: as they are."""
+    state, kept = stock.state_dict(), set(stock._keep_in_fp32_modules or ())
     for name, tensor in state.items():
         if dtype is not None and tensor.is_floating_point() and not kept.intersection(name.split(".")):
             state[name] = tensor.to(dtype)
@@ -102,8 +132,21 @@ def _networks(backbone: Backbone, given: DescribedWeights) -> list[Wan]:
     )
 
 
-def _check(given: DescribedWeights, network: Wan, interval: Interval, base: BasePipeline) -> None:
-    check_sampler(ConsistencySampler(), given.meta["kind"], interval)
+def _check(
+    given: DescribedWeights, networks: list[Wan], interval: Interval, base: BasePipeline, sampler: Sampler
+) -> None:
+    network = networks[0]
+    check_sampler(sampler, given.meta["kind"], interval)
+    if network.end_time == "decoupled":
+        raise CheckpointError(
+            f"{given.file} tells its first blocks another time than the later ones (backbone.end_time=decoupled), and "
+            "no network of diffusers does: use format=huggingface, or train with objective/interval=gated."
+        )
+    if sampler.needs_end and len(networks) > 1:
+        raise CheckpointError(
+            f"{given.file} has two experts, and an AnyFlowPipeline holds one network: export each run of its own, or "
+            "use format=huggingface."
+        )
     if network.takes_end_time and not interval.needs_end_time:
         raise CheckpointError(
             f"{given.file} embeds a second time, which its interval sets to the first one; no stock Wan can: train "
@@ -135,13 +178,17 @@ def _statistics(given: DescribedWeights) -> LatentStatistics | None:
     return None if settings is None else LatentStatistics.read(settings)
 
 
-def _sampler(given: DescribedWeights, flows: bool) -> ConsistencySampler | JumpFlowSampler:
+def _own_sampler(given: DescribedWeights) -> Sampler | None:
+    """The sampler of the run."""
+    settings = given.meta["config"].get("sampler")
+    return cast(Sampler, build(settings, "sampler", given.file)) if settings else None
+
+
+def _jumps(given: DescribedWeights, own: Sampler | None, flows: bool) -> ConsistencySampler | JumpFlowSampler:
     """The sampler of the run, or the plainest one, with a warning, where the pipeline cannot have that.
 
     `flows`: whether the anchor can be asked by a timestep alone, and of the same network as the shortcut.
     """
-    settings = given.meta["config"].get("sampler")
-    own: Sampler | None = build(settings, "sampler", given.file) if settings else None
     if isinstance(own, ConsistencySampler) or isinstance(own, JumpFlowSampler) and flows:
         return own
     plainest = ConsistencySampler()

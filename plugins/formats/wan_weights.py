@@ -20,6 +20,7 @@ from flowanchor.errors import CheckpointError
 from flowanchor.weights import LazyWeights, local, own_part
 
 CONFIG = "config.json"
+OURS, THEIRS = "r_embedder.", "condition_embedder.delta_embedder."  # what embeds the end, here and in diffusers
 
 
 class WanWeights(LazyWeights):
@@ -93,7 +94,8 @@ def _names(folder: Path) -> dict[str, tuple[Path, str]]:
             f"{folder} lacks {', '.join(absent[:3])}{' and others' if len(absent) > 3 else ''}, which its index lists: "
             "download them (a gated release asks you to accept its licence first)."
         )
-    return {ours: (places[theirs], theirs) for theirs, ours in diffusers_names(list(places)).items()}
+    names = diffusers_names(list(places))
+    return {name.replace(THEIRS, OURS, 1): (places[theirs], theirs) for theirs, name in names.items()}
 
 
 def _is_name(file: object) -> bool:

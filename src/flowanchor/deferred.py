@@ -75,6 +75,10 @@ class StagedWeights(nn.Module):
             torch.default_generator.manual_seed(self.initial_seed + index)
             yield
 
+    def copies(self) -> dict[str, str]:
+        """Names in the state dict that weights to start from may lack -> the names whose values they then take."""
+        return {}
+
     def borrowed(self) -> set[str]:
         """Names in the state dict of frozen weights that another checkpoint holds (what adapters stand beside): they
         are not saved with a run, and read from there again."""

@@ -68,7 +68,8 @@ class Backbone(StagedWeights, ABC):
     any_size: bool = False  # whether samples of other sizes, with the same channels, fit too
     size_steps: tuple[int, int] = (1, 1)  # of which height and width of such a size must be multiples
     conditioning: Conditioning  # what it is conditioned on beside the time; `NoCondition` unless a constructor sets it
-    takes_end_time: bool = False  # whether `r` has an embedder of its own
+    takes_end_time: bool = False  # whether it is told `r`
+    end_time: str | None = None  # how, where an interval asks for one way: `Interval.end_time`
     predicts: Literal["v", "x"] = "v"  # "x": its head turns data into velocities (flowanchor.velocity.from_data)
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
 
@@ -172,7 +173,8 @@ class Times(NamedTuple):
 class Interval(ABC):
     """At which times the network is asked as a shortcut, and at which as a flow model."""
 
-    needs_end_time: bool = False  # whether the backbone must embed `r`
+    needs_end_time: bool = False  # whether the backbone must be told `r`
+    end_time: str | None = None  # in which way (`Backbone.end_time`); None: in any
     tells_end: bool = False  # whether a shortcut may end anywhere; otherwise at 1, or at `t` itself where it separates
     end_rate: float = 0.0  # how fast what is told as `r` changes with `t` while the end of the average is held
     separates: bool = True  # whether shortcut and anchor are told different things
@@ -191,10 +193,17 @@ class Interval(ABC):
 
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigError` if the backbone cannot be told the times of this interval."""
+        name = type(backbone).__name__
+        if self.end_time is not None and backbone.end_time != self.end_time:
+            now = "not told the end of an average" if backbone.end_time is None else f"told it as {backbone.end_time}"
+            raise ConfigError(
+                f"objective/interval={self.end_time} is for a network that is told the end of an average in that way, "
+                f"and this {name} is {now}: set backbone.end_time={self.end_time}, or choose another interval."
+            )
         if self.needs_end_time and not backbone.takes_end_time:
             raise ConfigError(
-                f"{type(self).__name__} tells the network a second time r, and this {type(backbone).__name__} has no "
-                "embedder for it: add backbone.auxiliary_time_cond=true, or choose objective/interval=expanded."
+                f"{type(self).__name__} tells the network a second time r, and this {name} has no embedder for it: add "
+                "backbone.auxiliary_time_cond=true, or choose objective/interval=expanded."
             )
 
 

@@ -45,6 +45,7 @@ _LATER = {
     "objective.weight.reduction": "mean",
     "objective.shortcut.norm": "rms",
     "objective.interval.told": "end",
+    "backbone.end_time_gate": 0.25,
 }
 
 # Settings that change nothing that is computed.

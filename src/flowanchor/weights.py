@@ -105,6 +105,20 @@ class Joined(View):
         return (prefix + name for prefix, weights in self.parts.items() for name in weights)
 
 
+class Copied(View):
+    """The entries of other weights, and copies of some of them under further names: name here -> name there."""
+
+    def __init__(self, weights: Mapping[str, Tensor], copies: Mapping[str, str]) -> None:
+        self.weights, self.copies = weights, dict(copies)
+
+    def _find(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        return self.weights, name if name in self.weights else self.copies.get(name, name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.weights
+        yield from (name for name, of in self.copies.items() if name not in self.weights and of in self.weights)
+
+
 class Overlaid(View):
     """The entries of `above`, and of `below` those that it lacks."""
 

@@ -29,9 +29,9 @@ def test_every_row_is_a_legal_objective_of_its_own():
             cfg = compose("train", overrides=words)
         seen.add(str(cfg.objective))
         objective = instantiate(cfg.objective, _convert_="all")
-        auxiliary = cfg.backbone.auxiliary_time_cond
+        told = {"auxiliary_time_cond": cfg.backbone.auxiliary_time_cond, "end_time": cfg.backbone.end_time}
         objective.check(LightningDiT(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2,
-                                     auxiliary_time_cond=auxiliary))  # fmt: skip
+                                     **told))  # fmt: skip
         calls = 1 + (objective.anchor is not None) + (objective.shortcut is not None)
         further = type(objective.shortcut).__name__ in ("ImprovedMeanFlowShortcut", "AlphaFlowShortcut")
         assert row.calls == calls + further, row.name

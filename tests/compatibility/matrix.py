@@ -167,6 +167,9 @@ Such a choice is refused with that sentence before training starts.
   passes of `chain` and `two_pass` run in a compiled graph of their own, those of `full` eagerly; what
   `recompute=selective` and `recompute=false` differentiate runs compiled too. Compiled code draws other random numbers
   than eager code, so a block with dropout runs eagerly wherever it repeats what a tangent pass drew.
+- The network here is told one time. One that is told the end of an average too (`objective/interval=auxiliary`, `span`,
+  `decoupled`, `gated`) has tests of its own: every engine against `jvp=full` and central differences, each part of a
+  decoupled one compiled, two processes under FSDP2 against one.
 
 ## On a GPU
 

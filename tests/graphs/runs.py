@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import flowanchor.conf
 from flowanchor.ema import EMA
 from flowanchor.graphs.stand_in import StandIn
-from flowanchor.interfaces import Backbone, Batch, Objective
+from flowanchor.interfaces import Backbone, Batch, Interval, Objective
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.dit import DiT
@@ -35,12 +35,12 @@ WAN = {
     "num_layers": 1, "freq_dim": 8, "text_dim": 6, "text_len": 7,
 }  # fmt: skip
 DIT = {"input_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
-BACKBONES: dict[str, Callable[[bool], Backbone]] = {
-    "lightningdit": lambda two: LightningDiT(4, 2, 1, 16, 1, 2, num_classes=3, auxiliary_time_cond=two),
-    "sit": lambda two: SiT(**DIT, auxiliary_time_cond=two),
-    "dit": lambda two: DiT(**DIT, auxiliary_time_cond=two),
-    "wan": lambda two: Wan.from_preset("nano", **WAN, condition_dropout=0.1, auxiliary_time_cond=two),
-    "wan_experts": lambda two: WanExperts(boundary=0.5, preset="nano", **WAN, auxiliary_time_cond=two),
+BACKBONES: dict[str, Callable[[str | None], Backbone]] = {
+    "lightningdit": lambda end: LightningDiT(4, 2, 1, 16, 1, 2, num_classes=3, end_time=end),
+    "sit": lambda end: SiT(**DIT, end_time=end),
+    "dit": lambda end: DiT(**DIT, end_time=end),
+    "wan": lambda end: Wan.from_preset("nano", **WAN, condition_dropout=0.1, end_time=end),
+    "wan_experts": lambda end: WanExperts(boundary=0.5, preset="nano", **WAN, end_time=end),
 }
 
 
@@ -56,10 +56,11 @@ def objective(*overrides: str) -> Objective:
     return instantiate(_settings(overrides), _convert_="all")
 
 
-def backbone(name: str = "lightningdit", takes_end_time: bool = False) -> Backbone:
-    """Away from its first weights, where much of it would do nothing."""
+def backbone(name: str = "lightningdit", interval: Interval | None = None) -> Backbone:
+    """As an interval needs it; away from its first weights, where much of it would do nothing."""
     torch.manual_seed(0)
-    network = BACKBONES[name](takes_end_time)
+    told = None if interval is None or not interval.needs_end_time else interval.end_time or "auxiliary"
+    network = BACKBONES[name](told)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -108,7 +109,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train; `steps` optimizer steps on `batches`, again and again. Returns rows, weights, averages, moments."""
     loss = goal_object or objective(*goal)
-    student = backbone(network, loss.interval.needs_end_time)
+    student = backbone(network, loss.interval)
     batches = [batch_for(student, seed=seed) for seed in range(4)] if batches is None else batches
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:

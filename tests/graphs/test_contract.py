@@ -43,7 +43,7 @@ def test_with_every_network_and_engine(name: str, network: str) -> None:
     """LightningDiT is the one above; what asks no tangent asks no engine."""
     overrides, steps = SCHEDULES.get(name, ([], range(3)))
     goal = objective(f"objective={name}", *overrides)
-    student = backbone(network, goal.interval.needs_end_time)
+    student = backbone(network, goal.interval)
     for engine in ENGINES if name == "facm" else ENGINES[:1]:
         check_objective(goal, student, engine=engine, batch=batch_for(student, 2), steps=[steps[0], steps[-1]])
 

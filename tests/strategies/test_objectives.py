@@ -10,24 +10,35 @@ import torch
 
 NAMES = ("facm", "meanflow", "scm", "imf", "alpha_flow")
 STEPS = 3
+# Networks that are told the end in another way; under the strategy alone.
+ENDS = ("decoupled", "gated")
 
 
 @pytest.fixture(scope="module")
 def one(training, folder):
-    return {name: training.fit(folder, name, STEPS, 32, objective=name, validate=False) for name in NAMES}
+    runs = {name: training.fit(folder, name, STEPS, 32, objective=name, validate=False) for name in NAMES}
+    for end in ENDS:
+        told = {"objective": "meanflow", "overrides": [f"objective/interval={end}"]}
+        runs[end] = training.fit(folder, end, STEPS, 32, validate=False, **told)
+    return runs
 
 
 @pytest.fixture(scope="module")
 def two(torchrun, one):
     common = {"steps": STEPS, "batch": 16, "validate": False}
     ways = {"ddp": {"ddp": True}, "sharded": {"sharded": {}}}
+    told = {"objective": "meanflow", **common, "sharded": {}}
     return torchrun(
-        2, *({"name": f"{name}_{way}", "objective": name, **common, **ways[way]} for name in NAMES for way in ways)
+        2,
+        *({"name": f"{name}_{way}", "objective": name, **common, **ways[way]} for name in NAMES for way in ways),
+        *({"name": f"{end}_sharded", **told, "overrides": [f"objective/interval={end}"]} for end in ENDS),
     )
 
 
-@pytest.mark.parametrize("way", ["ddp", "sharded"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, way) for way in ("ddp", "sharded") for name in NAMES), *((end, "sharded") for end in ENDS)],
+)
 def test_two_processes_equal_one(one, two, name, way):
     theirs, ours = one[name], two[f"{name}_{way}"]
     assert all(norm > 0 for norm in theirs["norms"])

@@ -209,7 +209,8 @@ def fit(
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
         loss = composed(objective, overrides)
-    student = network(deferred, wan, lora, auxiliary_time_cond=objective is not None and loss.interval.needs_end_time)
+    told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
+    student = network(deferred, wan, lora, end_time=told)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Interval, Question
+from flowanchor.interfaces import Backbone, Interval, Question
 
 
 class AuxiliaryInterval(Interval):
@@ -27,6 +27,14 @@ class AuxiliaryInterval(Interval):
             raise ConfigError(f"objective.interval.told={told}: choose end or span.")
         self.told = told
         self.end_rate = -1.0 if told == "span" else 0.0
+
+    def check(self, backbone: Backbone) -> None:
+        super().check(backbone)
+        if self.told == "span" and backbone.end_time in ("decoupled", "gated"):
+            raise ConfigError(
+                f"objective/interval=span tells how far the end is, and a network with backbone.end_time="
+                f"{backbone.end_time} is to be told where: choose objective/interval={backbone.end_time}."
+            )
 
     def shortcut(self, t: Tensor, end: Tensor | None = None) -> Question:
         end = torch.ones_like(t) if end is None else end

@@ -22,7 +22,7 @@ from flowanchor.checkpoints.read import read_checkpoint, select_weights, weights
 from flowanchor.deferred import is_deferred, loading_context, materialise, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Interval
-from flowanchor.weights import check_finite, copy_weights
+from flowanchor.weights import Copied, check_finite, copy_weights
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,14 @@ def load_weights(
 
 
 def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str], ema: str | None = None) -> None:
-    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero.
+    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero, or
+    takes the values of which the student says that it is a copy (`StagedWeights.copies`).
 
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
     """
     weights, source = weights_at(path, ema, backbone.predicts)
-    load_weights(backbone, weights, source, _may_lack(backbone))
+    copies = backbone.copies()
+    load_weights(backbone, Copied(weights, copies) if copies else weights, source, _may_lack(backbone))
 
 
 def _may_lack(backbone: Backbone) -> tuple[str, ...]:

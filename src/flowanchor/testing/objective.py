@@ -43,7 +43,8 @@ def check_objective(
         CaptureError: what the step does that a graph cannot, or which attribute changes and is read in it.
         AssertionError: a replay has computed something else.
     """
-    student = small_student(objective.interval.needs_end_time) if student is None else student
+    interval = objective.interval
+    student = small_student(interval.needs_end_time, interval.end_time) if student is None else student
     velocity = DataVelocity() if velocity is None else velocity
     engine = Chain() if engine is None else engine
     batch = _random(student) if batch is None else batch
@@ -106,10 +107,11 @@ class Answers(Ask):
         return self.prediction, self.tangent
 
 
-def small_student(takes_end_time: bool = False) -> LightningDiT:
+def small_student(takes_end_time: bool = False, end_time: str | None = None) -> LightningDiT:
     """A network of two blocks for samples [1, 4, 4] of three classes, away from its first weights."""
     torch.manual_seed(0)
-    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, auxiliary_time_cond=takes_end_time)
+    end_time = "auxiliary" if takes_end_time and end_time is None else end_time
+    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, end_time=end_time)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
