@@ -80,7 +80,7 @@ class LightningDiT(Backbone):
         pixel_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+        check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         if depth < 1:
             raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")
         if not 0 <= class_dropout_prob <= 1:
@@ -195,7 +195,7 @@ class LightningDiT(Backbone):
             nn.init.zeros_(last.weight)
 
 
-def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
     sizes = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads}
     for name, size in sizes.items():
         if size < 1:
