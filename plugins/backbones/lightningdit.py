@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.interfaces import Backbone, Guided, StageContext
 
 from .lightningdit_layers import (
     Block,
     FinalLayer,
+    GuidanceEmbedding,
     LabelEmbedding,
     Modulation,
     PatchEmbedding,
@@ -53,6 +54,7 @@ class LightningDiT(Backbone):
         learn_sigma: twice the output channels, the second half of which is dropped (released checkpoints of DiT, SiT).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation.
         disable_label_dropout: keep the null class but drop no label.
+        guidance_cond: embedders for guidance as an input (`Guided`), zero at initialisation.
         pixel_norm: normalise the blocks' shifts and scales over the channels, as sCM does against collapse.
     """
 
@@ -78,6 +80,7 @@ class LightningDiT(Backbone):
         auxiliary_time_cond: bool = False,
         disable_label_dropout: bool = False,
         pixel_norm: bool = False,
+        guidance_cond: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
@@ -93,11 +96,12 @@ class LightningDiT(Backbone):
         null = class_dropout_prob > 0
         if num_classes:
             self.conditioning = Classes(num_classes, null, 0.0 if disable_label_dropout else class_dropout_prob)
-        self.takes_end_time = auxiliary_time_cond
+        self.takes_end_time, self.takes_guidance = auxiliary_time_cond, guidance_cond
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedding(hidden_size)
         self.r_embedder = TimeEmbedding(hidden_size) if auxiliary_time_cond else None
+        self.guidance_embedder = GuidanceEmbedding(hidden_size) if guidance_cond else None
         rows = num_classes + int(null)
         self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
@@ -120,8 +124,8 @@ class LightningDiT(Backbone):
 
     # ----------------------------------------------------------------------------------------------------- stages
 
-    def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
-        """x [B, C, H, W], t [B], labels [B], r [B] -> tokens [B, N, D] and the context (c [B, D]; rotary tables)."""
+    def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+        """x [B, C, H, W], t [B], labels [B] or `Guided`, r [B] -> tokens [B, N, D], context (c [B, D]; rotary)."""
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t)
         if self.r_embedder is not None:
@@ -131,6 +135,9 @@ class LightningDiT(Backbone):
                     "velocity)."
                 )
             c = c + self.r_embedder(r)
+        if self.guidance_embedder is not None:
+            cond, scale, low, high, _ = Guided.of(cond, t)
+            c = c + self.guidance_embedder(scale, low, high)
         if self.y_embedder is not None:
             c = c + self.y_embedder(self._labels(cond, x))
         fixed = () if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
@@ -145,7 +152,8 @@ class LightningDiT(Backbone):
 
     def float32_modules(self) -> list[nn.Module]:
         """Embedders of times, and every modulation."""
-        times = [embedder for embedder in (self.t_embedder, self.r_embedder) if embedder is not None]
+        embedders = (self.t_embedder, self.r_embedder, self.guidance_embedder)
+        times = [embedder for embedder in embedders if embedder is not None]
         return [*times, *(module for module in self.modules() if isinstance(module, Modulation))]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None, r: Tensor | None = None) -> Tensor:
@@ -193,6 +201,9 @@ class LightningDiT(Backbone):
             first, last = self.r_embedder.layers
             nn.init.normal_(first.weight, std=0.02)
             nn.init.zeros_(last.weight)
+        for embedder in [] if self.guidance_embedder is None else self.guidance_embedder.embedders:
+            nn.init.normal_(embedder.layers[0].weight, std=0.02)
+            nn.init.zeros_(embedder.layers[1].weight)
 
 
 def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
