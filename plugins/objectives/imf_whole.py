@@ -57,6 +57,7 @@ class WholeImprovedMeanFlow(Objective):
     """
 
     trains_velocity_head = True
+    needs_guidance = True
 
     def __init__(
         self,

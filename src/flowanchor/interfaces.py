@@ -403,6 +403,7 @@ class Objective(nn.Module, ABC):
     time: TimeDistribution
     kind: Kind = "shortcut"  # which samplers the trained network supports
     trains_velocity_head: bool = False  # whether it has a loss for `Backbone.has_velocity_head`
+    needs_guidance: bool = False  # whether the network must take guidance as an input
 
     def draw(self, size: int, device: torch.device | str | None = None) -> DrawnTimes:
         """Training times of `size` samples: what `forward` takes after the noise."""

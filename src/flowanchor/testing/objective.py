@@ -32,7 +32,7 @@ def check_objective(
     refuses. Choose `steps` on both sides of where the objective changes.
 
     Args:
-        student: any network; None: `small_student`, told as many times as the interval wants.
+        student: any network; None: `small_student`, told as many times as the interval wants, and guidance.
         batch: samples for it; None: random ones of the student's shape and classes.
         steps: numbers of the training steps.
 
@@ -43,7 +43,7 @@ def check_objective(
         CaptureError: what the step does that a graph cannot, or which attribute changes and is read in it.
         AssertionError: a replay has computed something else.
     """
-    student = small_student(objective.interval.needs_end_time) if student is None else student
+    student = small_student(objective.interval.needs_end_time, objective.needs_guidance) if student is None else student
     velocity = DataVelocity() if velocity is None else velocity
     engine = Chain() if engine is None else engine
     batch = _random(student) if batch is None else batch
@@ -106,10 +106,11 @@ class Answers(Ask):
         return self.prediction, self.tangent
 
 
-def small_student(takes_end_time: bool = False) -> LightningDiT:
+def small_student(takes_end_time: bool = False, takes_guidance: bool = False) -> LightningDiT:
     """A network of two blocks for samples [1, 4, 4] of three classes, away from its first weights."""
     torch.manual_seed(0)
-    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, auxiliary_time_cond=takes_end_time)
+    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, auxiliary_time_cond=takes_end_time,
+                           guidance_cond=takes_guidance)  # fmt: skip
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
