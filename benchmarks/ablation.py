@@ -80,6 +80,11 @@ ROWS = (
     ),
     Row("iMF", ("objective=imf", *R_EMBEDDER), 3),
     Row("iMF without adaptive weight", ("objective=imf", UNWEIGHTED, *R_EMBEDDER), 3),
+    Row(
+        "iMF whole: guidance as an input, no velocity head",
+        ("objective=imf_whole", "backbone.guidance_cond=true", "backbone.disable_label_dropout=false", *R_EMBEDDER),
+        5,
+    ),
     Row("alpha-Flow", ("objective=alpha_flow", "objective.shortcut.end=0.5", *R_EMBEDDER), 3),
     Row(
         "alpha-Flow without adaptive weight",
@@ -285,6 +290,7 @@ def main() -> None:
         sweep.settings = tuple(arguments.settings)
     if arguments.table:
         record = json.loads((RESULTS / RECORD).read_text())
+        rows = tuple(row for row in rows if row.name in record["cpu_seconds"])  # those that were measured
     else:
         reference, found = sweep.all()
         costs = measure_costs(rows, folder / "teacher")

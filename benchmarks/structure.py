@@ -26,7 +26,7 @@ ROOMS = [
     ("ground", ["flowanchor.errors", "flowanchor.base", "flowanchor.graphs.capture", "flowanchor.graphs.step_number"]),
     ("contracts", ["flowanchor.interfaces", "flowanchor.drawing", "flowanchor.conditioning", "flowanchor.request",
                    "flowanchor.deferred", "flowanchor.weights", "flowanchor.text.base", "flowanchor.velocity",
-                   "flowanchor.plain_network"]),
+                   "flowanchor.plain_network", "flowanchor.guided"]),
     ("reporting", ["flowanchor.reporting", "flowanchor.provenance"]),
     ("tangents", ["flowanchor.jvp"]),
     ("jumps", ["flowanchor.sampling", "flowanchor.jumps"]),

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, StageContext
+from flowanchor.interfaces import Backbone, Guided, StageContext
 from flowanchor.velocity import from_data, with_sample
 
 from .end_time import GATE, EndTime, copy_values, required
 from .lightningdit_layers import (
     Block,
     FinalLayer,
+    GuidanceEmbedding,
     LabelEmbedding,
     Modulation,
     PatchEmbedding,
@@ -55,6 +56,7 @@ class LightningDiT(Backbone):
         learn_sigma: twice the output channels, the second half of which is dropped (released checkpoints of DiT, SiT).
         auxiliary_time_cond: a second time embedder for `r`, zero at initialisation; the same as `end_time=auxiliary`.
         disable_label_dropout: keep the null class but drop no label.
+        guidance_cond: embedders for guidance as an input (`Guided`), zero at initialisation.
         pixel_norm: normalise the blocks' shifts and scales over the channels, as sCM does against collapse.
         end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (see `end_time.py`); None: not at all.
         end_time_split: of `decoupled`: how many blocks, or which share of them, are conditioned on `t`; None: 5/7.
@@ -89,13 +91,14 @@ class LightningDiT(Backbone):
         end_time_split: float | None = None,
         end_time_gate: float = GATE,
         predicts: Literal["v", "x"] = "v",
+        guidance_cond: bool = False,
     ) -> None:
         super().__init__()
         if predicts not in self.predictions:
             known = " or ".join(self.predictions)
             raise ConfigError(f"backbone.predicts={predicts}: {type(self).__name__} has {known}.")
         self.predicts = predicts
-        _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
+        check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         if depth < 1:
             raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")
         if not 0 <= class_dropout_prob <= 1:
@@ -110,11 +113,13 @@ class LightningDiT(Backbone):
             self.conditioning = Classes(num_classes, null, 0.0 if disable_label_dropout else class_dropout_prob)
         self.told_end = EndTime.of(end_time, end_time_split, end_time_gate, depth, auxiliary_time_cond)
         self.end_time, self.takes_end_time = self.told_end.way, self.told_end.way is not None
+        self.takes_guidance = guidance_cond
         late = int(self.end_time == "decoupled")  # which of the carried conditions the later part reads
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedding(hidden_size)
         self.r_embedder = TimeEmbedding(hidden_size) if self.told_end.needs_embedder else None
+        self.guidance_embedder = GuidanceEmbedding(hidden_size) if guidance_cond else None
         rows = num_classes + int(null)
         self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, hidden_size), requires_grad=False)
@@ -147,15 +152,21 @@ class LightningDiT(Backbone):
 
     # ----------------------------------------------------------------------------------------------------- stages
 
-    def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
-        """x [B, C, H, W], t [B], labels [B], r [B] -> tokens [B, N, D] and the context: the condition c [B, D], and a
-        second one for the later blocks where those are decoupled; rotary tables."""
+    def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
+        """x [B, C, H, W], t [B], labels [B] or `Guided`, r [B] -> tokens [B, N, D] and the context.
+
+        Context: the condition c [B, D], and a second one for the later blocks where those are decoupled; rotary tables.
+        """
         tokens = self.x_embedder(x) + self.pos_embed
         conditions = [self.t_embedder(t)]
         if self.r_embedder is not None:
             conditions = [self.told_end.embedded(conditions[0], self.r_embedder(required(r, self)))]
         elif self.end_time == "decoupled":
             conditions.append(self.t_embedder(required(r, self)))
+        if self.guidance_embedder is not None:
+            cond, scale, low, high, _ = Guided.of(cond, t)
+            guidance = self.guidance_embedder(scale, low, high)
+            conditions = [c + guidance for c in conditions]
         if self.y_embedder is not None:
             labels = self.y_embedder(self._labels(cond, x))
             conditions = [c + labels for c in conditions]
@@ -173,7 +184,8 @@ class LightningDiT(Backbone):
 
     def float32_modules(self) -> list[nn.Module]:
         """Embedders of times, and every modulation."""
-        times = [embedder for embedder in (self.t_embedder, self.r_embedder) if embedder is not None]
+        embedders = (self.t_embedder, self.r_embedder, self.guidance_embedder)
+        times = [embedder for embedder in embedders if embedder is not None]
         return [*times, *(module for module in self.modules() if isinstance(module, Modulation))]
 
     def copies(self) -> dict[str, str]:
@@ -228,9 +240,12 @@ class LightningDiT(Backbone):
             first, last = self.r_embedder.layers
             nn.init.normal_(first.weight, std=0.02)
             nn.init.zeros_(last.weight)
+        for embedder in [] if self.guidance_embedder is None else self.guidance_embedder.embedders:
+            nn.init.normal_(embedder.layers[0].weight, std=0.02)
+            nn.init.zeros_(embedder.layers[1].weight)
 
 
-def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int, use_rope: bool) -> None:
     sizes = {"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads}
     for name, size in sizes.items():
         if size < 1:

@@ -146,6 +146,21 @@ class TimeEmbedding(nn.Module):
             return self.mlp(waves.to(self.layers[0].weight.dtype))
 
 
+class GuidanceEmbedding(nn.Module):
+    """Guidance [B] as a sum of embeddings [B, D]: of `1 - 1 / scale`, and of the least and the largest noise level."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.scale, self.least_noise, self.most_noise = (TimeEmbedding(hidden_size) for _ in range(3))
+
+    @property
+    def embedders(self) -> tuple[TimeEmbedding, TimeEmbedding, TimeEmbedding]:
+        return self.scale, self.least_noise, self.most_noise
+
+    def forward(self, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return cast(Tensor, self.scale(1 - 1 / scale) + self.least_noise(1 - high) + self.most_noise(1 - low))
+
+
 class LabelEmbedding(nn.Module):
     """Class labels [B] -> [B, D]; the null class, where there is one, is the last row."""
 

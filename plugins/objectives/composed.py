@@ -75,7 +75,7 @@ class ComposedObjective(Objective):
 
     def draw(self, size: int, device: torch.device | str | None = None) -> Times:
         if self.shortcut is None:
-            return super().draw(size, device)
+            return Times(self.time.sample(size, device))
         return self.shortcut.draw(self.time, self.interval, size, device)
 
     def at_step(self, step: int) -> None:

@@ -31,6 +31,7 @@ from flowanchor.drawing import Posterior as Posterior
 from flowanchor.drawing import Sampler as Sampler
 from flowanchor.errors import ConfigError
 from flowanchor.graphs.step_number import StepNumber as StepNumber  # part of the contract of objectives
+from flowanchor.guided import Guided as Guided
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -71,6 +72,9 @@ class Backbone(StagedWeights, ABC):
     takes_end_time: bool = False  # whether it is told `r`
     end_time: str | None = None  # how, where an interval asks for one way: `Interval.end_time`
     predicts: Literal["v", "x"] = "v"  # "x": its head turns data into velocities (flowanchor.velocity.from_data)
+    needs_span: bool = False  # whether `r` must be the span of the average: it is told no other time
+    takes_guidance: bool = False  # whether a condition may be `Guided`, which saves a call with a null condition
+    has_velocity_head: bool = False  # whether it also gives instantaneous velocities by layers of their own (`Guided`)
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
 
     def __init__(self) -> None:
@@ -109,6 +113,13 @@ class Backbone(StagedWeights, ABC):
         """Small trained parameters that a sharding strategy leaves whole, as they are stored: those that must stay in
         float32 and belong to no module of their own."""
         return []
+
+    def without_training_parts(self) -> tuple[set[str], dict[str, Any]]:
+        """Names in the state dict of weights that only training asks, and the settings of this network without them.
+
+        A file to draw from leaves them out, and a student may start from one that lacks them.
+        """
+        return set(), {}
 
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""
@@ -170,6 +181,17 @@ class Times(NamedTuple):
     end: Tensor | None = None
 
 
+class GuidedTimes(NamedTuple):
+    """Training times of a batch, and the guidance that each sample's average velocity is learned under."""
+
+    t: Tensor
+    end: Tensor
+    guidance: Tensor  # [B, 3]: `scale`, `low` and `high` of `Guided`
+
+
+DrawnTimes = Times | GuidedTimes
+
+
 class Interval(ABC):
     """At which times the network is asked as a shortcut, and at which as a flow model."""
 
@@ -204,6 +226,11 @@ class Interval(ABC):
             raise ConfigError(
                 f"{type(self).__name__} tells the network a second time r, and this {name} has no embedder for it: add "
                 "backbone.auxiliary_time_cond=true, or choose objective/interval=expanded."
+            )
+        if backbone.needs_span and self.end_rate != -1:
+            raise ConfigError(
+                f"{type(backbone).__name__} is told nothing of the times but how far the average reaches, which "
+                f"{type(self).__name__} does not tell it in this form: choose objective/interval=span."
             )
 
 
@@ -389,9 +416,11 @@ class Objective(nn.Module, ABC):
     interval: Interval
     time: TimeDistribution
     kind: Kind = "shortcut"  # which samplers the trained network supports
+    trains_velocity_head: bool = False  # whether it has a loss for `Backbone.has_velocity_head`
+    needs_guidance: bool = False  # whether the network must take guidance as an input
 
-    def draw(self, size: int, device: torch.device | str | None = None) -> Times:
-        """Training times of `size` samples."""
+    def draw(self, size: int, device: torch.device | str | None = None) -> DrawnTimes:
+        """Training times of `size` samples: what `forward` takes after the noise."""
         return Times(self.time.sample(size, device))
 
     def at_step(self, step: int) -> None:  # noqa: B027 - most objectives do not change
@@ -422,3 +451,8 @@ class Objective(nn.Module, ABC):
     def check(self, backbone: Backbone) -> None:
         """Raise `ConfigError` if this objective cannot train this backbone."""
         self.interval.check(backbone)
+        if backbone.has_velocity_head and not self.trains_velocity_head:
+            raise ConfigError(
+                f"This {type(backbone).__name__} has a velocity head, for which this objective has no loss: add "
+                "backbone.velocity_head=false, or choose objective=imf_whole."
+            )

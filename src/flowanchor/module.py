@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from flowanchor.base.noise import share_of_noise
 from flowanchor.base.rank_zero import rank_zero_info
@@ -24,7 +25,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.graphs.cuda import CudaGraphs, Graphs
 from flowanchor.graphs.possible import check_choice, why_not
 from flowanchor.graphs.steps import GraphedSteps
-from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
+from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, TangentEngine, VelocityField
 from flowanchor.jvp.chain import Chain
 from flowanchor.jvp.compatibility import check, is_low, said_of_products
 from flowanchor.jvp.compiled import compile_blocks
@@ -221,7 +222,7 @@ class FlowModule(pl.LightningModule):
         result = self.objective(self.student, batch, self.velocity, self.engine, noise, *times)
         self._log_result("val", result.loss, result.terms, result.diagnostics, batch)
 
-    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, Times, Tensor]:
+    def _draw(self, batch: Batch, stream: int, step: int) -> tuple[Tensor, DrawnTimes, Tensor]:
         """This rank's share of the noise and times of the joint batch; then the rank's own stream for what follows.
 
         Times are drawn on the host, and their `t` there comes last, so that nobody has to ask the device for them. They
@@ -239,9 +240,8 @@ class FlowModule(pl.LightningModule):
         with _float32_at_least():
             drawn = self.objective.draw(self.trainer.world_size * size, torch.device("cpu"))
         torch.manual_seed(int(seeds[1]) + rank)
-        t, end = (None if value is None else value[mine] for value in drawn)
-        assert t is not None
-        return noise.to(x1.dtype), Times(_sent(t, x1.device), None if end is None else _sent(end, x1.device)), t
+        sent = tree_map(lambda value: None if value is None else _sent(value[mine], x1.device), drawn)
+        return noise.to(x1.dtype), sent, drawn.t[mine]
 
     @contextmanager
     def _told(self, t: Tensor) -> Iterator[Hashable]:
@@ -269,7 +269,7 @@ class FlowModule(pl.LightningModule):
     # ---------------------------------------------------------------------------------------- jvp.recompute=auto
 
     def _choose_recompute(
-        self, choice: RecomputeChoice, batch: Batch, noise: Tensor, times: Times, on_host: Tensor
+        self, choice: RecomputeChoice, batch: Batch, noise: Tensor, times: DrawnTimes, on_host: Tensor
     ) -> None:
         """By the plan, and by a trial of this step; a sharded network is measured as it makes the step."""
         if choice.settled:
@@ -301,7 +301,7 @@ class FlowModule(pl.LightningModule):
         mine = torch.tensor(number, device=self.trainer.strategy.root_device)
         return int(self.trainer.strategy.reduce(mine, reduce_op="max"))
 
-    def _try_step(self, batch: Batch, noise: Tensor, times: Times) -> None:
+    def _try_step(self, batch: Batch, noise: Tensor, times: DrawnTimes) -> None:
         """Forward and backward, of which nothing remains: neither gradients nor draws nor what a buffer counts."""
         buffers = [(buffer, buffer.clone()) for part in (self.student, self.objective) for buffer in part.buffers()]
         try:
@@ -315,7 +315,7 @@ class FlowModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ a graph of it
 
-    def _graphed_step(self, batch: Batch, batch_idx: int, noise: Tensor, times: Times, routes: Hashable) -> Tensor:
+    def _graphed_step(self, batch: Batch, batch_idx: int, noise: Tensor, times: DrawnTimes, routes: Hashable) -> Tensor:
         """Forward and backward at once. What Lightning calls afterwards for the gradients does nothing."""
         if self._steps is None:
             self._steps = GraphedSteps(
@@ -335,11 +335,9 @@ class FlowModule(pl.LightningModule):
         self._log_result("train", out["loss"], terms, diagnostics, batch)
         return out["loss"].clone()  # the next step overwrites it
 
-    def _forward_backward(
-        self, x1: Tensor, cond: Any, noise: Tensor, t: Tensor, end: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _forward_backward(self, x1: Tensor, cond: Any, noise: Tensor, *times: Tensor | None) -> dict[str, Tensor]:
         """What is captured."""
-        result = self.objective(self.student, Batch(x1, cond), self.velocity, self.engine, noise, t, end)
+        result = self.objective(self.student, Batch(x1, cond), self.velocity, self.engine, noise, *times)
         with torch.autocast(x1.device.type, enabled=False):  # as in Lightning, whose backward lies outside of it
             (result.loss / self.trainer.accumulate_grad_batches).backward()
         named = zip(_KINDS, (result.terms, result.diagnostics), strict=True)

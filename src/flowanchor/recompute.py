@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flowanchor.interfaces import Backbone, Batch, Objective, Times, VelocityField
+from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, VelocityField
 from flowanchor.jvp.attention.operator import Opaque
 from flowanchor.jvp.chain import Chain
 from flowanchor.jvp.memory_plan import StepOfShapes
@@ -109,7 +109,14 @@ class RecomputeChoice:
             self._cannot(error)
 
     def plan(
-        self, memory: Memory, lasting: Lasting, batch: Batch, noise: Tensor, times: Times, on_host: Tensor, step: int
+        self,
+        memory: Memory,
+        lasting: Lasting,
+        batch: Batch,
+        noise: Tensor,
+        times: DrawnTimes,
+        on_host: Tensor,
+        step: int,
     ) -> None:
         """Choose by the plan."""
         self.memory, self.lasting, self.room = memory, lasting, memory.room(lasting.held)

@@ -38,7 +38,7 @@ def test_every_objective_keeps_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("network", ["sit", "dit", "wan"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "imf_whole"])  # which they take no guidance for
 def test_with_every_network_and_engine(name: str, network: str) -> None:
     """LightningDiT is the one above; what asks no tangent asks no engine."""
     overrides, steps = SCHEDULES.get(name, ([], range(3)))

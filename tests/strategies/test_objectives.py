@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-NAMES = ("facm", "meanflow", "scm", "imf", "alpha_flow")
+NAMES = ("facm", "meanflow", "scm", "imf", "imf_whole", "alpha_flow")
 STEPS = 3
 # Networks that are told the end in another way; under the strategy alone.
 ENDS = ("decoupled", "gated")

@@ -37,6 +37,7 @@ from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
 from flowanchor.optimizers import AdamWBF16
+from flowanchor.plugins.backbones.imf_dit import IMFDiT
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -88,6 +89,20 @@ class Network(LightningDiT):
         super().initialise_stage(index)
         if index == len(self.blocks) + 1:
             nn.init.normal_(self.final_layer.linear.weight, std=0.1)
+
+
+class TwoHeads(IMFDiT):
+    """With a velocity head; neither output starts at zero, and no label is ever dropped."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, 1, 24, 3, 2, 2, num_classes=10, class_dropout_prob=1e-9)
+
+    def initialise_stage(self, index: int) -> None:
+        super().initialise_stage(index)
+        if index == len(self.blocks) + 1:
+            nn.init.normal_(self.final_layer.linear.weight, std=0.1)
+            assert self.velocity_layer is not None
+            nn.init.normal_(self.velocity_layer.linear.weight, std=0.1)
 
 
 class Weighted(ComposedObjective):
@@ -146,9 +161,13 @@ class Captions(DigitsDataModule):
         return Batch(batch.x1[:, :, None], Tokens(text[batch.cond]))
 
 
-def network(deferred: bool = False, wan: str = "", lora: dict[str, Any] | None = None, **settings: Any) -> Any:
+def network(
+    deferred: bool = False, wan: str = "", lora: dict[str, Any] | None = None, heads: bool = False, **settings: Any
+) -> Any:
     torch.manual_seed(5)
     with parameters_on_meta() if deferred else nullcontext():
+        if heads:
+            return TwoHeads()
         if wan:
             return {"one": WanNetwork, "experts": Experts}[wan](**WAN, lora=lora)
         return Network(**{**NETWORK, **settings})
@@ -166,7 +185,8 @@ def _configuration(name: str, *overrides: str) -> Any:
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
         cfg = compose("train", overrides=[f"objective={name}", *overrides])
     settings = {"scm": {"warmup_steps": 4}, "alpha_flow": {"start": -1, "end": 2, "run_steps": None}}.get(name, {})
-    cfg.objective.shortcut.merge_with(settings)
+    if settings:
+        cfg.objective.shortcut.merge_with(settings)
     return cfg.objective
 
 
@@ -203,14 +223,15 @@ def fit(
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
-    `objective`: by the name of its option, on a network with a second time embedder. `counted`: its communication.
+    `objective`: by the name of its option, on a network with a second time embedder (imf_whole: with two heads).
+    `counted`: its communication.
     """
     deferred = sharded is not None
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
         loss = composed(objective, overrides)
     told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
-    student = network(deferred, wan, lora, end_time=told)
+    student = network(deferred, wan, lora, objective == "imf_whole", end_time=told)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()

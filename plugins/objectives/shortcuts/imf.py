@@ -13,8 +13,8 @@ class ImprovedMeanFlowShortcut(MeanFlowShortcut):
     MeanFlow's product goes along `x1 - x0`, which is noise around the marginal velocity; here it goes along the
     network's own estimate of it, without gradient. The loss is then a regression whose target is the data's.
 
-    Established from the abstract and secondary summaries: the loss and the direction. Left out: guidance scale and
-    interval as conditions of the network; guidance is that of `teacher=`. The adaptive weight is MeanFlow's.
+    The loss and the direction alone: guidance is that of `teacher=`. With guidance as an input of the network, and a
+    velocity head: `WholeImprovedMeanFlow`. The adaptive weight is MeanFlow's.
 
     Args: as `MeanFlowShortcut`'s.
     """

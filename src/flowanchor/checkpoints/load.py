@@ -151,8 +151,8 @@ def load_weights(
 
 
 def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str], ema: str | None = None) -> None:
-    """Start a student from the (EMA) weights of an earlier run; a second time embedder that it lacks stays zero, or
-    takes the values of which the student says that it is a copy (`StagedWeights.copies`).
+    """Start a student from the (EMA) weights of an earlier run; embedders of r and guidance that it lacks stay zero, or
+    take the values of which the student says that they are a copy (`StagedWeights.copies`).
 
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
     """
@@ -162,7 +162,10 @@ def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str],
 
 
 def _may_lack(backbone: Backbone) -> tuple[str, ...]:
-    """Names that weights to start from need not have: those of a second time embedder, and of adapters."""
+    """Names that weights to start from need not have: of embedders that begin at zero, of adapters, of what only
+    training asks."""
     names, borrowed = list(backbone.state_dict()), backbone.borrowed()
     embedder = [name for name in names if backbone.takes_end_time and "r_embedder." in name]
+    embedder += [name for name in names if backbone.takes_guidance and name.startswith("guidance_embedder.")]
+    embedder += backbone.without_training_parts()[0]
     return (*embedder, *(name for name in names if borrowed and name not in borrowed))

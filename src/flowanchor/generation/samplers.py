@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from flowanchor.base.trusted import build
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Interval, Sampler
+from flowanchor.interfaces import Backbone, Interval, Sampler
 
 _TIMES = ("times", "grid")  # explicit times of the steps, and their older name
 
@@ -69,6 +69,11 @@ def origin(settings: Any) -> str:
 def _given(settings: Any) -> dict[str, Any]:
     typed: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else dict(settings)
     return {key: value for key, value in typed.items() if value is not None}
+
+
+def network_calls(sampler: Sampler, backbone: Backbone) -> int | None:
+    """Calls of this network per sample: guidance makes two of an evaluation, unless it is an input."""
+    return sampler.nfe if backbone.takes_guidance else sampler.network_calls
 
 
 def check_sampler(sampler: Sampler, kind: str, interval: Interval) -> None:

@@ -11,13 +11,16 @@ from torch import Tensor
 from flowanchor.base.broadcast import like
 from flowanchor.base.shards import is_sharded
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Backbone, Question
+from flowanchor.interfaces import Backbone, Guided, Question
 from flowanchor.velocity import as_velocity
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """`v_u + scale (v_c - v_u)` where `low <= t <= high`, conditional velocity elsewhere; scale 1 costs one call."""
+    """`v_u + scale (v_c - v_u)` where `low <= t <= high`, conditional velocity elsewhere; scale 1 costs one call.
+
+    A network that takes guidance as an input is told it, and costs one call at every scale.
+    """
 
     scale: float = 1.0
     low: float = 0.0
@@ -62,6 +65,13 @@ class Guidance:
                 f"A guidance scale of {self.scale} needs labels, and there are none: set teacher.guidance_scale=1 in "
                 "training, or sampler.guidance_scale=1 in sampling."
             )
+        if network.takes_guidance:
+            if self.scale <= 0:
+                raise ConfigError(
+                    f"This {type(network).__name__} takes guidance scales above 0, and {self.scale} is none: set "
+                    "sampler.guidance_scale=1 for no guidance."
+                )
+            return _asked(network, x, told, Guided.alike(cond, told.t, self.scale, self.low, self.high))
         inside = (t >= self.low) & (t <= self.high)
         null = network.conditioning.null(cond)
         if is_sharded(network):

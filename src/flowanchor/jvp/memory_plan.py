@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from flowanchor.interfaces import Backbone, Batch, Objective, TangentEngine, Times, VelocityField
+from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, TangentEngine, VelocityField
 from flowanchor.jvp.compiled_dual import Traceable
 from flowanchor.jvp.live_bytes import LiveBytes
 from flowanchor.jvp.surroundings import Surroundings
@@ -52,7 +52,9 @@ class StepOfShapes:
             sum(p.numel() for part in stage for p in part.parameters()) for stage in self.student.stage_modules()
         )
 
-    def peak(self, engine: TangentEngine, batch: Batch, noise: Tensor, times: Times, on_host: Tensor, step: int) -> int:
+    def peak(
+        self, engine: TangentEngine, batch: Batch, noise: Tensor, times: DrawnTimes, on_host: Tensor, step: int
+    ) -> int:
         """Bytes that forward and backward hold at most, beside the weights and the gradients of earlier stages.
 
         Args:
@@ -68,7 +70,7 @@ class StepOfShapes:
             return thread.submit(copy_context().run, run).result()
 
     def _peak(
-        self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: Times,
+        self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: DrawnTimes,
         on_host: Tensor, step: int,
     ) -> int:  # fmt: skip
         device = batch.x1.device

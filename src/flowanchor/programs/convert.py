@@ -55,6 +55,8 @@ def convert(cfg: DictConfig) -> None:
     for path in by_part("checkpoint", cfg.checkpoint).values():
         refuse_damaged(find_checkpoint(path))
     given = _given(cfg)
+    if not cfg.training_parts:
+        given = _without_training_parts(given)
     if dtype is not None and format.casts:
         given = _cast(given, dtype)
     check_given(given)
@@ -131,6 +133,24 @@ def _whole(cfg: DictConfig, given: DescribedWeights) -> DescribedWeights:
     network, weights, _ = outlined(given.meta, given.weights, given.file, base)
     raw = None if given.raw is None else whole_weights(network, given.raw, given.meta, given.file, base)[0]
     return replace(given, weights=weights, raw=raw)
+
+
+def _without_training_parts(given: DescribedWeights) -> DescribedWeights:
+    """What is drawn with: without the weights that only training asks, and a description that does not ask for them."""
+    if not _known(given):
+        return given
+    network, _, _ = outlined(given.meta, given.weights, given.file)
+    names, settings = network.without_training_parts()
+    if not names:
+        return given
+
+    def kept(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weights[name] for name in weights if name not in names}
+
+    config = given.meta["config"]
+    meta = {**given.meta, "config": {**config, "backbone": {**config["backbone"], **settings}}}
+    raw = None if given.raw is None else kept(given.raw)
+    return replace(given, weights=kept(given.weights), raw=raw, meta=meta)
 
 
 def _known(given: DescribedWeights) -> bool:

@@ -17,7 +17,7 @@ from flowanchor.checkpoints import LoadedModel
 from flowanchor.errors import DataError
 from flowanchor.generation.generator import Generator
 from flowanchor.generation.sample_file import SampleFile
-from flowanchor.generation.samplers import sampler_settings
+from flowanchor.generation.samplers import network_calls, sampler_settings
 from flowanchor.interfaces import Sampler
 from flowanchor.metrics.collected import Collected, Range, Wanted, remaining, share
 from flowanchor.metrics.evaluator import Evaluator, Scores
@@ -115,7 +115,7 @@ class Evaluation:
         line = {
             "sampler": sampler.label,
             "nfe": sampler.nfe,
-            "network_calls": sampler.network_calls,
+            "network_calls": network_calls(sampler, model.backbone),
             **scores.as_dict(),
             "fd_at_floor_n": None if self.floor_n is None else self.evaluator.frechet_of_prefix(found),
             "floor": None if self.floor is None else self.floor.fd,

@@ -174,7 +174,8 @@ def _owned(network: Backbone, given: _Inputs) -> str | None:
 def _used(network: Backbone, given: _Inputs) -> str | None:
     """Each trained parameter reaches the velocity."""
     out = network.predict(given.x, given.t, given.cond, given.r)
-    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    other, _ = network.without_training_parts()
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad and name not in other}
     gradients = torch.autograd.grad(out.square().sum(), list(trained.values()), allow_unused=True)
     unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
     return f"no gradient reaches {', '.join(unused[:5])}: leave it out, or freeze it" if unused else None

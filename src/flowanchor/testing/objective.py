@@ -32,7 +32,7 @@ def check_objective(
     refuses. Choose `steps` on both sides of where the objective changes.
 
     Args:
-        student: any network; None: `small_student`, told as many times as the interval wants.
+        student: any network; None: `small_student`, told as many times as the interval wants, and guidance.
         batch: samples for it; None: random ones of the student's shape and classes.
         steps: numbers of the training steps.
 
@@ -43,8 +43,9 @@ def check_objective(
         CaptureError: what the step does that a graph cannot, or which attribute changes and is read in it.
         AssertionError: a replay has computed something else.
     """
-    interval = objective.interval
-    student = small_student(interval.needs_end_time, interval.end_time) if student is None else student
+    told = objective.interval
+    if student is None:
+        student = small_student(told.needs_end_time, told.end_time, objective.needs_guidance)
     velocity = DataVelocity() if velocity is None else velocity
     engine = Chain() if engine is None else engine
     batch = _random(student) if batch is None else batch
@@ -107,11 +108,13 @@ class Answers(Ask):
         return self.prediction, self.tangent
 
 
-def small_student(takes_end_time: bool = False, end_time: str | None = None) -> LightningDiT:
+def small_student(
+    takes_end_time: bool = False, end_time: str | None = None, takes_guidance: bool = False
+) -> LightningDiT:
     """A network of two blocks for samples [1, 4, 4] of three classes, away from its first weights."""
     torch.manual_seed(0)
     end_time = "auxiliary" if takes_end_time and end_time is None else end_time
-    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, end_time=end_time)
+    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, end_time=end_time, guidance_cond=takes_guidance)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
