@@ -45,6 +45,10 @@ _LATER = {
     "objective.weight.reduction": "mean",
     "objective.shortcut.norm": "rms",
     "objective.interval.told": "end",
+    "objective.shortcut.warmup": "tangent",
+    "backbone.predicts": "v",
+    "sampler.timestep_shift": 0.0,
+    "sampler.final_euler": False,
 }
 
 # Settings that change nothing that is computed.
