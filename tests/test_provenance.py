@@ -128,3 +128,7 @@ def test_a_setting_that_came_later_had_the_value_of_before():
     assert differences(earlier, {"objective": {"shortcut": {"weight_epsilon": 1e-3, "weight_reduction": "mean"}}}) == {}
     now = {"objective": {"shortcut": {"weight_epsilon": 1e-3, "weight_reduction": "sum"}}}
     assert differences(earlier, now) == {"objective.shortcut.weight_reduction": ("mean", "sum")}
+    earlier, now = {"backbone": {"depth": 1}, "sampler": {}}, {"depth": 1, "predicts": "v"}
+    assert differences(earlier, {"backbone": now, "sampler": {"timestep_shift": 0.0, "final_euler": False}}) == {}
+    changed = differences(earlier, {"backbone": {**now, "predicts": "x"}, "sampler": {}})
+    assert changed == {"backbone.predicts": ("v", "x")}

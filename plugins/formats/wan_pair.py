@@ -25,7 +25,10 @@ def join_experts(paths: Mapping[str, str], ema: str | None = None) -> DescribedW
     contents = {part: read_checkpoint(file) for part, file in files.items()}
     configs = {part: content["flowanchor"]["config"] for part, content in contents.items()}
     chosen = {part: select_weights(contents[part], ema, files[part]) for part in PARTS}
-    backbones = {part: described_network(config, files[part])[0] for part, config in configs.items()}
+    # A run of before the setting came has its default.
+    backbones = {
+        part: {"predicts": "v", **described_network(config, files[part])[0]} for part, config in configs.items()
+    }
     for part in PARTS:
         if str(backbones[part].get("_target_")) not in (ONE, f"{ONE}.from_preset"):
             raise CheckpointError(f"{files[part]} holds no Wan: give two runs of backbone=wan.")

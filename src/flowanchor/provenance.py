@@ -46,6 +46,10 @@ _LATER = {
     "objective.shortcut.norm": "rms",
     "objective.interval.told": "end",
     "backbone.end_time_gate": 0.25,
+    "objective.shortcut.warmup": "tangent",
+    "backbone.predicts": "v",
+    "sampler.timestep_shift": 0.0,
+    "sampler.final_euler": False,
 }
 
 # Settings that change nothing that is computed.
