@@ -27,7 +27,7 @@ from flowanchor.graphs.possible import check_choice, why_not
 from flowanchor.graphs.steps import GraphedSteps
 from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, TangentEngine, VelocityField
 from flowanchor.jvp.chain import Chain
-from flowanchor.jvp.compatibility import check, is_low
+from flowanchor.jvp.compatibility import check, is_low, said_of_products
 from flowanchor.jvp.compiled import compile_blocks
 from flowanchor.jvp.full import Full
 from flowanchor.jvp.stages import is_sharded
@@ -192,6 +192,9 @@ class FlowModule(pl.LightningModule):
             raise ConfigError(f"cuda_graph=true cannot be, because {reason}, or leave cuda_graph=auto.")
         if self.cuda_graph == "auto" and reason is not None and on_cuda:
             rank_zero_info(f"The training step runs without a CUDA graph, because {reason}.")
+        products = said_of_products(self.trainer.strategy.root_device.type, self.trainer.precision)
+        if products is not None:
+            rank_zero_info(products)
 
     # ------------------------------------------------------------------------------------------------------ steps
 

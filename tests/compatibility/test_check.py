@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, full
-from flowanchor.jvp.compatibility import check, compile_options, is_low
+from flowanchor.jvp.compatibility import check, compile_options, is_low, said_of_products
 from flowanchor.jvp.compiled import is_compiled
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -160,3 +161,20 @@ def test_a_compiled_run_in_bfloat16_on_two_processes(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout + done.stderr and list(tmp_path.glob("samples/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "matmul", "said"),
+    [
+        ("cuda", "32-true", "high", "TF32 .matmul_precision=high.: a tangent has about three exact digits"),
+        ("cuda", "32-true", "medium", "bfloat16 .matmul_precision=medium.: a tangent has about two"),
+        ("cuda", "32-true", "highest", None),
+        ("cuda", "bf16-mixed", "high", None),
+        ("cuda", "64-true", "high", None),
+        ("cpu", "32-true", "high", None),
+    ],
+)
+def test_a_run_on_a_gpu_says_what_float32_products_are(device, precision, matmul, said, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
+    line = said_of_products(device, precision)
+    assert line is None if said is None else re.search(said, line) and "matmul_precision=highest" in line

@@ -188,7 +188,7 @@ def test_repeats_are_independent_sets_and_their_mean(place, config, report):
         fds = [part["fd"] for part in parts if part["nfe"] == one["nfe"]]
         assert len(fds) == 3 and one["fd"] in fds
         assert mean["fd"] == pytest.approx(np.mean(fds)) and mean["spread"]["fd"] == pytest.approx(np.std(fds, ddof=1))
-        assert len(set(fds)) == 3
+        assert len(set(fds)) == 3 and sorted(mean["sets"]["fd"]) == sorted(fds) and mean["sets"]["fd"][0] == one["fd"]
         assert mean["spread"]["kid"] > 0 and mean["seconds"] == pytest.approx(
             sum(p["seconds"] for p in parts if p["nfe"] == one["nfe"])
         )

@@ -37,6 +37,18 @@ def is_low(precision: str | int) -> bool:
     return str(precision) not in ("32", "32-true", "64", "64-true")
 
 
+def said_of_products(device: str, precision: str | int) -> str | None:
+    """What a GPU makes of float32 products unless it is told otherwise, in one line; None where nothing is lost."""
+    matmul = torch.get_float32_matmul_precision()
+    if device != "cuda" or str(precision) not in ("32", "32-true") or matmul == "highest":
+        return None
+    kind, digits = ("TF32", "three") if matmul == "high" else ("bfloat16", "two")
+    return (
+        f"float32 products run in {kind} (matmul_precision={matmul}): a tangent has about {digits} exact digits. "
+        "matmul_precision=highest computes all of them, and takes longer."
+    )
+
+
 GRAPHED = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs of their own
 
 

@@ -22,7 +22,8 @@ def repeated_seed(seed: int, repeat: int) -> int:
 def mean_line(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Lines of independent sets as one: means of what was measured, `spread`: the standard deviations over the sets.
 
-    One line has no spread.
+    `sets` holds the values of each set, in the order of `seeds`: two evaluations with the same seeds share their noise,
+    and the differences of their sets are surer than those of their means. One line has neither.
     """
     first = lines[0]
     if len(lines) == 1:
@@ -39,4 +40,5 @@ def mean_line(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "repeats": len(lines),
         "seeds": [line["seed"] for line in lines],
         "spread": {name: statistics.stdev(found) for name, found in values.items()},
+        "sets": values,
     }
