@@ -173,7 +173,7 @@ class Counter(nn.Module):
         super().__init__()
         self.network, self.calls = network, 0
         self.sample_shape = network.sample_shape
-        self.takes_end_time = network.takes_end_time
+        self.takes_end_time, self.takes_guidance = network.takes_end_time, network.takes_guidance
         self.conditioning = network.conditioning
 
     def predict(self, *args):
