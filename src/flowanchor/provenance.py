@@ -46,6 +46,7 @@ _LATER = {
     "objective.shortcut.norm": "rms",
     "objective.interval.told": "end",
     "backbone.end_time_gate": 0.25,
+    "backbone.guidance_cond": False,
     "objective.shortcut.warmup": "tangent",
     "backbone.predicts": "v",
     "sampler.timestep_shift": 0.0,
