@@ -33,6 +33,11 @@ def load(name: str, path: Path) -> ModuleType:
 COLD = sys.executable
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    load("warm_start", HERE / "warm" / "start.py")
+    pluginmanager.register(load("cpu_seconds", HERE / "warm" / "cpu_seconds.py"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One warm start for the whole session, begun by the process that hands out the tests to the others; files of the
     configuration are parsed once per process."""
@@ -41,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     load("warm_configs", HERE / "warm" / "warm_configs.py").load_once()
     if WARM not in os.environ and sys.platform == "linux":
-        started = load("warm_start", HERE / "warm" / "start.py").WarmStart()
+        started = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)
         config.add_cleanup(started.close)
         config.add_cleanup(lambda: os.environ.pop(WARM))
