@@ -171,6 +171,7 @@ def attempt(step: Step, copy: Path) -> str:
         (copy / block.file).write_text(block.text)
     paths = [copy.parent / "installed", copy / "src", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+    environment["PYTEST_CURRENT_TEST"] = f"tests/test_docs.py::test_commands_run[{step}]"  # whose seconds these are
     for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, copy):
         done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:

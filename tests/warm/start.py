@@ -36,8 +36,9 @@ from pathlib import Path
 from typing import Any
 
 SLOW = (
-    "einops", "hydra", "lightning", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
-    "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint", "torch.distributed.run",
+    "einops", "einops._torch_specific", "hydra", "lightning", "matplotlib.backends.backend_agg", "safetensors.torch",
+    "sklearn.datasets", "torch", "torchvision", "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint",
+    "torch.distributed.run",
 )  # fmt: skip
 
 # What libraries look at while they are imported: a job with others than the server's needs an interpreter of its own.
@@ -110,7 +111,9 @@ def serve(listener: socket.socket, executable: str) -> None:
         warnings.simplefilter("ignore")  # of PyTorch about its own code
         for name in SLOW:
             importlib.import_module(name)
-    importlib.import_module("warm_configs").load_once()  # the file beside this one
+    warm_configs = importlib.import_module("warm_configs")  # the file beside this one
+    warm_configs.compose_once()
+    warm_configs.know_all()
     inspect.getmodule(compile("", "no file", "exec"))  # which looks at every module once, and remembers
     gc.freeze()
     imports_set = {name: value for name, value in os.environ.items() if name not in before}
@@ -198,6 +201,7 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     ahead = [path for path in job["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
     own = [path for path in sys.path[1:] if path not in paths]
     importlib.invalidate_caches()
+    sys.modules["warm_configs"].forget_plugins([os.getcwd(), *ahead])
     kind, *rest = words
     if kind == "-m":
         sys.path[:] = [os.getcwd(), *ahead, *own]
