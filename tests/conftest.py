@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "cold: starts fresh interpreters, not forks of one that has imported the libraries"
     )
     load("warm_configs", HERE / "warm" / "warm_configs.py").compose_once()
+    # Otherwise each process that compiles starts others, for kernels of GPUs.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if WARM not in os.environ and sys.platform == "linux":
         started = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)
@@ -64,11 +66,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 # The files that take longest: they begin first, so that no process is left with one of them when the others are done.
 SLOWEST = (
-    "test_docs.py", "checkpoints/test_fuzz.py", "integration/test_bad_input.py", "programs/test_launch.py",
-    "graphs/test_trainer.py", "programs/test_convert_released.py", "integration/test_recipes.py",
-    "strategies/test_command_line.py", "programs/test_evaluate_again.py", "checkpoints/test_stranger.py",
-    "graphs/test_contract.py", "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py",
-    "integration/test_configs.py", "sampling/test_samplers.py", "strategies/test_watchdog.py",
+    "test_docs.py", "compatibility/test_matrix.py", "benchmarks/test_gpu_check.py", "strategies/test_wan.py",
+    "strategies/test_sharding.py", "integration/test_interruption.py", "strategies/test_recompute.py",
+    "strategies/test_objectives.py", "strategies/test_chain_jvp.py", "benchmarks/test_memory_plan.py",
+    "test_recompute.py", "integration/test_programs.py", "integration/test_bad_input.py", "integration/test_sweeps.py",
+    "compatibility/test_check.py", "test_packaging.py", "programs/test_light.py", "integration/test_imagenet_road.py",
+    "checkpoints/test_fuzz.py", "programs/test_launch.py", "graphs/test_trainer.py",
+    "programs/test_convert_released.py", "integration/test_recipes.py", "strategies/test_command_line.py",
+    "programs/test_evaluate_again.py", "checkpoints/test_stranger.py", "graphs/test_contract.py",
+    "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py", "integration/test_configs.py",
+    "sampling/test_samplers.py", "strategies/test_watchdog.py", "strategies/test_deferred.py",
 )  # fmt: skip
 
 

@@ -36,8 +36,9 @@ from pathlib import Path
 from typing import Any
 
 SLOW = (
-    "einops", "einops._torch_specific", "hydra", "lightning", "matplotlib.backends.backend_agg", "safetensors.torch",
-    "sklearn.datasets", "torch", "torchvision", "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint",
+    "diffusers.models.transformers.transformer_wan", "einops", "einops._torch_specific", "hydra", "lightning",
+    "matplotlib.backends.backend_agg", "optuna", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
+    "torch._decomp.decompositions_for_jvp", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
     "torch.distributed.run",
 )  # fmt: skip
 
