@@ -33,15 +33,22 @@ def load(name: str, path: Path) -> ModuleType:
 COLD = sys.executable
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    load("warm_start", HERE / "warm" / "start.py")
+    pluginmanager.register(load("cpu_seconds", HERE / "warm" / "cpu_seconds.py"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """One warm start for the whole session, begun by the process that hands out the tests to the others; files of the
-    configuration are parsed once per process."""
+    """One warm start for the whole session, begun by the process that hands out the tests to the others; composing is
+    cheaper."""
     config.addinivalue_line(
         "markers", "cold: starts fresh interpreters, not forks of one that has imported the libraries"
     )
-    load("warm_configs", HERE / "warm" / "warm_configs.py").load_once()
+    load("warm_configs", HERE / "warm" / "warm_configs.py").compose_once()
+    # Otherwise each process that compiles starts others, for kernels of GPUs.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if WARM not in os.environ and sys.platform == "linux":
-        started = load("warm_start", HERE / "warm" / "start.py").WarmStart()
+        started = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)
         config.add_cleanup(started.close)
         config.add_cleanup(lambda: os.environ.pop(WARM))
@@ -59,11 +66,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 # The files that take longest: they begin first, so that no process is left with one of them when the others are done.
 SLOWEST = (
-    "test_docs.py", "checkpoints/test_fuzz.py", "integration/test_bad_input.py", "programs/test_launch.py",
-    "graphs/test_trainer.py", "programs/test_convert_released.py", "integration/test_recipes.py",
-    "strategies/test_command_line.py", "programs/test_evaluate_again.py", "checkpoints/test_stranger.py",
-    "graphs/test_contract.py", "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py",
-    "integration/test_configs.py", "sampling/test_samplers.py", "strategies/test_watchdog.py",
+    "test_docs.py", "compatibility/test_matrix.py", "benchmarks/test_gpu_check.py", "strategies/test_wan.py",
+    "strategies/test_sharding.py", "integration/test_interruption.py", "strategies/test_recompute.py",
+    "strategies/test_objectives.py", "strategies/test_chain_jvp.py", "benchmarks/test_memory_plan.py",
+    "test_recompute.py", "integration/test_programs.py", "integration/test_bad_input.py", "integration/test_sweeps.py",
+    "compatibility/test_check.py", "test_packaging.py", "programs/test_light.py", "integration/test_imagenet_road.py",
+    "checkpoints/test_fuzz.py", "programs/test_launch.py", "graphs/test_trainer.py",
+    "programs/test_convert_released.py", "integration/test_recipes.py", "strategies/test_command_line.py",
+    "programs/test_evaluate_again.py", "checkpoints/test_stranger.py", "graphs/test_contract.py",
+    "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py", "integration/test_configs.py",
+    "sampling/test_samplers.py", "strategies/test_watchdog.py", "strategies/test_deferred.py",
 )  # fmt: skip
 
 

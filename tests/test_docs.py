@@ -30,12 +30,13 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 
+GRID = "callbacks.sample_grid.nfe=[1]"
 # The least that each program can do: added after the words of a command, where they win.
 SHORT = {
-    "train.py": ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1"],
+    "train.py": ["trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=1", GRID],
     "eval.py": ["num_samples=40"],
     "sample.py": ["num_samples=10"],
-    "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=2", "student.quick_steps=2"],
+    "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=1", "student.quick_steps=1"],
 }
 SECONDS = 280  # that a command may take
 SCRIPTS = {"flowanchor-train": "train.py", "flowanchor-sample": "sample.py", "flowanchor-eval": "eval.py"}
@@ -122,7 +123,8 @@ def clone(folder: Path) -> Path:
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Step -> what went wrong, nothing where it went well. The steps of a page in order, two pages at a time.
 
-    A page whose steps are all steps of another page, in that order, is checked there.
+    A page whose steps are all steps of another page, in that order, is checked there; so is a step by itself of which
+    nothing else on its page knows.
     """
     pages: dict[Path, list[Step]] = {}
     for item in request.session.items:
@@ -149,11 +151,24 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             visited.append(page)
         else:
             twins += zip(pages[page], there, strict=True)
+    for page in visited:
+        for step in [step for number, step in enumerate(pages[page]) if alone(pages[page], number)]:
+            others = (other for kept in visited if kept != page for other in pages[kept])
+            if twin := next((other for other in others if other.does == step.does), None):
+                pages[page].remove(step)
+                twins.append((step, twin))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run_page, visited))
-    for step, twin in twins:
+    for step, twin in reversed(twins):  # a twin that was found early may have one itself
         found[str(step)] = found[str(twin)]
     return found
+
+
+def alone(page: list[Step], number: int) -> bool:
+    """Whether a step uses nothing of its page, and nothing that follows names what it makes."""
+    command, *files = page[number].does
+    made = "outputs/multirun" if " -m " in command else "outputs/"
+    return not files and "outputs/" not in command and not any(made in step.does[0] for step in page[number + 1 :])
 
 
 def twins_of(ours: list[Step], theirs: list[Step]) -> list[Step] | None:
@@ -171,6 +186,7 @@ def attempt(step: Step, copy: Path) -> str:
         (copy / block.file).write_text(block.text)
     paths = [copy.parent / "installed", copy / "src", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+    environment["PYTEST_CURRENT_TEST"] = f"tests/test_docs.py::test_commands_run[{step}]"  # whose seconds these are
     for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, copy):
         done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
@@ -244,6 +260,14 @@ def headings(page: Path) -> set[str]:
 def test_pages_are_found():
     names = {page.relative_to(ROOT).as_posix() for page in PAGES}
     assert {"README.md", "CONTRIBUTING.md", "docs/plugins.md", "examples/plugin_package/README.md"} <= names
+
+
+def test_a_step_by_itself_is_checked_on_another_page():
+    block = Block("bash", "", 1, None)
+    page = [Step(ROOT / "README.md", block, f"x {words}") for words in ("-m a=1,2", "b", "outputs/train/b", "c")]
+    assert [alone(page, number) for number in range(4)] == [True, False, False, True]
+    page.append(Step(ROOT / "README.md", block, "x outputs/multirun"))
+    assert [alone(page, number) for number in range(5)] == [False] * 5
 
 
 def test_a_page_within_another_is_checked_there():

@@ -119,7 +119,7 @@ def test_the_forms_give_the_same_numbers(tmp_path: Path) -> None:
 
 
 def deep(two: bool) -> Backbone:
-    return LightningDiT(8, 2, 1, 32, 6, 2, num_classes=3, auxiliary_time_cond=two)
+    return LightningDiT(8, 2, 1, 32, 4, 2, num_classes=3, auxiliary_time_cond=two)
 
 
 @pytest.mark.parametrize("network", ["deep", "wan"])

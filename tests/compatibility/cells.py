@@ -140,9 +140,11 @@ class Spread:
                 block.forward.compiled = self._counted(block.forward.compiled)
         # Passes of `selective` whose linear layers are known have graphs of their own, or no answer.
         compiled_replay.ask_graph = self._counted(compiled_forms.ask_graph)
-        if spread == "DDP":
-            self.step = DistributedDataParallel(self.step)
         self.student = student
+
+    def replicate(self) -> None:
+        """Under DDP from now on: the same network and, where it is compiled, the same graphs."""
+        self.joint, self.step = True, DistributedDataParallel(self.step)
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*inputs: Any, **options: Any) -> Any:
@@ -202,12 +204,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 8
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD)
-    wanted = Spread("plain", compiled=False).run(Full("math"))
+    made = Spread("plain", compiled=False)
+    wanted = made.run(Full("math"))
     found: list[dict[str, Any]] = []
     for (spread, _), group in itertools.groupby(CELLS, key=lambda cell: (cell.spread, cell.compiled)):
         cells = list(group)
-        torch._dynamo.reset()
-        made = Spread(spread, cells[0].compiled)
+        if spread == "DDP":  # follows "plain"
+            made.replicate()
+        else:
+            torch._dynamo.reset()
+            made = Spread(spread, cells[0].compiled)
         mine = cells if made.joint else cells[int(rank) :: WORLD]
         found += [visit(cell, made, wanted) for cell in mine]
     Path(result).write_text(json.dumps(found))

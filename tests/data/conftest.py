@@ -119,12 +119,15 @@ def samples() -> Callable[..., list[tuple[int, bool]]]:
     return read
 
 
-@pytest.fixture(scope="session")
-def hostile() -> ModuleType:
-    """Runs readers on files of strangers (hostile.py)."""
+@pytest.fixture(
+    scope="session", params=[pytest.param(0.3, id="some"), pytest.param(1.0, id="all", marks=pytest.mark.slow)]
+)
+def hostile(request: pytest.FixtureRequest) -> ModuleType:
+    """Runs readers on files of strangers (hostile.py): all that were made by hand, and so many that chance damaged."""
     spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["hostile_files"] = module
     spec.loader.exec_module(module)
+    module.scale *= request.param
     return module

@@ -166,14 +166,14 @@ def damaged(hostile) -> Iterator[tuple[str, str, bytes]]:
     """Name of the file, what was done to it, content."""
     for number, (name, content) in enumerate(valid_pictures().items()):
         yield name, "whole", content
-        for what, data in hostile.mutations(content, 60 * hostile.SCALE, number):
+        for what, data in hostile.mutations(content, 60, number):
             yield name, what, data
     for what, data in (*lying_pngs(), *foreign_files()):
         yield "x.png", what, data
 
 
 def test_every_reader_reads_or_tells(hostile, tmp_path):
-    """Some 1,300 files, each by the trainer, by `encode.py` with classes and captions, and by the reference."""
+    """Up to some 1,300 files, each by the trainer, by `encode.py` with classes and captions, and by the reference."""
     read, cases = 0, list(damaged(hostile))
     folder = tmp_path / "set" / "a"
     folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_every_reader_reads_or_tells(hostile, tmp_path):
         assert len(verdicts) == 1, f"{case}: the readers differ: {told}, {sentences}"
         assert what != "whole" or verdicts == {True}, f"{case}: {sentences}"
         read += verdicts == {True}
-    assert len(cases) > 1200 and 0.1 < read / len(cases) < 0.8
+    assert len(cases) > 1200 * min(hostile.scale, 1) and 0.1 < read / len(cases) < 0.8
 
 
 # ------------------------------------------------------------------------------------------------- what one must hold

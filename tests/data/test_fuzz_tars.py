@@ -240,14 +240,14 @@ def tar(hostile, tmp_path):
 
 
 def test_every_reader_reads_or_tells(hostile, tar):
-    """Some 700 tars, each by `encode.py` with classes and captions, and by the trainer."""
+    """Some 600 tars, each by `encode.py` with classes and captions, and by the trainer."""
     cases = [*crafted(), *((what, sample(b"0") + sample(b"1", **files) + END) for what, files in contents(hostile))]
-    cases += [(what, data) for what, data in hostile.mutations(WHOLE, 150 * hostile.SCALE, 1)]
+    cases += [(what, data) for what, data in hostile.mutations(WHOLE, 150, 1)]
     told = set()
     for what, data in cases:
         tar.write_bytes(data)
         told |= {f"{name} {isinstance(found, str)}" for name, found in attempts(hostile, tar, what).items()}
-    assert len(told) == 6 and len(cases) > 600
+    assert len(told) == 6 and len(cases) > 500
     assert not hostile.TRACE.exists()
 
 

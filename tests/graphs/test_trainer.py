@@ -217,7 +217,7 @@ def test_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("recompute", [True, "selective", False])
 def test_compiled_blocks_in_a_graph(tmp_path: Path, recompute: bool | str) -> None:
     """The compiled dual pass among them; equal to the same without a graph."""
-    settings: dict[str, Any] = {"compile_options": {"backend": "aot_eager"}}
+    settings: dict[str, Any] = {"compile_options": {"backend": "eager"}}
     runs = [
         fit(tmp_path, graphs, engine=Chain(recompute=recompute), module_settings=settings) for graphs in (False, True)
     ]

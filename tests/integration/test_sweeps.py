@@ -30,7 +30,7 @@ def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_search_minimises_the_distance_at_two_steps(tmp_path):
     space = "search={objective.shortcut.relaxation_exponent: 'interval(0.25, 1.0)'}"  # in the place of the usual one
     done = train(tmp_path, "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "score.num_samples=60",
-                 "hydra.sweep.dir=search", space)  # fmt: skip
+                 "+score.metric.steps=5", "hydra.sweep.dir=search", space)  # fmt: skip
     assert done.returncode == 0, done.stderr
     best = yaml.safe_load((tmp_path / "search" / "optimization_results.yaml").read_text())
     assert set(best["best_params"]) == {"objective.shortcut.relaxation_exponent"}

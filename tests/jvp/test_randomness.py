@@ -122,9 +122,15 @@ def is_one_function(engine: Any, network: nn.Module, joint: bool, tolerance: flo
     assert abs(found - wanted) < tolerance * abs(wanted)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("name, joint", [*((n, False) for n in ENGINES), *((n, True) for n in JOINT)])
+WAYS = [*((name, False) for name in ENGINES), *((name, True) for name in JOINT)]
+COMPILED = [  # every way and every kind of network; all of both in `make test-slow`
+    pytest.param(*way, kind, True, marks=[] if way == ("chain", True) or kind == "blocks" else [pytest.mark.slow])
+    for way in WAYS
+    for kind in NETWORKS
+]
+
+
+@pytest.mark.parametrize("name, joint, kind, compiled", [*((*w, k, False) for w in WAYS for k in NETWORKS), *COMPILED])
 def test_one_draw_for_prediction_tangent_and_gradient(name, joint, kind, compiled):
     torch.manual_seed(0)
     network = NETWORKS[kind]().double().train()

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import json
 import os
+import resource
 import runpy
 import select
 import shutil
@@ -35,8 +36,10 @@ from pathlib import Path
 from typing import Any
 
 SLOW = (
-    "einops", "hydra", "lightning", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
-    "torch._decomp.decompositions_for_jvp", "torch.distributed.checkpoint", "torch.distributed.run",
+    "diffusers.models.transformers.transformer_wan", "einops", "einops._torch_specific", "hydra", "lightning",
+    "matplotlib.backends.backend_agg", "optuna", "safetensors.torch", "sklearn.datasets", "torch", "torchvision",
+    "torch._decomp.decompositions_for_jvp", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
+    "torch.distributed.run",
 )  # fmt: skip
 
 # What libraries look at while they are imported: a job with others than the server's needs an interpreter of its own.
@@ -45,6 +48,21 @@ AT_IMPORT = (
     "XDG_",
 )  # fmt: skip
 LATER = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # which Lightning sets where it is imported, in the tests too
+
+FILE = "FLOWANCHOR_CPU_SECONDS"  # names the file of `pytest --cpu-seconds`; every process of the tests inherits it
+
+
+def note(seconds: float, test: str) -> None:
+    """What a test, or a process of its, took of a processor: one line, whole also where several processes write."""
+    if FILE in os.environ:
+        with open(os.environ[FILE], "a") as file:
+            file.write(f"{seconds:.3f} {test}\n")
+
+
+def spent() -> float:
+    """Seconds of a processor: this process and those that it waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 class WarmStart:
@@ -94,14 +112,17 @@ def serve(listener: socket.socket, executable: str) -> None:
         warnings.simplefilter("ignore")  # of PyTorch about its own code
         for name in SLOW:
             importlib.import_module(name)
-    importlib.import_module("warm_configs").load_once()  # the file beside this one
+    warm_configs = importlib.import_module("warm_configs")  # the file beside this one
+    warm_configs.compose_once()
+    warm_configs.know_all()
     inspect.getmodule(compile("", "no file", "exec"))  # which looks at every module once, and remembers
     gc.freeze()
     imports_set = {name: value for name, value in os.environ.items() if name not in before}
-    waiting: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of a process -> its number, whom to tell
+    note(spent(), "(the warm start)")
+    waiting: dict[int, tuple[int, str, socket.socket]] = {}  # a process's descriptor -> number, test, whom to tell
     tests = os.getppid()
     while os.getppid() == tests:
-        asking = {connection: number for number, (_, connection) in waiting.items() if connection.fileno() >= 0}
+        asking = {connection: number for number, (_, _, connection) in waiting.items() if connection.fileno() >= 0}
         for ready in select.select([listener, *waiting, *asking], [], [], 5.0)[0]:
             if ready is listener:
                 connection, _ = listener.accept()
@@ -112,7 +133,7 @@ def serve(listener: socket.socket, executable: str) -> None:
                     tell(connection, 0)
                     connection.close()
                 elif (child := os.fork()) == 0:
-                    for number, (_, other) in waiting.items():
+                    for number, (_, _, other) in waiting.items():
                         os.close(number)
                         other.close()
                     connection.close()
@@ -123,14 +144,17 @@ def serve(listener: socket.socket, executable: str) -> None:
                 else:
                     with contextlib.suppress(OSError):  # it was faster
                         os.setpgid(child, child)
-                    waiting[os.pidfd_open(child)] = child, connection
+                    test = job["environment"].get("PYTEST_CURRENT_TEST", "(nobody)")
+                    waiting[os.pidfd_open(child)] = child, test, connection
                     tell(connection, child)
                 for stream in streams:
                     os.close(stream)
             elif ready in waiting:
-                child, connection = waiting.pop(ready)
+                child, test, connection = waiting.pop(ready)
                 os.close(ready)
-                tell(connection, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+                _, status, used = os.wait4(child, 0)
+                tell(connection, os.waitstatus_to_exitcode(status))
+                note(used.ru_utime + used.ru_stime, test)
                 connection.close()
             elif asking[ready] in waiting and not ready.recv(1):  # whoever asked was killed, and so is the job
                 with contextlib.suppress(ProcessLookupError):
@@ -178,6 +202,7 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     ahead = [path for path in job["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
     own = [path for path in sys.path[1:] if path not in paths]
     importlib.invalidate_caches()
+    sys.modules["warm_configs"].forget_plugins([os.getcwd(), *ahead])
     kind, *rest = words
     if kind == "-m":
         sys.path[:] = [os.getcwd(), *ahead, *own]

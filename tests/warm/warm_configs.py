@@ -1,32 +1,66 @@
-"""Within tests, a process parses each file of the configuration once, however often it composes.
+"""Within tests, each text of a configuration file is parsed once, and a program composes once.
 
-Composing is much of what a small run costs, and a program composes twice. A file that has changed is parsed again, and
-whoever asks for one gets a copy of their own.
+Composing is much of what a small run costs. What was parsed is kept by its text, so that a file that has changed is
+parsed again and a copy of the configuration elsewhere need not be; whoever asks gets a copy of their own. The warm
+start (start.py) knows the files of this checkout before it forks.
+
+Hydra composes twice per program, first only to see whether `hydra.mode` is set. In tests it is not, unless the command
+line says so (where a file sets it to MULTIRUN, Hydra ends with an AssertionError).
 """
 
 from __future__ import annotations
 
-import copy
 import io
-import os
+import pickle
+from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
 
+CONF = Path(__file__).parents[2] / "conf"
+
 _load = OmegaConf.load
-_known: dict[tuple[Any, ...], Any] = {}
+_get_mode = Hydra.get_mode
+_known: dict[str, bytes] = {}
 
 
 def _load_once(file: Any) -> Any:
     if not isinstance(file, io.TextIOWrapper) or file.tell():  # Hydra opens its files itself
         return _load(file)
-    found = os.fstat(file.fileno())
-    key = file.name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-    if key not in _known:
-        _known[key] = _load(file)
-    return copy.deepcopy(_known[key])
+    text = file.read()
+    if text not in _known:
+        file.seek(0)  # an error of the parser names the file
+        _known[text] = pickle.dumps(_load(file), pickle.HIGHEST_PROTOCOL)
+    return pickle.loads(_known[text])
 
 
-def load_once() -> None:
+def _get_mode_if_any(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    return _get_mode(self, config_name, overrides) if any("mode" in override for override in overrides) else None
+
+
+def compose_once() -> None:
     """From now on, in this process."""
     OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
+    Hydra.get_mode = _get_mode_if_any  # type: ignore[method-assign]
+
+
+def know_all() -> None:
+    """The files of this checkout and Hydra's own, its plugins, and the grammars of overrides and interpolations."""
+    for folder in (CONF, Path(hydra.__file__).with_name("conf")):
+        for path in folder.rglob("*.yaml"):
+            with path.open(encoding="utf-8") as file:
+                _load_once(file)
+    Plugins.instance()
+    OverridesParser.create().parse_overrides(["a=1", "+a.b=[x,1.5]", "++a={b:null,c:'d e'}", "~a", "a@b=c/d", "a=b,c"])
+    assert OmegaConf.create({"a": "${b.c}-${oc.env:HOME,x}", "b": {"c": 1}}).a
+
+
+def forget_plugins(paths: list[str]) -> None:
+    """Where one of these folders has plugins of Hydra, they are looked for anew."""
+    if any((Path(path) / "hydra_plugins").exists() for path in paths):
+        Singleton._instances.pop(Plugins, None)
