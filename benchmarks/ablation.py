@@ -120,8 +120,8 @@ ROWS = (
 RELATIVES = tuple(
     row
     for row in ROWS
-    if row.name in (ROWS[0].name, "sCM", "MeanFlow, r = t share 0.75")
-    or row.name.startswith(("iMF whole", "alpha-Flow", "MeanFlow, 0.75", "MeanFlow, decoupled", "MeanFlow, gated"))
+    if row.name in (ROWS[0].name, "MeanFlow, r = t share 0.75")
+    or row.name.startswith(("iMF whole", "alpha-Flow", "MeanFlow, decoupled", "MeanFlow, gated"))
 )
 
 

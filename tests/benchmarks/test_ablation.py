@@ -40,7 +40,7 @@ def test_every_row_is_a_legal_objective_of_its_own():
         assert row.calls == calls + further, row.name
     assert len(seen) == len(ablation.ROWS)
     assert [row.name for row in ablation.RELATIVES] == [
-        "FACM, expanded interval", "MeanFlow, r = t share 0.75", "MeanFlow, 0.75, without adaptive weight", "sCM",
+        "FACM, expanded interval", "MeanFlow, r = t share 0.75",
         "iMF whole: guidance as an input, no velocity head", "iMF whole, without adaptive weight", "alpha-Flow",
         "alpha-Flow without adaptive weight", "MeanFlow, decoupled", "MeanFlow, gated",
     ]  # fmt: skip
