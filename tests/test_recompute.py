@@ -128,7 +128,7 @@ def test_the_plan_is_what_a_step_takes(network: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(BACKBONES, "deep", deep)
     torch.manual_seed(0)
     goal = objective("objective=facm")
-    student = backbone(network, goal.interval.needs_end_time)
+    student = backbone(network, goal.interval)
     batch, t = batch_for(student), torch.rand(4)
     noise, times = torch.randn_like(batch.x1), Times(t)
     step = StepOfShapes(student, goal, DataVelocity())

@@ -173,6 +173,11 @@ Such a choice is refused with that sentence before training starts.
 
 ## On a GPU
 
+In `trainer.precision=32-true` a GPU multiplies float32 matrices in TF32 as `matmul_precision=high` (the default) has
+it: ten bits of mantissa, so that a tangent has about three exact digits. A run says so. `matmul_precision=highest`
+computes all digits; `jvp=finite_difference` asks for it. Attention's kernel takes three products for one there
+(`tf32x3`) and stays nearly exact ([attention tiles](performance.md#attention-tiles)).
+
 The cells above are those of a CPU. What `make gpu-check` has trained on a GPU, with LightningDiT-XL/1 where no other
 network is named:
 

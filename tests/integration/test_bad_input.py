@@ -100,7 +100,7 @@ CASES = [
     # options, plugins, keys
     (
         [*TRAIN, "objective=facn"],
-        "Unknown option 'facn' for objective: did you mean facm. The options are alpha_flow, facm, ",
+        "Unknown option 'facn' for objective: did you mean facm. The options are alpha_flow, dmf, facm, ",
     ),
     ([*TRAIN, "backbone=zebra"], "Unknown option 'zebra' for backbone: choose one of .*lightningdit"),
     ([*SAMPLE, "sampler=consistensy"], "Unknown option .* did you mean consistency"),
