@@ -154,8 +154,7 @@ class Case:
     def network(self, **more: Any) -> DiffusersTransformer:
         """Random weights in place of zeros, float32."""
         torch.manual_seed(0)
-        settings = {"_class_name": self.description.stock, **self.settings}
-        made = DiffusersTransformer(settings, **{**self.sizes(), **self.more, **more})
+        made = DiffusersTransformer(self.description.stock, self.settings, **{**self.sizes(), **self.more, **more})
         with torch.no_grad():
             for parameter in made.parameters():
                 small = parameter.ndim > 1

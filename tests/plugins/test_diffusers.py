@@ -141,7 +141,7 @@ def test_a_moving_value_that_is_not_carried_is_refused():
         carried = ()
 
     case = CASES["SD3"]
-    network = DiffusersTransformer(case.settings, Forgetful(), **case.sizes(), **case.more)
+    network = DiffusersTransformer(None, case.settings, Forgetful(), **case.sizes(), **case.more)
     x, t, cond = case.inputs(torch.float32)
     with pytest.raises(ConfigError, match="depends on x or a time into StageContext.fixed.*'temb'"):
         ask(network, x, t, cond, (torch.randn_like(x), torch.ones_like(t)), Chain())
@@ -152,7 +152,7 @@ def test_a_description_that_names_what_no_block_is_given_is_refused():
         carried = ("temb", "time_embedding")
 
     case = CASES["SD3"]
-    network = DiffusersTransformer(case.settings, Hopeful(), **case.sizes(), **case.more)
+    network = DiffusersTransformer(None, case.settings, Hopeful(), **case.sizes(), **case.more)
     with pytest.raises(ConfigError, match="not given time_embedding but .*temb"):
         network.predict(*case.inputs(torch.float32))
 
@@ -225,20 +225,20 @@ def test_what_cannot_be_built_is_told_in_a_sentence():
         description_of("AuraFlowTransformer2DModel")
     with pytest.raises(ConfigError, match="add initialise_from=FOLDER"):
         DiffusersTransformer()
-    with pytest.raises(ConfigError, match="describes SD3Transformer2DModel, and backbone.settings are those of Flux"):
-        DiffusersTransformer({"_class_name": "FluxTransformer2DModel"}, StableDiffusion3())
+    with pytest.raises(ConfigError, match="that of SD3Transformer2DModel, and the network is a FluxTransformer2DModel"):
+        DiffusersTransformer("FluxTransformer2DModel", {}, StableDiffusion3())
     with pytest.raises(ConfigError, match="have 3 channels and this SD3Transformer2DModel reads 4"):
-        DiffusersTransformer(case.settings, StableDiffusion3(), channels=3)
+        DiffusersTransformer(None, case.settings, StableDiffusion3(), channels=3)
     with pytest.raises(ConfigError, match="multiples of 2 and 2"):
-        DiffusersTransformer(case.settings, StableDiffusion3(), height=7)
+        DiffusersTransformer(None, case.settings, StableDiffusion3(), height=7)
     with pytest.warns(UserWarning, match="does not take brand_new"):
-        DiffusersTransformer({**case.settings, "brand_new": 1}, StableDiffusion3(), height=8, width=8)
+        DiffusersTransformer(None, {**case.settings, "brand_new": 1}, StableDiffusion3(), height=8, width=8)
 
     class Tomorrow(StableDiffusion3):
         stock = "StableDiffusion9Transformer2DModel"
 
     with pytest.raises(ConfigError, match="has no StableDiffusion9.*pip install --upgrade diffusers"):
-        DiffusersTransformer({}, Tomorrow())
+        DiffusersTransformer(None, {}, Tomorrow())
     network, (x, t, cond) = case.network(), case.inputs(torch.float32)
     with pytest.raises(ConfigError, match="pass a PooledTokens with tokens, pooled"):
         network.predict(x, t, Tokens(cond.tokens))
@@ -273,11 +273,10 @@ def test_conditions_are_dropped_and_guided():
 @pytest.mark.parametrize("name", ["SD3", "Z-Image", "Sana"])
 def test_first_values_do_not_depend_on_when_they_are_drawn(name):
     case = CASES[name]
-    settings = {"_class_name": case.description.stock, **case.settings}
 
     def made():
         torch.manual_seed(5)
-        return DiffusersTransformer(settings, **case.sizes(), **case.more)
+        return DiffusersTransformer(case.description.stock, case.settings, **case.sizes(), **case.more)
 
     whole = made()
     with parameters_on_meta():

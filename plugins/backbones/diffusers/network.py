@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,8 +26,6 @@ from flowanchor.plugins.backbones.diffusers.description import PAGE, Description
 from flowanchor.plugins.backbones.diffusers.exactness import exact, exact_times
 from flowanchor.plugins.backbones.diffusers.walking import Link, Walk, first_call, values_of
 
-CLASS = "_class_name"
-
 
 class DiffusersTransformer(Backbone):
     """Velocity network on samples [B, C, h, w], or [B, C, f, h, w] of a video; an image network takes one frame, too.
@@ -35,7 +33,8 @@ class DiffusersTransformer(Backbone):
     State-dict keys are the stock network's, whose modules and parameters these are: `network` is that one.
 
     Args:
-        settings: arguments of the stock class, and its name as `_class_name`: the content of a `config.json`.
+        stock: name of the class in diffusers; None: that of the description.
+        settings: its arguments, as a `config.json` has them.
         description: how the class is walked; None: the registered one of its name.
         channels, frames, height, width: of the samples it draws unless told otherwise; None: the usual ones.
         text_len: tokens of the text that it reads; None: as released.
@@ -49,6 +48,7 @@ class DiffusersTransformer(Backbone):
 
     def __init__(
         self,
+        stock: str | None = None,
         settings: Mapping[str, Any] | None = None,
         description: Description | None = None,
         channels: int | None = None,
@@ -59,7 +59,7 @@ class DiffusersTransformer(Backbone):
         condition_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        known = _described(settings, description)
+        known = _described(stock, description)
         network = _built(known.stock, settings or {})
         known.check(network.config)
         if not 0 <= condition_dropout <= 1:
@@ -237,22 +237,28 @@ def _groups(description: Description) -> tuple[str, ...]:
     return (*description.lead, *description.blocks)
 
 
-def _described(settings: Mapping[str, Any] | None, description: Description | None) -> Description:
-    named = (settings or {}).get(CLASS)
+def _described(stock: str | None, description: Description | None) -> Description:
     if description is None:
-        if not isinstance(named, str):
+        if stock is None:
             raise ConfigError(
                 "backbone=diffusers needs to know which network: add initialise_from=FOLDER, one with its config.json "
-                "and weights, or backbone.folder=FOLDER for its sizes alone; or choose backbone/description= and "
-                "backbone.settings={...}, the arguments of its class."
+                "and weights; or, from scratch, choose backbone/description= and backbone.settings={...}, the "
+                "arguments of its class."
             )
-        return description_of(named)
-    if named not in (None, description.stock):
+        return description_of(stock)
+    if stock not in (None, description.stock):
         raise ConfigError(
-            f"backbone.description describes {description.stock}, and backbone.settings are those of {bare(named)}: "
-            "leave one of them out."
+            f"backbone/description is that of {description.stock}, and the network is a {bare(stock)}: leave one of "
+            "them out."
         )
     return description
+
+
+def _listed(value: Any) -> Any:
+    """Containers of a configuration as plain ones, which diffusers keeps."""
+    if isinstance(value, Mapping):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _built(stock: str, settings: Mapping[str, Any]) -> Any:
@@ -261,7 +267,7 @@ def _built(stock: str, settings: Mapping[str, Any]) -> Any:
     if made is None:
         raise ConfigError(f"diffusers {diffusers.__version__} has no {stock}: pip install --upgrade diffusers.")
     known = inspect.signature(made.__init__).parameters
-    given = {name: value for name, value in settings.items() if not name.startswith("_")}
+    given = _listed(settings)
     unknown = [name for name in given if name not in known]
     if unknown:
         warnings.warn(

@@ -117,7 +117,8 @@ class Link(nn.Module):
     def _joined(self, tokens: Tensor, values: Mapping[str, Any], description: Description) -> Tensor:
         """One sequence of all streams."""
         one = self.renames["joined"]
-        others: dict[str, Any] = {name: None for name in description.streams if name != one}
+        names = (name for name in description.streams if name != one and name in self.parameters_of_block)
+        others: dict[str, Any] = dict.fromkeys(names)
         out: Tensor = self.block(**{one: tokens}, **others, **self._given(values, description.streams))
         return out
 
