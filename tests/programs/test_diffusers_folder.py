@@ -53,9 +53,10 @@ def run(place, monkeypatch):
 
 TRAIN = (
     "backbone=diffusers", "initialise_from=flux2", "backbone.text_len=16", "teacher=checkpoint",
-    "teacher.checkpoint=flux2", "data=captions", "data.root=encoded", "data.channels=3", "data.height=8", "data.width=8",
-    "data.text_dim=384", "data.batch_size=4", "data.num_workers=0", "codec=identity", "text_encoder=minilm",
-    "trainer.limit_val_batches=0", "callbacks=none", "threads=1", "name=student",
+    "teacher.checkpoint=flux2", "data=captions", "data.root=encoded", "data.channels=3", "data.height=8",
+    "data.width=8", "data.text_dim=384", "data.batch_size=4", "data.num_workers=0", "codec=identity",
+    "text_encoder=minilm", "trainer.limit_val_batches=0", "callbacks.best=null",
+    "callbacks.sample_grid=null", "threads=1", "name=student",
 )  # fmt: skip
 
 

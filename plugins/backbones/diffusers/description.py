@@ -37,6 +37,7 @@ class Description(ABC):
             `joined` stands for the whole sequence.
         lead: lists of blocks that the stock forward runs on the sample's tokens before it joins the text to them.
         ends: children that `head` calls.
+        last: its last layer.
         time: the module that embeds the time; its first argument is a table of sinusoids [B, n], or the time.
         sign: -1 where the network predicts noise minus data, 1 where it is data minus noise.
         frames: whether samples are videos [C, f, h, w].
@@ -57,6 +58,7 @@ class Description(ABC):
     renames: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     lead: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    last: ClassVar[str] = "proj_out"
     time: ClassVar[str]
     sign: ClassVar[int] = -1
     frames: ClassVar[bool] = False

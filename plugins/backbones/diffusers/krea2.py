@@ -21,6 +21,7 @@ class Krea2(Description):
     carried = ("temb", "embedded")
     kept = {"embedded": ("time_embed", None)}
     ends = ("final_layer",)
+    last = "final_layer.linear"
     time = "time_embed"
     size_steps = (2, 2)
     longest = {"tokens": 512, "mask": 512}

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -45,6 +45,9 @@ class DiffusersTransformer(Backbone):
     """
 
     any_size = True
+    network: Any  # the stock network, which shares its modules and parameters with this one
+    description: Description
+    conditioning: Text
 
     def __init__(
         self,
@@ -131,7 +134,7 @@ class DiffusersTransformer(Backbone):
             )
         streams = [found.pop(name) for name in known.streams]
         carried = tuple(found.pop(name) for name in known.carried)
-        walk = Walk(tuple(stream.shape[1] for stream in streams), tuple(sample.shape), unmasked and known.masks_padding)
+        walk = Walk(tuple(stream.shape[1] for stream in streams), tuple(sample.shape), sample.ndim < x.ndim, unmasked)
         tokens = torch.cat(streams, 1) if len(streams) > 1 else streams[0].clone()
         return tokens, StageContext(carried, (walk, found))
 
@@ -141,7 +144,7 @@ class DiffusersTransformer(Backbone):
         with exact(tokens):
             own = tokens[:, -walk.lengths[-1] :]
             out = known.sign * known.head(self.network, own, values_of(context, known), walk.shape)
-        return out.unsqueeze(2) if len(self.sample_shape) > len(walk.shape) - 1 else out
+        return out.unsqueeze(2) if walk.framed else out
 
     def stage_modules(self) -> list[list[nn.Module]]:
         known = self.description
@@ -152,7 +155,7 @@ class DiffusersTransformer(Backbone):
                 continue
             called = child.children() if isinstance(child, (nn.ModuleDict, nn.ModuleList)) else [child]
             (after if name in known.ends else before).extend(called)
-        return [before, *([link.block] for link in self.blocks), after]
+        return [before, *([cast(Link, link).block] for link in self.blocks), after]
 
     # ------------------------------------------------------------------------------------------------------ inputs
 
@@ -228,8 +231,7 @@ class DiffusersTransformer(Backbone):
         if index == 0:
             _draw_own(self)
         if index > len(self.blocks):
-            last = [layer for module in stage for layer in module.modules() if isinstance(layer, nn.Linear)]
-            for parameter in last[-1].parameters():
+            for parameter in self.network.get_submodule(self.description.last).parameters():
                 nn.init.zeros_(parameter)
 
 

@@ -30,7 +30,8 @@ class Walk:
 
     lengths: tuple[int, ...]  # tokens of each stream
     shape: tuple[int, ...]  # of the sample, [B, C, *]
-    unmasked: bool  # whether the condition has no padding, so that no mask leaves anything out
+    framed: bool  # whether the sample is an image that came with an axis of one frame
+    unmasked: bool  # whether blocks make a mask of the condition's padding alone, and there is none
 
 
 def values_of(context: StageContext, description: Description) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class ZImage(Description):
     streams = ("x",)
     carried = ("adaln_input",)
     ends = ("all_final_layer",)
+    last = f"all_final_layer.{PATCH}.linear"
     time = "t_embedder.mlp"
     sign = 1
     size_steps = (2, 2)
