@@ -1,14 +1,17 @@
-"""A transformer of diffusers in its folder (`config.json`, safetensors), opened where it lies: `backbone=diffusers`."""
+"""A transformer of diffusers in its folder (`config.json`, safetensors): opened where it lies, and written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from flowanchor.base.dtypes import DTYPES
+from flowanchor.base.files import flush, remove, replace, unfinished
 from flowanchor.base.plain import read_json
 from flowanchor.base.stock_folder import without_code
 from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
+from flowanchor.checkpoints.load import open_described
 from flowanchor.errors import CheckpointError
 from flowanchor.plugins.backbones.diffusers.description import description_of
 from flowanchor.plugins.formats.folder_weights import CONFIG, FolderWeights, digest_of
@@ -18,12 +21,22 @@ PART = "transformer"  # of a pipeline
 
 
 class TransformerFolder(Format):
-    """Folders of transformers that diffusers has saved, or pipelines with one; only read."""
+    """Folders of transformers that diffusers has saved, or pipelines with one; of a `backbone=diffusers` such a folder
+    is written, which stock diffusers opens.
+
+    Args:
+        dtype: name of the type in which weights are written, but for those that diffusers keeps in float32; None: as
+            they are.
+    """
 
     name = "transformer"
-    suffix = None
+    suffix = ""
     in_place = True
+    casts = False
     broad = True  # Wan's are of this kind, and have a backbone of their own
+
+    def __init__(self, dtype: str | None = None) -> None:
+        self.dtype = dtype
 
     def recognises(self, path: Path) -> bool:
         """Whether a folder says that it holds a transformer of diffusers, described or not."""
@@ -50,6 +63,32 @@ class TransformerFolder(Format):
     def digest(self, path: Path) -> str:
         folder = _folder(path)
         return digest_of([] if folder is None else [folder])
+
+    def replaces(self, output: Path) -> bool:
+        return _is_transformer(output)
+
+    def write(self, given: DescribedWeights, output: Path) -> str:
+        """As diffusers saves it. Raises `CheckpointError` for another network."""
+        from flowanchor.plugins.backbones.diffusers.network import DiffusersTransformer  # diffusers takes seconds
+
+        backbone, _ = open_described(given)
+        if not isinstance(backbone, DiffusersTransformer):
+            raise CheckpointError(
+                f"{given.file} holds a {type(backbone).__name__}, and format=transformer writes a backbone=diffusers: "
+                "use format=huggingface."
+            )
+        network = backbone.network
+        kept = set(network._keep_in_fp32_modules or ())
+        for name, parameter in network.named_parameters():
+            if self.dtype is not None and not kept.intersection(name.split(".")):
+                parameter.data = parameter.data.to(DTYPES[self.dtype])
+        partial = unfinished(output)
+        remove(partial)
+        partial.mkdir(parents=True)
+        network.save_pretrained(partial)
+        flush(partial)
+        replace(partial, output)
+        return f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters"
 
 
 def _folder(path: Path) -> Path | None:

@@ -78,11 +78,28 @@ def test_distilled_resumed_and_sampled(place, run):
         drawing = ("prompt=a", "num_samples=2", "device=cpu", "sampler.steps=2")
         run("sample", "checkpoint=outputs/train/student", "hydra.run.dir=drawn", *drawing)
         run("convert", "checkpoint=outputs/train/student", "output=student.safetensors")
+        run("convert", "checkpoint=outputs/train/student", "output=stock", "format=transformer")
+        run("convert", "checkpoint=outputs/train/student", "output=low", "format=transformer", "dtype=bfloat16")
         run("sample", "checkpoint=student.safetensors", "hydra.run.dir=again", *drawing)
     finally:
         shutil.move("elsewhere", "flux2")
     pictures = [np.load(place / name / "samples.npz")["images"] for name in ("drawn", "again")]
     assert pictures[0].shape == (2, 8, 8, 3) and np.array_equal(*pictures)
+    (place / "prompts.txt").write_text("a\nb")
+    measuring = ("metric=random", "metric.cache_dir=cache", "reference=images", "prompts=prompts.txt", "batch_size=2")
+    run(
+        "evaluate", "checkpoint=outputs/train/student", "nfe=[2]", "num_samples=6", "device=cpu",
+        "hydra.run.dir=measured", *measuring,
+    )  # fmt: skip
+    assert json.loads((place / "measured" / "metrics.json").read_text())["results"][0]["n"] == 6
+    written = Flux2Transformer2DModel.from_pretrained(place / "stock", local_files_only=True).state_dict()
+    average = student.backbone.state_dict()
+    assert written.keys() == average.keys() and all(torch.equal(average[name], written[name]) for name in written)
+    low = Flux2Transformer2DModel.from_pretrained(place / "low", local_files_only=True, torch_dtype="auto")
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    assert load_model("stock").backbone.network.config.num_layers == SIZES["num_layers"]
+    with pytest.raises(SystemExit):
+        run("convert", "checkpoint=digits", "output=other", "format=transformer")
 
 
 def test_folders_that_are_not_opened(place, tmp_path):
