@@ -32,7 +32,8 @@ MACHINERY = {
 }
 # conf/<group>/ -> plugins/<folder>/
 FOLDERS = {
-    "backbone": "backbones", "codec": "codecs", "data": "data", "format": "formats", "metric": "metrics",
+    "backbone": "backbones", "backbone/description": "backbones.diffusers", "codec": "codecs", "data": "data",
+    "format": "formats", "metric": "metrics",
     "objective": "objectives", "objective/anchor": "objectives.anchors", "objective/interval": "objectives.intervals",
     "objective/shortcut": "objectives.shortcuts", "objective/time": "objectives.times",
     "objective/weight": "objectives.weights", "sampler": "samplers", "teacher": "teachers",

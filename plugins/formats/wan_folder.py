@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.plain import read_json
 from flowanchor.base.trusted import brief
-from flowanchor.checkpoints.consolidated import FORMAT, SUFFIX
+from flowanchor.checkpoints.consolidated import FORMAT
 from flowanchor.checkpoints.format import Choices, DescribedWeights, Format
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.plugins.formats.base_pipeline import BasePipeline, is_exported
+from flowanchor.plugins.formats.folder_weights import digest_of
 from flowanchor.plugins.formats.wan_pair import join_experts
 from flowanchor.plugins.formats.wan_weights import CONFIG, WanWeights
 from flowanchor.weights import Joined
@@ -71,15 +71,7 @@ class WanFolder(Format):
 
     def digest(self, path: Path) -> str:
         """Of what identifies such a folder without reading its tens of gigabytes: its config, each file's header."""
-        digest = hashlib.sha256()
-        for file in sorted(file for name in ("", *_parts(path)) for file in (path / name).iterdir() if file.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as content:
-                if file.suffix == SUFFIX:
-                    digest.update(content.read(min(int.from_bytes(content.read(8), "little"), 1 << 26)))
-                else:
-                    digest.update(content.read(1 << 20))
-        return digest.hexdigest()
+        return digest_of(path / name for name in ("", *_parts(path)))
 
     def join(self, paths: Mapping[str, str], choices: Choices) -> DescribedWeights:
         """Two experts that were distilled one after the other."""

@@ -30,6 +30,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "import_module": {
         "flowanchor/base/trusted.py": "a class that is registered for its place, and the place's contract",
         "flowanchor/programs/commands.py": "the project's own programs, by names that stand in that file",
+        "plugins/backbones/diffusers/description.py": "classes that are registered for that place",
     },
     "torch.load": {
         "flowanchor/base/torch_files.py": "the one reader of files of torch.save",

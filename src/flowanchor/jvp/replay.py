@@ -114,9 +114,14 @@ class _KnownLinear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_input = (rows @ weight.to(rows.dtype)).view(input.shape).to(of_input)
+            grad_input = (rows @ _numbers(weight).to(rows.dtype)).view(input.shape).to(of_input)
         if ctx.needs_input_grad[2]:
             grad_weight = (rows.t() @ input.flatten(0, -2)).to(of_weight)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0).to(of_bias)
         return None, grad_input, grad_weight, grad_bias
+
+
+def _numbers(weight: Tensor) -> Tensor:
+    """A weight whose class stands for quantised numbers, which knows no product but a linear layer, as plain ones."""
+    return weight.dequantize() if type(weight).dequantize is not Tensor.dequantize else weight

@@ -7,6 +7,8 @@ conf/hydra/default.yaml uses these resolvers:
 - `${flowanchor.digest:OVERRIDES}` is the hash alone, for the folder of a sweep.
 
 Neither depends on the order of the overrides or needs quoting in a shell or in Hydra.
+
+conf/backbone/ uses `${flowanchor.described:PATH,KEY}`: a setting of the network whose weights lie at PATH.
 """
 
 from __future__ import annotations
@@ -57,8 +59,22 @@ def first_given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def described(path: Any, key: str) -> Any:
+    """A setting of the network in a checkpoint, or in a folder that a format opens in place; null for none."""
+    if path is None:
+        return None
+    from flowanchor.checkpoints.description import described_network  # with PyTorch, which `--help` does without
+    from flowanchor.checkpoints.find import find_checkpoint
+    from flowanchor.checkpoints.read import read_checkpoint
+
+    file = find_checkpoint(path)
+    network, _ = described_network(read_checkpoint(file)["flowanchor"]["config"], file)
+    return network.get(key)
+
+
 def register_resolvers() -> None:
     """Make both names known to OmegaConf; calling it again changes nothing."""
+    OmegaConf.register_new_resolver("flowanchor.described", described, replace=True)
     OmegaConf.register_new_resolver("flowanchor.digest", digest, replace=True)
     OmegaConf.register_new_resolver("flowanchor.run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("flowanchor.swept_name", swept_name, replace=True)

@@ -1,0 +1,1 @@
+"""Transformers of the diffusers library as chains of stages: one adapter (`network`), and a description per class."""

@@ -1,0 +1,57 @@
+"""Numbers as fine as they are asked for: float64 that stays, and times that a lower precision does not round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class _KeepDouble(TorchFunctionMode):
+    """What is float64 stays so where the stock forward widens to float32 (`.float()`, `.to(torch.float32)`)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        narrows = func is Tensor.float
+        narrows |= func is Tensor.to and (torch.float32 in args[1:] or given.get("dtype") is torch.float32)
+        if narrows and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **given)
+
+
+def exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A region in which nothing is narrowed, where `tensor` is float64."""
+    return _KeepDouble() if tensor.dtype == torch.float64 else nullcontext()
+
+
+@contextmanager
+def exact_times(embedder: nn.Module, level: Tensor) -> Iterator[None]:
+    """A region in which the embedder is given the sinusoids of these levels [B] themselves, as they are.
+
+    A stock forward in bfloat16 rounds the time first, and then multiplies it by 1,000: the embedding is that of another
+    timestep (752 for 750), and its derivative is off by half. An embedder that takes the time itself, and makes its
+    sinusoids in float32, is left alone.
+    """
+
+    def replace(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if given[0].ndim == 1:
+            return None
+        return (sinusoids(level, given[0].shape[-1]).to(next(module.parameters()).dtype), *given[1:])
+
+    handle = embedder.register_forward_pre_hook(replace, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def sinusoids(level: Tensor, width: int) -> Tensor:
+    """Levels [B] -> [B, width], of 1,000 timesteps, cosines first: the table of all these networks."""
+    return get_timestep_embedding(1000 * level, width, flip_sin_to_cos=True, downscale_freq_shift=0)
