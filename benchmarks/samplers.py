@@ -52,8 +52,6 @@ JUMP_FLOW = ("sampler=jump_flow",)
 CANDIDATES = (
     Candidate(SHIPPED, ("sampler=consistency",)),
     Candidate("jump, flow, jump", JUMP_FLOW),
-    Candidate("the same, return to 0.6", (*JUMP_FLOW, "sampler.middle=0.6")),
-    Candidate("the same, flow to 0.8", (*JUMP_FLOW, "sampler.flow_end=0.8")),
     Candidate("the same, 0.1 of the noise kept", (*JUMP_FLOW, "sampler.kept_noise=0.1")),
     Candidate("jumps, 0.2 of the noise kept", ("sampler=consistency", "sampler.kept_noise=0.2")),
     Candidate("anchor alone, midpoint", ("sampler=flow", "sampler.solver=midpoint")),
