@@ -35,7 +35,7 @@ every = pytest.mark.parametrize("name", CASES)
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 def ask(network, x, t, cond, along, engine, **more):
