@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
+from flowanchor.checkpoints import load_model
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.plugins.data import fashion_mnist
 from flowanchor.plugins.data.fashion_mnist import FashionMNISTDataModule
@@ -103,3 +106,19 @@ def test_images_of_another_size(tmp_path):
         FashionMNISTDataModule(str(tmp_path), batch_size=4).images("train")
     with pytest.raises(ConfigError, match=r"data\.size=28"):
         FashionMNISTDataModule(str(tmp_path), size=64, batch_size=4)
+
+
+def test_the_recipes_train(monkeypatch, tmp_path):
+    from flowanchor.programs.train import main
+
+    write(tmp_path / "images")
+    small = [f"data.root={tmp_path / 'images'}", "backbone.hidden_size=16", "backbone.depth=1",
+             "backbone.num_heads=2", "~callbacks.sample_grid", "logger=none", "data.batch_size=8",
+             "trainer.max_steps=1", "trainer.limit_val_batches=0"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for recipe in (["fashion_teacher"], ["fashion_facm", "teacher.checkpoint=outputs/train/fashion_teacher"]):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["src/train.py", f"experiment={recipe[0]}", *recipe[1:], *small])
+        main()
+    student = load_model(tmp_path / "outputs" / "train" / "fashion_facm")
+    assert student.step == 1 and student.backbone.sample_shape == (1, 28, 28)
