@@ -189,6 +189,11 @@ class WholeImprovedMeanFlow(Objective):
                 f"objective=imf_whole tells the network its guidance, and this {type(backbone).__name__} takes none: "
                 "choose backbone=imf_dit, or objective=imf."
             )
+        if backbone.predicts == "x":
+            raise ConfigError(
+                "objective=imf_whole does not clip its targets as a network that predicts the data needs it: leave out "
+                "backbone.predicts=x, or choose objective=imf."
+            )
         if isinstance(backbone.conditioning, NoCondition) or backbone.conditioning.dropout <= 0:
             raise ConfigError(
                 "objective=imf_whole guides by the network's null condition, which is never trained here: use data "

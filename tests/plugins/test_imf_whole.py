@@ -270,3 +270,10 @@ def test_refusals():
     with pytest.raises(ConfigError, match="guidance_scale=1"):
         Guidance(0.0).velocity(network(), given()[1], SPAN.shortcut(t), given()[0].cond, t)
     objective().check(network())
+
+
+def test_a_network_that_predicts_the_data_is_refused():
+    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, end_time="auxiliary", guidance_cond=True, predicts="x")
+    objective = WholeImprovedMeanFlow(AuxiliaryInterval("span"), Uniform())
+    with pytest.raises(ConfigError, match="leave out backbone.predicts=x"):
+        objective.check(student)
