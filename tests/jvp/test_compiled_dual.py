@@ -39,7 +39,7 @@ def wan():
 
 NETWORKS = {
     "released": lambda: lightningdit(**RELEASED),
-    "second_time": lambda: lightningdit(auxiliary_time_cond=True, use_qknorm=True, wo_shift=True),
+    "second_time": lambda: lightningdit(auxiliary_time_cond=True, use_qknorm=True, wo_shift=True, predicts="x"),
     "sit": lambda: of_sit(SiT),
     "dit": lambda: of_sit(DiT),
     "wan": wan,
