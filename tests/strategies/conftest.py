@@ -33,7 +33,7 @@ def torchrun(folder: Path) -> Callable[..., dict[str, list[dict[str, Any]]]]:
         command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(specs)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         for attempt in range(2):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480)
             if done.returncode == 0 or attempt or not DIED.search(done.stderr):
                 break
             # Seen once in some hundred runs, never twice: a process aborts within gloo ("malloc(): unaligned ...").
