@@ -29,8 +29,19 @@ from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.jvp.smoothing import smoothed
+from flowanchor.plugins.backbones.diffusers.pipelines import WAN
 from flowanchor.plugins.backbones.end_time import GATE, EndTime, copy_values, required
-from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
+from flowanchor.plugins.backbones.lora import (
+    adapted_layers,
+    adapter_parts,
+    add_adapters,
+    initialise_adapter,
+    is_adapter,
+    merged,
+    stage_adapters,
+    switched,
+)
+from flowanchor.plugins.backbones.lora_files import factors
 from flowanchor.text.base import Tokens
 from flowanchor.velocity import from_data, with_sample
 
@@ -76,6 +87,7 @@ class Wan(Backbone):
 
     presets = PRESETS
     any_size = True
+    pipeline = WAN  # what draws by it in diffusers, and how that reads LoRA files
 
     def __init__(
         self,
@@ -148,6 +160,9 @@ class Wan(Backbone):
             add_adapters(self, cast(Mapping[str, Any], lora))
             if self.r_embedder is not None:
                 self.r_embedder.requires_grad_(True)
+        self.embed_adapters, *inner, self.head_adapters = stage_adapters(self.stage_modules())
+        for block, layers in zip(self.blocks, inner, strict=True):
+            cast(WanBlock, block).adapters = layers
         self.initialise()
 
     @classmethod
@@ -173,7 +188,7 @@ class Wan(Backbone):
         """x [B, C, F, h, w], t [B], text [B, L, text_dim], r [B] -> tokens [B, N, D] and the context.
 
         Context: what the time adds to the head [B, D] and to every block [B, 6, D], and to the later blocks where those
-        are decoupled; text [B, text_len, D], rotary tables, tokens per axis.
+        are decoupled; text [B, text_len, D], rotary tables, tokens per axis, whether adapters are on.
         """
         if x.ndim != 5:
             raise ConfigError(
@@ -185,16 +200,18 @@ class Wan(Backbone):
                 f"{' x '.join(map(str, self.patch_size))}: choose images whose sides are multiples of 16."
             )
         grid = tuple(size // patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True))
-        with _exact(x):
+        with _exact(x), switched(self.embed_adapters, self.adapters_on):
             tokens = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
             added = self._time(t, r)
-            late = self._embedded(required(r, self)) if self.end_time == "decoupled" else None
+            late = None
+            if self.end_time == "decoupled":
+                late = self._embedded(required(r, self) if self.adapters_on else t)
             text = self.condition_embedder.text_embedder(self._padded(cond, x))
             cos, sin = self.rope(x)
         carried: tuple[Tensor, ...] = (added, self._modulation(added))
         if late is not None:
             carried = (late, carried[1], self._modulation(late))
-        context = StageContext(carried=carried, fixed=(text, cos, sin, grid))
+        context = StageContext(carried=carried, fixed=(text, cos, sin, grid, self.adapters_on))
         return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext, table: Tensor | None = None) -> Tensor:
@@ -205,7 +222,7 @@ class Wan(Backbone):
         shift, scale = ((self.scale_shift_table if table is None else table) + context.carried[0][:, None]).chunk(
             2, dim=1
         )
-        with _exact(tokens):
+        with _exact(tokens), switched(self.head_adapters, context.fixed[4]):
             patches = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         frames, rows, columns = context.fixed[3]
         out = patches.unflatten(1, (frames, rows, columns)).unflatten(4, (*self.patch_size, -1))
@@ -234,10 +251,15 @@ class Wan(Backbone):
             return set()
         return {name for name in self.state_dict() if not is_adapter(name) and not name.startswith("r_embedder.")}
 
+    def lora_factors(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return factors(self.pipeline, tensors, metadata, source)
+
     def _time(self, t: Tensor, r: Tensor | None) -> Tensor:
         """[B, D], float32 or better whatever autocast says."""
         added = self._embedded(t)
-        if self.r_embedder is None:
+        if self.r_embedder is None or not self.adapters_on:
             return added
         with torch.autocast(t.device.type, enabled=False):
             return self.told_end.embedded(added, self.r_embedder(self._waves(required(r, self))))
@@ -279,9 +301,9 @@ class Wan(Backbone):
     def initialise_stage(self, index: int) -> None:
         """Xavier layers, a head of zeros, so that training starts from v = 0; modulation tables as released."""
         for module in self.stage_modules()[index]:
-            adapters = {part for name, part in module.named_modules() if is_adapter(f".{name}")}
+            adapters, adapted = adapter_parts(module), set(adapted_layers(module).values())
             for layer in module.modules():
-                if hasattr(layer, "lora_A"):
+                if layer in adapted:
                     initialise_adapter(layer)
                 elif isinstance(layer, nn.Linear) and layer not in adapters:
                     nn.init.xavier_uniform_(layer.weight)
@@ -313,11 +335,12 @@ class WanBlock(WanTransformerBlock):
     """diffusers' block (self-attention, cross-attention to the text, feed-forward) as a stage."""
 
     reads = 1  # which of the carried tensors modulates it
+    adapters: tuple[Any, ...] = ()  # its layers that have an adapter
 
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:  # type: ignore[override]
         """Tokens [B, N, D] -> tokens [B, N, D]."""
         text, cos, sin = context.fixed[:3]
-        with _exact(tokens):
+        with _exact(tokens), switched(self.adapters, context.fixed[4]):
             return super().forward(tokens, text, context.carried[self.reads], cast(Tensor, (cos, sin)))
 
 

@@ -6,7 +6,8 @@ batch is asked at times of one side only: `objective/time=routed` in training, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,11 @@ class WanExperts(Backbone):
     def at_times(self, t: Tensor | None) -> Hashable:
         self._side = None if t is None else self.side(t)
         return self._side
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        with self.high.without_adapters(), self.low.without_adapters():
+            yield
 
     def transformers(self) -> tuple[WanTransformer3DModel, WanTransformer3DModel]:
         """Stock networks that share the weights: high noise, low noise."""

@@ -68,7 +68,7 @@ class TransformerFolder(Format):
         return _is_transformer(output)
 
     def write(self, given: DescribedWeights, output: Path) -> str:
-        """As diffusers saves it. Raises `CheckpointError` for another network."""
+        """As diffusers saves it, adapters added to the weights. Raises `CheckpointError` for another network."""
         from flowanchor.plugins.backbones.diffusers.network import DiffusersTransformer  # diffusers takes seconds
 
         backbone, _ = open_described(given)
@@ -77,6 +77,7 @@ class TransformerFolder(Format):
                 f"{given.file} holds a {type(backbone).__name__}, and format=transformer writes a backbone=diffusers: "
                 "use format=huggingface."
             )
+        backbone.merge()
         network = backbone.network
         kept = set(network._keep_in_fp32_modules or ())
         for name, parameter in network.named_parameters():

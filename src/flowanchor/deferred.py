@@ -17,6 +17,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from flowanchor.errors import ConfigError
 from flowanchor.weights import copy_weights, local, own_part
 
 
@@ -83,6 +84,17 @@ class StagedWeights(nn.Module):
         """Names in the state dict of frozen weights that another checkpoint holds (what adapters stand beside): they
         are not saved with a run, and read from there again."""
         return set()
+
+    def lora_factors(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a LoRA file adds to this network: name of a weight -> A [r, *], B [out, r] with the scale in it.
+
+        Raises `ConfigError` for a file that cannot be read as such, all of it.
+        """
+        raise ConfigError(
+            f"base_lora={source}: a {type(self).__name__} takes none; it is for backbone=diffusers and backbone=wan."
+        )
 
 
 @contextmanager

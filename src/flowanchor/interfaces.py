@@ -16,7 +16,8 @@ script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -76,6 +77,7 @@ class Backbone(StagedWeights, ABC):
     takes_guidance: bool = False  # whether a condition may be `Guided`, which saves a call with a null condition
     has_velocity_head: bool = False  # whether it also gives instantaneous velocities by layers of their own (`Guided`)
     tangent_smoothing: float = 0.0  # 0: what an engine says is the exact derivative (flowanchor.jvp.smoothing)
+    adapters_on: bool = True  # whether `embed` begins an answer with adapters (`without_adapters`)
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +122,19 @@ class Backbone(StagedWeights, ABC):
         A file to draw from leaves them out, and a student may start from one that lacks them.
         """
         return set(), {}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """A region in which answers begin that are those of the frozen weights alone (`borrowed`), which know no `r`.
+
+        `embed` notes `adapters_on` in the context and every later stage goes by that, on or off, whoever runs it and
+        whenever: an engine may run a stage of the student again in the backward pass, inside such a region or not.
+        """
+        before, self.adapters_on = self.adapters_on, False
+        try:
+            yield
+        finally:
+            self.adapters_on = before
 
     def predict(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> Tensor:
         """The loop over the stages: `F(x, t)` for exactly this condition, deterministic."""

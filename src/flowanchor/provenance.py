@@ -49,6 +49,9 @@ _LATER = {
     "backbone.guidance_cond": False,
     "objective.shortcut.warmup": "tangent",
     "backbone.predicts": "v",
+    "backbone.tangent_smoothing": 0.0,
+    "base_lora_scale": 1.0,
+    "backbone.lora": {"rank": None, "alpha": None, "targets": None},
     "sampler.timestep_shift": 0.0,
     "sampler.final_euler": False,
 }

@@ -260,13 +260,16 @@ CASES = {
 # ----------------------------------------------------------------------------------------------------- two processes
 
 
-def sharded(name: str) -> dict[str, float]:
-    """Largest differences of a network that is sharded over two processes from the same one, whole."""
+def sharded(name: str, lora: dict[str, Any] | None = None) -> dict[str, float]:
+    """Largest differences of a network that is sharded over two processes from the same one, whole.
+
+    With adapters, their base is asked between the student's forward and its backward.
+    """
     from torch.distributed.device_mesh import init_device_mesh  # only here are there two processes
 
     from flowanchor.strategies.sharding import shard_backbone
 
-    network = CASES[name].network().double()
+    network = CASES[name].network(lora=lora).double()
     x, t, cond = CASES[name].inputs()
     dx, dt, weight = torch.randn_like(x), torch.ones_like(t), torch.randn_like(x)
 
@@ -274,17 +277,23 @@ def sharded(name: str) -> dict[str, float]:
         with torch.no_grad():
             plain = network.predict(x, t, cond)
         (out,) = Chain()(network, x, cond, [Question(t, along=(dx, dt))])
+        with torch.no_grad(), network.without_adapters():
+            base = network.predict(x, t, cond)
         (out.prediction * weight).sum().backward()
         assert out.tangent is not None
-        return [out.prediction.detach(), out.tangent, plain]
+        return [out.prediction.detach(), out.tangent, plain, base]
 
     before = answer()
     gradients = {key: p.grad for key, p in network.named_parameters()}
     network.zero_grad()
     shard_backbone(network, init_device_mesh("cpu", (2,)))
     after = answer()
-    apart = {key: float((a - b).abs().max()) for key, a, b in zip(("F", "dF", "plain"), after, before, strict=True)}
+    apart = {
+        key: float((a - b).abs().max()) for key, a, b in zip(("F", "dF", "plain", "base"), after, before, strict=True)
+    }
     for key, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         wanted = gradients[key][own_part(parameter)]
         if wanted.numel():  # a table of one row is all another process'
             apart[key] = 9e9 if parameter.grad is None else float((local(parameter.grad) - wanted).abs().max())
@@ -296,7 +305,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    Path(result).write_text(json.dumps({name: sharded(name) for name in names}))
+    forms: list[dict[str, Any] | None] = [None, {"rank": 2, "alpha": 3}]
+    found = {f"{name} {lora}": sharded(name, lora) for name in names for lora in forms}
+    Path(result).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -103,6 +103,32 @@ def test_distilled_resumed_and_sampled(place, run):
         run("convert", "checkpoint=digits", "output=other", "format=transformer")
 
 
+def test_a_lora_of_it_taught_by_its_base(place, run):
+    """Trained, resumed, and written for stock diffusers, which finds it beside the layers that were trained."""
+    lora = [word for word in TRAIN if not word.startswith(("teacher", "name="))]
+    lora += [
+        "teacher=base",
+        "backbone.lora.rank=2",
+        "backbone.lora.alpha=4",
+        "ema=none",
+        "optimizer.lr=0.01",
+        "name=lora",
+    ]
+    run("train", *lora, "trainer.max_steps=1")
+    run("train", *lora, "trainer.max_steps=2")
+    run("convert", "checkpoint=outputs/train/lora", "output=lora", "format=lora", "steps=4", "base_model=some/flux2")
+    stock = Flux2Transformer2DModel.from_pretrained("flux2/transformer")
+    stock.load_lora_adapter("lora", weight_name="pytorch_lora_weights.safetensors")
+    backbone = load_model("outputs/train/lora").backbone
+    theirs = {name: p for name, p in stock.named_parameters() if ".lora_" in name}
+    ours = {name: p for name, p in backbone.named_parameters() if ".lora_" in name}
+    assert len(theirs) == len(ours) and any(p.any() for name, p in ours.items() if ".lora_B." in name)
+    for name, value in ours.items():
+        found = theirs[name.replace(".default.", ".default_0.")]
+        assert torch.equal(found, 2 * value if ".lora_B." in name else value)
+    assert "some/flux2" in (place / "lora" / "README.md").read_text()
+
+
 def test_folders_that_are_not_opened(place, tmp_path):
     folder = tmp_path / "network"
     shutil.copytree(place / "flux2" / "transformer", folder)

@@ -15,6 +15,7 @@ ROUTED = [
     "objective.shortcut.boundaries=[0.5]",
 ]
 LORA = {**COMMON, "lora": {"rank": 2}}
+BASE = {**LORA, "teacher": "base"}
 EXPERTS = {**COMMON, "wan": "experts", "steps": 6, "overrides": ROUTED}
 
 
@@ -23,6 +24,7 @@ def one(training, folder):
     return {
         "exact": training.fit(folder, "one", **COMMON, batch=32, save=True),
         "lora": training.fit(folder, "lora", **LORA, start=str(folder / "one.ckpt"), batch=32),
+        "base": training.fit(folder, "base", **BASE, start=str(folder / "one.ckpt"), batch=32),
         "experts": training.fit(folder, "experts", **EXPERTS, batch=32),
         "low": training.fit(folder, "low", **COMMON, batch=32, precision="bf16-mixed"),
     }
@@ -38,6 +40,7 @@ def two(torchrun, one, folder):
         {"name": "experts", **EXPERTS, "batch": 16, "sharded": {}},
         {"name": "compiled", **EXPERTS, "batch": 16, "sharded": {}, "compiled": True},
         {"name": "lora", **LORA, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
+        {"name": "base", **BASE, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
         {"name": "low", **rest, "sharded": {}, "precision": "bf16-mixed", "save": True},
         {"name": "taught", **rest, "sharded": {}, "teacher": str(folder / "one.ckpt")},
     )
@@ -45,7 +48,14 @@ def two(torchrun, one, folder):
 
 @pytest.mark.parametrize(
     "way, alone",
-    [("sharded", "exact"), ("ddp", "exact"), ("experts", "experts"), ("compiled", "experts"), ("lora", "lora")],
+    [
+        ("sharded", "exact"),
+        ("ddp", "exact"),
+        ("experts", "experts"),
+        ("compiled", "experts"),
+        ("lora", "lora"),
+        ("base", "base"),
+    ],
 )
 def test_two_processes_equal_one(one, two, way, alone):
     theirs = one[alone]

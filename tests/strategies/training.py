@@ -46,6 +46,7 @@ from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnch
 from flowanchor.plugins.objectives.composed import ComposedObjective
 from flowanchor.plugins.objectives.intervals.expanded import ExpandedInterval
 from flowanchor.plugins.objectives.times.uniform import Uniform
+from flowanchor.plugins.teachers.base import BaseVelocity
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.programs.launch import prepare
@@ -223,6 +224,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
+    `teacher`: a checkpoint, or `base`: of the adapters.
     `objective`: by the name of its option, on a network with a second time embedder (imf_whole: with two heads).
     `counted`: its communication.
     """
@@ -235,7 +237,9 @@ def fit(
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()
-    if teacher is not None:
+    if teacher == "base":
+        velocity = BaseVelocity()
+    elif teacher is not None:
         with defer_loading() if deferred else nullcontext():
             velocity = CheckpointVelocity(teacher)
     options = {"backend": "eager", "fullgraph": True} if compiled else None

@@ -12,13 +12,16 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from flowanchor.base.plain import bare
 from flowanchor.base.registry import current_name, registered
 from flowanchor.errors import ConfigError
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 
 PAGE = "docs/add_a_diffusers_model.md"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # layers of attention to the sample, by the ends of their names
 
 
 class Description(ABC):
@@ -39,12 +42,15 @@ class Description(ABC):
         ends: children that `head` calls.
         last: its last layer.
         time: the module that embeds the time; its first argument is a table of sinusoids [B, n], or the time.
+        sinusoids: whether it is the table.
         sign: -1 where the network predicts noise minus data, 1 where it is data minus noise.
         frames: whether samples are videos [C, f, h, w].
         usual: height and width of a sample where nothing else is said (before them frames, of a video).
         size_steps: of which height and width must be multiples.
         masks_padding: whether blocks make a mask of the condition's padding and of nothing else, even where there is
             none: then they are run without it.
+        targets: ends of the names of the layers in `blocks` that adapters stand beside unless others are chosen.
+        pipeline: what draws by it in diffusers and reads LoRA files; None: nothing does both.
         longest: tokens that the network reads of each field of the condition that is a sequence. Fields without a mask
             (`mask` beside `tokens`) are filled up to it with zeros.
     """
@@ -60,11 +66,14 @@ class Description(ABC):
     ends: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
     last: ClassVar[str] = "proj_out"
     time: ClassVar[str]
+    sinusoids: ClassVar[bool] = True
     sign: ClassVar[int] = -1
     frames: ClassVar[bool] = False
     usual: ClassVar[tuple[int, ...]] = (128, 128)
     size_steps: ClassVar[tuple[int, int]] = (1, 1)
     masks_padding: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, ...]] = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+    pipeline: ClassVar[Pipeline | None] = None
     longest: ClassVar[Mapping[str, int]] = {"tokens": 512}
 
     @abstractmethod
@@ -88,6 +97,15 @@ class Description(ABC):
         """Times [B] -> what is embedded, as a share of 1,000 timesteps [B]: here the noise level."""
         return 1 - t
 
+    def speed(self, config: Any) -> float:
+        """How much `level` changes where t does by 1."""
+        first, last = self.level(config, torch.tensor([0.0, 1.0])).tolist()
+        return abs(last - first)
+
+    def asked(self, config: Any) -> str:
+        """The argument of `pipeline` by which it asks this network once per step, and tells it what training did."""
+        return "" if self.pipeline is None else self.pipeline.unguided
+
     def check(self, config: Any) -> None:  # noqa: B027 - most classes have one form
         """Raise `ConfigError` for a form of the stock network that this description does not know."""
 
@@ -98,6 +116,10 @@ class Joint(Description):
     streams = ("encoder_hidden_states", "hidden_states")
     out: ClassVar[tuple[str, ...] | None] = ("encoder_hidden_states", "hidden_states")
     carried = ("temb",)
+    targets: ClassVar[tuple[str, ...]] = (
+        *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2",
+        "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
 
 
 def description_of(stock: str) -> Description:

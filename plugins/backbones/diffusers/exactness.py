@@ -11,6 +11,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from flowanchor.jvp.smoothing import smoothed
+
 
 class _KeepDouble(TorchFunctionMode):
     """What is float64 stays so where the stock forward widens to float32 (`.float()`, `.to(torch.float32)`)."""
@@ -32,8 +34,10 @@ def exact(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def exact_times(embedder: nn.Module, level: Tensor) -> Iterator[None]:
+def exact_times(embedder: nn.Module, level: Tensor, width: float = 0.0) -> Iterator[None]:
     """A region in which the embedder is given the sinusoids of these levels [B] themselves, as they are.
+
+    `width`: in levels, over which their tangents are averaged (`flowanchor.jvp.smoothing`); 0: the exact ones.
 
     A stock forward in bfloat16 rounds the time first, and then multiplies it by 1,000: the embedding is that of another
     timestep (752 for 750), and its derivative is off by half. An embedder that takes the time itself, and makes its
@@ -43,7 +47,10 @@ def exact_times(embedder: nn.Module, level: Tensor) -> Iterator[None]:
     def replace(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if given[0].ndim == 1:
             return None
-        return (sinusoids(level, given[0].shape[-1]).to(next(module.parameters()).dtype), *given[1:])
+        waves, half = given[0].shape[-1], given[0].shape[-1] // 2
+        turns = 1000 * 10_000.0 ** -(torch.arange(half, device=level.device) / half)  # radians per unit of level
+        found = smoothed(lambda level: sinusoids(level, waves), level, turns.repeat(2), width)
+        return (found.to(next(module.parameters()).dtype), *given[1:])
 
     handle = embedder.register_forward_pre_hook(replace, prepend=True)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowanchor.plugins.backbones.diffusers.description import Joint
 from flowanchor.plugins.backbones.diffusers.layouts import packed, places, unpacked
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import PooledTokens
 
 
@@ -21,12 +22,17 @@ class Flux1(Joint):
     """
 
     stock = "FluxTransformer2DModel"
+    pipeline = Pipeline("FluxPipeline", "FluxLoraLoaderMixin")
+    targets = (*Joint.targets, "proj_mlp", "proj_out")
     blocks = ("transformer_blocks", "single_transformer_blocks")
     time = "time_text_embed.timestep_embedder"
     size_steps = (2, 2)
 
     def __init__(self, guidance: float = 3.5) -> None:
         self.guidance = guidance
+
+    def asked(self, config: Any) -> str:
+        return f"guidance_scale={self.guidance:g}" if config.guidance_embeds else "guidance_scale=1"
 
     def channels(self, config: Any) -> int:
         return int(config.in_channels) // 4

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.plugins.backbones.diffusers.description import Joint
+from flowanchor.plugins.backbones.diffusers.description import ATTENTION, Joint
 from flowanchor.plugins.backbones.diffusers.layouts import flattened, places, unflattened
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.text.base import Tokens
 
 
@@ -21,6 +22,11 @@ class Flux2(Joint):
     """
 
     stock = "Flux2Transformer2DModel"
+    pipeline = Pipeline("Flux2Pipeline", "Flux2LoraLoaderMixin")
+    targets = (
+        *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.linear_in", "ff.linear_out",
+        "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj", "attn.to_out",
+    )  # fmt: skip
     blocks = ("transformer_blocks", "single_transformer_blocks")
     carried = ("temb", "temb_mod_img", "temb_mod_txt", "single")
     kept = {"temb": ("time_guidance_embed", None), "single": ("single_stream_modulation", None)}
@@ -30,6 +36,9 @@ class Flux2(Joint):
 
     def __init__(self, guidance: float = 4.0) -> None:
         self.guidance = guidance
+
+    def asked(self, config: Any) -> str:
+        return f"guidance_scale={self.guidance:g}" if config.guidance_embeds else "guidance_scale=1"
 
     def channels(self, config: Any) -> int:
         return int(config.in_channels)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.plugins.backbones.diffusers.description import Description
+from flowanchor.plugins.backbones.diffusers.description import ATTENTION, Description
 from flowanchor.plugins.backbones.diffusers.layouts import packed, places, unless_whole, unpacked
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import MaskedTokens
 
 
@@ -18,6 +19,9 @@ class Krea2(Description):
     text and image itself."""
 
     stock = "Krea2Transformer2DModel"
+    sinusoids = False
+    pipeline = Pipeline("Krea2Pipeline", "Krea2LoraLoaderMixin", unguided="guidance_scale=0")
+    targets = (*ATTENTION, "to_gate", "ff.gate", "ff.up", "ff.down")
     carried = ("temb", "embedded")
     kept = {"embedded": ("time_embed", None)}
     ends = ("final_layer",)

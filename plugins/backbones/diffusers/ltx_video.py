@@ -11,6 +11,7 @@ from torch import Tensor
 from flowanchor.errors import ConfigError
 from flowanchor.plugins.backbones.diffusers.description import Description
 from flowanchor.plugins.backbones.diffusers.layouts import flattened, unflattened, unless_whole
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import MaskedTokens
 
 STRIDES = (8, 32, 32)  # of its VAE: frames, rows, columns
@@ -26,6 +27,7 @@ class LTXVideo(Description):
     """
 
     stock = "LTXVideoTransformer3DModel"
+    pipeline = Pipeline("LTXPipeline", "LTXVideoLoraLoaderMixin", takes_levels=False, prefix="diffusion_model.")
     carried = ("temb", "embedded")
     kept = {"embedded": ("time_embed", 1)}
     time = "time_embed.emb.timestep_embedder"

@@ -25,6 +25,17 @@ from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.diffusers.description import PAGE, Description, description_of
 from flowanchor.plugins.backbones.diffusers.exactness import exact, exact_times
 from flowanchor.plugins.backbones.diffusers.walking import Link, Walk, first_call, values_of
+from flowanchor.plugins.backbones.lora import (
+    adapted_layers,
+    adapter_parts,
+    add_adapters,
+    initialise_adapter,
+    is_adapter,
+    merge,
+    stage_adapters,
+    switched,
+)
+from flowanchor.plugins.backbones.lora_files import factors
 
 
 class DiffusersTransformer(Backbone):
@@ -39,6 +50,9 @@ class DiffusersTransformer(Backbone):
         channels, frames, height, width: of the samples it draws unless told otherwise; None: the usual ones.
         text_len: tokens of the text that it reads; None: as released.
         condition_dropout: share of the conditions that training replaces by the null one.
+        tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
+            averaged; 0: the exact one (docs/wan.md says why).
+        lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
 
     Raises `ConfigError` for a class that nobody describes or that this diffusers does not have, settings that it does
     not take, samples that do not fit, and attention that tangents would not see.
@@ -60,6 +74,8 @@ class DiffusersTransformer(Backbone):
         width: int | None = None,
         text_len: int | None = None,
         condition_dropout: float = 0.0,
+        lora: Mapping[str, Any] | None = None,
+        tangent_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         known = _described(stock, description)
@@ -80,7 +96,47 @@ class DiffusersTransformer(Backbone):
         self.size_steps = known.size_steps
         self.sample_shape = self._shape(channels, frames, height, width)
         self._check_attention()
+        self.tangent_smoothing = float(tangent_smoothing)
+        if not 0 <= self.tangent_smoothing < 0.5 or (self.tangent_smoothing and not known.sinusoids):
+            raise ConfigError(
+                f"backbone.tangent_smoothing={tangent_smoothing} is a width in time, a small part of 1, and needs a "
+                f"time that is embedded by a table of sinusoids{'' if known.sinusoids else ', which this one is not'}: "
+                "use for example 0.01, or 0 for exact tangents."
+            )
+        self._adapt(lora)
         self.initialise()
+
+    def _adapt(self, lora: Mapping[str, Any] | None) -> None:
+        """Adapters, and which of them each stage switches."""
+        known = self.description
+        self.adapted = lora is not None and lora.get("rank") is not None
+        if self.adapted:
+            blocks = {
+                f"{group}.{name}": block
+                for group in known.blocks
+                for name, block in self.network.get_submodule(group).named_children()
+            }
+            add_adapters(self, cast(Mapping[str, Any], lora), known.targets, blocks)
+        self.embed_adapters, *inner, self.head_adapters = stage_adapters(self.stage_modules())
+        for link, layers in zip(self.blocks, inner, strict=True):
+            cast(Link, link).adapters = layers
+
+    def borrowed(self) -> set[str]:
+        """With adapters: everything that they stand beside."""
+        return {name for name in self.state_dict() if not is_adapter(name)} if self.adapted else set()
+
+    def lora_factors(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        known = self.description
+        if known.pipeline is None:
+            raise ConfigError(f"base_lora={source}: diffusers reads no LoRA files for {known.stock}.")
+        return factors(known.pipeline, tensors, metadata, source)
+
+    def merge(self) -> None:
+        """Add the adapters to the weights that they stand beside, for good: `network` is a plain stock one then."""
+        merge(self)
+        self._adapt(None)
 
     def _shape(self, *sides: int | None) -> tuple[int, ...]:
         channels, frames, *size = sides
@@ -122,9 +178,11 @@ class DiffusersTransformer(Backbone):
         given, unmasked = self._condition(cond, x)
         with ExitStack() as regions:
             regions.enter_context(exact(x))
-            if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+            regions.enter_context(switched(self.embed_adapters, self.adapters_on))
+            if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type) or self.tangent_smoothing:
                 level = known.level(network.config, t)
-                regions.enter_context(exact_times(network.get_submodule(known.time), level))
+                width = self.tangent_smoothing * known.speed(network.config)
+                regions.enter_context(exact_times(network.get_submodule(known.time), level, width))
             found = first_call(network, known, self.__dict__["first"], known.inputs(network, sample, t, given))
         lacking = [name for name in (*known.streams, *known.carried) if name not in found]
         if lacking:
@@ -134,14 +192,15 @@ class DiffusersTransformer(Backbone):
             )
         streams = [found.pop(name) for name in known.streams]
         carried = tuple(found.pop(name) for name in known.carried)
-        walk = Walk(tuple(stream.shape[1] for stream in streams), tuple(sample.shape), sample.ndim < x.ndim, unmasked)
+        lengths, framed = tuple(stream.shape[1] for stream in streams), sample.ndim < x.ndim
+        walk = Walk(lengths, tuple(sample.shape), framed, unmasked, self.adapters_on)
         tokens = torch.cat(streams, 1) if len(streams) > 1 else streams[0].clone()
         return tokens, StageContext(carried, (walk, found))
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """The joined tokens -> velocity [B, C, *]."""
         walk, known = context.fixed[0], self.description
-        with exact(tokens):
+        with exact(tokens), switched(self.head_adapters, walk.adapted):
             own = tokens[:, -walk.lengths[-1] :]
             out = known.sign * known.head(self.network, own, values_of(context, known), walk.shape)
         return out.unsqueeze(2) if walk.framed else out
@@ -226,13 +285,19 @@ class DiffusersTransformer(Backbone):
         """Each layer as PyTorch makes it, norms of one, small tables; the last layer zero, so that training starts
         from v = 0."""
         stage = self.stage_modules()[index]
-        for layer in (inner for module in stage for inner in module.modules()):
-            _draw(layer)
+        for module in stage:
+            parts, adapted = adapter_parts(module), set(adapted_layers(module).values())
+            for layer in module.modules():
+                if layer in adapted:
+                    initialise_adapter(layer)
+                elif layer not in parts:
+                    _draw(layer)
         if index == 0:
             _draw_own(self)
         if index > len(self.blocks):
-            for parameter in self.network.get_submodule(self.description.last).parameters():
-                nn.init.zeros_(parameter)
+            for name, parameter in self.network.get_submodule(self.description.last).named_parameters():
+                if not is_adapter(f".{name}"):
+                    nn.init.zeros_(parameter)
 
 
 def _groups(description: Description) -> tuple[str, ...]:

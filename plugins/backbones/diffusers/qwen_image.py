@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.plugins.backbones.diffusers.description import Joint
+from flowanchor.plugins.backbones.diffusers.description import ATTENTION, Joint
 from flowanchor.plugins.backbones.diffusers.layouts import packed, unless_whole, unpacked
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import MaskedTokens
 
 
@@ -18,6 +19,11 @@ class QwenImage(Joint):
     """Latents [16, h, w]; text of Qwen2.5-VL, masked."""
 
     stock = "QwenImageTransformer2DModel"
+    pipeline = Pipeline("QwenImagePipeline", "QwenImageLoraLoaderMixin", unguided="true_cfg_scale=1")
+    targets = (
+        *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2",
+        "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    )  # fmt: skip
     time = "time_text_embed.timestep_embedder"
     size_steps = (2, 2)
     longest = {"tokens": 1024, "mask": 1024}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.plugins.backbones.diffusers.description import Description
+from flowanchor.plugins.backbones.diffusers.description import ATTENTION, Description
 from flowanchor.plugins.backbones.diffusers.layouts import unless_whole, unpatched
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import MaskedTokens
 
 
@@ -18,6 +19,8 @@ class Sana(Description):
     """Latents [32, h, w] of DC-AE; text of Gemma 2 (300 tokens), masked, by cross-attention."""
 
     stock = "SanaTransformer2DModel"
+    pipeline = Pipeline("SanaPipeline", "SanaLoraLoaderMixin", uniform=False)
+    targets = ATTENTION  # its feed-forward layers are convolutions
     carried = ("timestep", "embedded")
     kept = {"embedded": ("time_embed", 1)}
     time = "time_embed.emb.timestep_embedder"

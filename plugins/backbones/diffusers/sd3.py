@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowanchor.plugins.backbones.diffusers.description import Joint
 from flowanchor.plugins.backbones.diffusers.layouts import unpatched
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import PooledTokens
 
 
@@ -17,6 +18,7 @@ class StableDiffusion3(Joint):
     """Latents [16, h, w]; text of CLIP (77 tokens) and T5 (256), pooled vectors of CLIP."""
 
     stock = "SD3Transformer2DModel"
+    pipeline = Pipeline("StableDiffusion3Pipeline", "SD3LoraLoaderMixin", uniform=False)
     time = "time_text_embed.timestep_embedder"
     size_steps = (2, 2)
     longest = {"tokens": 77 + 256}

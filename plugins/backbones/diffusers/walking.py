@@ -22,6 +22,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import StageContext
 from flowanchor.plugins.backbones.diffusers.description import PAGE, Description
 from flowanchor.plugins.backbones.diffusers.exactness import exact
+from flowanchor.plugins.backbones.lora import switched
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Walk:
     shape: tuple[int, ...]  # of the sample, [B, C, *]
     framed: bool  # whether the sample is an image that came with an axis of one frame
     unmasked: bool  # whether blocks make a mask of the condition's padding alone, and there is none
+    adapted: bool = True  # whether this answer is given with adapters
 
 
 def values_of(context: StageContext, description: Description) -> dict[str, Any]:
@@ -76,6 +78,7 @@ class Link(nn.Module):
     def __init__(self, block: nn.Module, description: Description, group: str) -> None:
         super().__init__()
         self.block, self.group = block, group
+        self.adapters: tuple[Any, ...] = ()  # its layers that have an adapter
         self.__dict__["description"] = description
         self.__dict__["signature"] = inspect.signature(type(block).forward)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -97,7 +100,7 @@ class Link(nn.Module):
         description: Description = self.__dict__["description"]
         walk: Walk = context.fixed[0]
         values = values_of(context, description)
-        with exact(tokens), _without_masks(walk.unmasked):
+        with exact(tokens), _without_masks(walk.unmasked), switched(self.adapters, walk.adapted):
             if self.group in description.lead:
                 return self._alone(tokens, values, description)
             if "joined" in self.renames:

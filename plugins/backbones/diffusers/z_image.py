@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowanchor.errors import ConfigError
-from flowanchor.plugins.backbones.diffusers.description import Description
+from flowanchor.plugins.backbones.diffusers.description import ATTENTION, Description
+from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 from flowanchor.plugins.backbones.diffusers.texts import MaskedTokens
 
 PATCH = "2-1"  # of 2 x 2 positions and one frame: the name of its layers
@@ -19,6 +20,8 @@ class ZImage(Description):
     """Latents [16, h, w]; text of Qwen3 (512 tokens). It is told our time as it is, and predicts data minus noise."""
 
     stock = "ZImageTransformer2DModel"
+    pipeline = Pipeline("ZImagePipeline", "ZImageLoraLoaderMixin", unguided="guidance_scale=0")
+    targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     lead = ("noise_refiner",)
     blocks = ("layers",)
     streams = ("x",)

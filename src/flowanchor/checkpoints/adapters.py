@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowanchor.checkpoints.base_lora import SETTING, with_base_lora
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.outline import TooLarge, outline
@@ -56,6 +57,12 @@ def whole_weights(
             raise ConfigError(f"{file} holds all its weights: leave out initialise_from={elsewhere}.")
         return weights, {}
     below, digests = _base(meta, file, elsewhere)
+    named = meta["config"].get(SETTING)
+    if named:
+        known = (meta.get("sources") or {}).get(SETTING) or {}
+        places = [named, *([known["path"]] if known else [])]
+        found, digests[SETTING] = _find_base(file, SETTING, places, known.get("digest"))
+        below = with_base_lora(backbone, below, meta["config"], found)
     return Overlaid(weights, below), digests
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from flowanchor.base.trusted import build, check
 from flowanchor.checkpoints.adapters import outlined
+from flowanchor.checkpoints.base_lora import with_base_lora
 from flowanchor.checkpoints.description import described_network, named_classes
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.find import find_checkpoint
@@ -150,13 +151,20 @@ def load_weights(
         check_finite(parameters, source, (name for name in parameters if name in weights))
 
 
-def initialise_student(backbone: Backbone, path: str | Path | Mapping[str, str], ema: str | None = None) -> None:
+def initialise_student(
+    backbone: Backbone,
+    path: str | Path | Mapping[str, str],
+    ema: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Start a student from the (EMA) weights of an earlier run; embedders of r and guidance that it lacks stay zero, or
     take the values of which the student says that they are a copy (`StagedWeights.copies`).
 
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
+    `config`: of the run, which may merge a LoRA into them (`base_lora`).
     """
     weights, source = weights_at(path, ema, backbone.predicts)
+    weights = with_base_lora(backbone, weights, config or {})
     copies = backbone.copies()
     load_weights(backbone, Copied(weights, copies) if copies else weights, source, _may_lack(backbone))
 

@@ -12,12 +12,14 @@ from typing import Any
 from hydra.utils import get_object
 
 from flowanchor.checkpoints.adapters import by_part
+from flowanchor.checkpoints.base_lora import SETTING
 from flowanchor.checkpoints.digest import file_digest
 from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import VelocityField
 
 START = "initialise_from"
+BEGINS = (START, SETTING)  # settings of the weights that a run starts from
 
 Sources = dict[str, dict[str, str]]  # setting -> path, digest
 
@@ -33,7 +35,8 @@ def weight_settings(config: Mapping[str, Any], own: Mapping[str, Any] | None = N
     kind = get_object(target) if target else None
     names = kind.weights_from if isinstance(kind, type) and issubclass(kind, VelocityField) else ()
     found = {f"teacher.{name}": str(teacher[name]) for name in names if teacher.get(name)}
-    return found | (by_part(START, config[START]) if config.get(START) else {})
+    found |= by_part(START, config[START]) if config.get(START) else {}
+    return found | ({SETTING: str(config[SETTING])} if config.get(SETTING) else {})
 
 
 def identify(paths: Mapping[str, str]) -> Sources:
@@ -55,11 +58,11 @@ def resumed_sources(config: Mapping[str, Any], before: Mapping[str, Any], adapte
     for name in dict.fromkeys([*theirs, *paths]):
         if (name in paths) != (name in theirs):
             raise ConfigError(_changed(name, paths.get(name), theirs.get(name)))
-    read = [name for name in paths if adapters or not name.startswith(START) or paths[name] != theirs[name]]
+    read = [name for name in paths if adapters or not name.startswith(BEGINS) or paths[name] != theirs[name]]
     found = identify({name: paths[name] for name in read})
     for name, source in found.items():
         wanted = recorded.get(name) or _identified(name, theirs[name])
-        if wanted is None or (source["digest"] != wanted["digest"] and name.startswith(START) and not adapters):
+        if wanted is None or (source["digest"] != wanted["digest"] and name.startswith(BEGINS) and not adapters):
             raise ConfigError(_changed(name, paths[name], theirs[name]))
         if source["digest"] != wanted["digest"]:
             raise ConfigError(
@@ -78,7 +81,7 @@ def _identified(name: str, path: str) -> dict[str, str] | None:
 
 
 def _changed(name: str, ours: str | None, theirs: str | None) -> str:
-    effect = "has no effect on a run that goes on" if name.startswith(START) else "is another teacher"
+    effect = "has no effect on a run that goes on" if name.startswith(BEGINS) else "is another teacher"
     return (
         f"{name}={ours or 'null'} {effect}, and the run in this folder has {name}={theirs or 'null'}: repeat that to "
         "resume it, or pick another name=NAME for a new run."

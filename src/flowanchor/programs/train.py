@@ -120,9 +120,13 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
         cuda_graph=cfg.cuda_graph,
     )
     if student.borrowed() and not cfg.initialise_from:
-        raise ConfigError("Adapters need the weights that they adapt: add initialise_from=PATH (docs/wan.md).")
+        raise ConfigError(
+            "Adapters need the weights that they adapt: add initialise_from=PATH (docs/few_step_lora.md)."
+        )
+    if cfg.base_lora and not cfg.initialise_from:
+        raise ConfigError("base_lora is merged into the weights that a run starts from: add initialise_from=PATH.")
     if cfg.initialise_from and (initialise or student.borrowed()):
-        initialise_student(student, plain_config(cfg)["initialise_from"])
+        initialise_student(student, plain_config(cfg)["initialise_from"], config=plain_config(cfg))
     return module
 
 
