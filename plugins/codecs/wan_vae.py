@@ -11,14 +11,11 @@ from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.files import add_file
-from flowanchor.base.plain import bare
-from flowanchor.base.stock_folder import without_code
-from flowanchor.base.trusted import brief
-from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec, Posterior
-from flowanchor.weights import check_finite
+from flowanchor.plugins.codecs.stock_vae import read_vae, vae_folder
 
-CONFIG = "config.json"
+KINDS = ("AutoencoderKLWan",)
 
 
 class WanVAE(Codec):
@@ -58,7 +55,7 @@ class WanVAE(Codec):
             raise ConfigError(f"codec.chunk={chunk} must be at least 1: it is how many images are decoded at once.")
         self.latent_channels, self.downsampling = latent_channels, downsampling
         self.dtype, self.chunk, self.tiling = DTYPES[dtype], chunk, tiling
-        self.folder = None if weights is None else _folder(Path(weights).expanduser())
+        self.folder = None if weights is None else vae_folder(Path(weights).expanduser(), "a Wan pipeline")
         self.usable = self.folder is not None
         self.network: Any = None
         self.register_buffer(
@@ -119,7 +116,9 @@ class WanVAE(Codec):
                 raise ConfigError(
                     f"codec={self.name} has no weights: add codec.weights=FOLDER (vae/ of a Wan pipeline)."
                 )
-            self.network = _read(self.folder, self.dtype).to(self._where.device)
+            self.network = read_vae(self.folder, KINDS, self.dtype, "Wan's VAE", "a Wan pipeline").to(
+                self._where.device
+            )
             if self.tiling:
                 self.network.enable_tiling()
             config = self.network.config
@@ -130,30 +129,3 @@ class WanVAE(Codec):
                     f"latent_channels={theirs[0]} codec.downsampling={theirs[1]}."
                 )
         return self.network
-
-
-def _folder(path: Path) -> Path:
-    folder = path / "vae" if (path / "vae" / CONFIG).is_file() else path
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(
-            f"There is no VAE in {path}: set codec.weights to the folder vae/ of a Wan pipeline, or to it."
-        )
-    return folder
-
-
-def _read(folder: Path, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKLWan
-
-    name = without_code(folder).get("_class_name")
-    if name != "AutoencoderKLWan":
-        raise CheckpointError(f"{folder} holds a {bare(name)}, not Wan's VAE: give the folder vae/ of a Wan pipeline.")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} holds no weights (*.safetensors): download them.")
-    try:
-        network: Any = AutoencoderKLWan.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    except Exception as error:  # whatever diffusers makes of another configuration, or of damaged files
-        raise CheckpointError(f"{folder} cannot be read as Wan's VAE ({brief(error)}): download it again.") from error
-    check_finite(dict(network.named_parameters()), folder)
-    return network.eval().requires_grad_(False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowanchor.conditioning import batch_of
@@ -18,15 +20,17 @@ from flowanchor.encoded.captions import CaptionFile, read_negative
 from flowanchor.encoded.manifest import MANIFEST, CaptionManifest
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.interfaces import Batch
-from flowanchor.text.base import Tokens
+from flowanchor.text.base import kind_of
 
 
 class CaptionedDataModule(FlowDataModule):
-    """`Batch(latents [B, C, F, h, w], Tokens [B, L, D])`, every batch of one size, over all processes.
+    """`Batch(latents [B, C, F, h, w], texts)`, every batch of one size, over all processes.
+
+    Texts are of the kind that their encoder gave: `Tokens` [B, L, D], or another of `flowanchor.text.base`.
 
     In a pass each sample is shown once, with one of its captions, drawn anew each time; of every size the samples that
     do not fill a global batch are left out, others in every pass. Texts are padded with zeros, at least to the length
-    of the negative prompt's, which is `null_condition` [L, D].
+    of the negative prompt's, which is `null_condition`.
 
     Args:
         root: the folder.
@@ -72,20 +76,20 @@ class CaptionedDataModule(FlowDataModule):
             "text_dim": (text_dim, manifest.text_width),
         }
         check_settings(expected, self.root / MANIFEST)
-        self.null_condition = Tokens(read_negative(self.root))
+        self.null_condition = text_of(read_negative(self.root), self.root)
         self._examples: CaptionBatches | None = None
 
-    def fixed_prompts(self, count: int) -> dict[str, Tokens]:
-        """The first different captions of the data, `count` at most, with their embeddings [L, D]."""
+    def fixed_prompts(self, count: int) -> dict[str, Any]:
+        """The first different captions of the data, `count` at most, with their texts."""
         examples = self.examples("train")
         assert isinstance(examples, CaptionBatches)
-        found: dict[str, Tokens] = {}
+        found: dict[str, Any] = {}
         for file in examples.files:
             for row, captions in enumerate(file.texts()):
                 if len(found) == count:
                     break
                 if captions[0] not in found:
-                    found[captions[0]] = Tokens(file.text(row, 0))
+                    found[captions[0]] = text_of(file.text(row, 0), file.path)
         return found
 
     def examples(self, split: str) -> Dataset:
@@ -112,7 +116,7 @@ class CaptionedDataModule(FlowDataModule):
 class CaptionBatches(Dataset):
     """Samples of all files, under the indices of `EpochBatchSampler(views=True)`."""
 
-    def __init__(self, root: Path, manifest: CaptionManifest, seed: int, null: Tokens) -> None:
+    def __init__(self, root: Path, manifest: CaptionManifest, seed: int, null: Any) -> None:
         self.files = [CaptionFile(root / shard.file, shard.count) for shard in manifest.shards]
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in manifest.shards])])
         self.seed, self.null = seed, null
@@ -128,8 +132,18 @@ class CaptionBatches(Dataset):
             file, row = self.files[place], sample - int(self.starts[place])
             latents.append(file.latents([row]))
             caption = np.random.default_rng((self.seed, number_of_pass, sample)).integers(file.captions(row))
-            texts.append(Tokens(file.text(row, int(caption))))
+            texts.append(text_of(file.text(row, int(caption)), file.path))
         return Batch(torch.cat(latents), batch_of(texts, self.null))
+
+
+def text_of(fields: Mapping[str, Tensor], path: Path) -> Any:
+    """A text as the named tuple of its fields; raises `DataError` where files hold others."""
+    try:
+        return kind_of(fields)(**fields)
+    except KeyError:
+        raise DataError(
+            f"{path} holds texts of {', '.join(fields)}, which this version does not know: encode again."
+        ) from None
 
 
 class GroupedSampler(EpochBatchSampler):

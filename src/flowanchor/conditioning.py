@@ -225,7 +225,14 @@ class Text(nn.Module, Conditioning):
 
         Raises `ConfigError` for an encoder that the network was not trained with.
         """
-        found, null = encoder.encode(prompts), self.null_text
+        return self._fitted(encoder, prompts, encoder.encode(prompts))
+
+    def fitted_negative(self, encoder: TextEncoder, prompt: str) -> Any:
+        """The same for the negative prompt."""
+        return self._fitted(encoder, [prompt], [encoder.encode_negative(prompt)])[0]
+
+    def _fitted(self, encoder: TextEncoder, prompts: Sequence[str], found: Sequence[Any]) -> list[Any]:
+        null = self.null_text
         advice = "use the encoder that it was trained with"
         if found[0]._fields != null._fields:
             theirs, ours = ", ".join(found[0]._fields), ", ".join(null._fields)

@@ -119,9 +119,9 @@ class Texts(Request):
     def _read(self, texts: Sequence[str], encoder: TextEncoder | None) -> tuple[dict[str, Any], Any]:
         if encoder is None:
             raise ConfigError("Prompts need a text encoder: add text_encoder=NAME text_encoder.weights=FOLDER.")
-        asked = list(dict.fromkeys((*texts, self.negative or "")))
+        asked = list(dict.fromkeys(texts))
         known = dict(zip(asked, self.conditioning.fitted(encoder, asked), strict=True))
-        return known, known[self.negative or ""]
+        return known, self.conditioning.fitted_negative(encoder, self.negative or "")
 
     def part(self, start: int, stop: int) -> Texts:
         other = copy(self)

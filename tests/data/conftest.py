@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from flowanchor.base.files import sha256
 from flowanchor.encoded.manifest import Shard
 from flowanchor.encoding.writers import CaptionWriter, Rows
+from flowanchor.text.base import Tokens
 
 SHAPE = (2, 4, 4)
 
@@ -37,7 +38,8 @@ def write_captions() -> Callable[..., Shard]:
     def write(path: Path, latents: torch.Tensor, texts: list, names: list[str], captions: list) -> Shard:
         writer = CaptionWriter(path)
         rows = np.arange(len(latents))
-        writer.add(Rows(rows, latents, np.zeros_like(rows), names, captions, texts))
+        told = [[Tokens(text) if isinstance(text, torch.Tensor) else text for text in sample] for sample in texts]
+        writer.add(Rows(rows, latents, np.zeros_like(rows), names, captions, told))
         writer.close()
         return Shard(path.name, writer.count, path.stat().st_size, sha256(path))
 

@@ -6,11 +6,13 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,8 @@ from flowanchor.encoding.encoder import Encoder
 from flowanchor.encoding.plan import HEADER, plan_captions
 from flowanchor.errors import ConfigError, DataError
 from flowanchor.plugins.codecs.identity import Identity
-from flowanchor.text.base import TextEncoder, Tokens
+from flowanchor.plugins.data.captioned import CaptionedDataModule
+from flowanchor.text.base import MaskedTokens, PooledTokens, TextEncoder, Tokens, TwoTexts
 
 ENCODING = CaptionEncoding(image_size=40, max_ratio=1.5, multiple=8, shard_size=5, negative="bad")
 SIZES = {"wide": (48, 32), "tall": (32, 48), "square": (40, 40)}  # width, height
@@ -232,7 +235,7 @@ def test_what_is_in_a_file(tmp_path):
             latent = file.latents([row])[0]
             assert latent.shape == (3, 1, *size) and file.captions(row) == len(captions)
             for number, text in enumerate(captions):
-                torch.testing.assert_close(file.text(row, number), Letters().encode([text])[0].tokens)
+                torch.testing.assert_close(file.text(row, number)["tokens"], Letters().encode([text])[0].tokens)
             seen[captions[0]] = latent
     assert sorted(seen) == sorted(f"picture {n}" for n in range(24))
     pixels = torch.from_numpy(np.asarray(picture(0)).copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -356,3 +359,70 @@ def test_killed_in_the_middle_of_a_file_and_started_again(tmp_path):
     assert {
         name: content(tmp_path / "whole")[name] for name in left if name.endswith(".safetensors")
     }.items() <= left.items()
+
+
+class Several(Letters):
+    """The letters, in one of the other kinds; nothing may be drawn is said in another way than what is to be drawn."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def encode(self, prompts):
+        return [self.made(prompt, 0.0) for prompt in prompts]
+
+    def encode_negative(self, prompt):
+        return self.made(prompt, 0.5)
+
+    def made(self, prompt, offset):
+        tokens = Letters.encode(self, [prompt])[0].tokens + offset
+        mask = torch.arange(len(tokens)) != 1
+        fields = {
+            "tokens": tokens[:, None].expand(-1, 2, -1) if self.kind is MaskedTokens else tokens,
+            "mask": mask,
+            "pooled": torch.full((5,), len(prompt) + offset),
+            "tokens_2": tokens[::2, :3],
+            "mask_2": ~mask[::2],
+        }
+        return self.kind(**{name: fields[name] for name in self.kind._fields})
+
+
+@pytest.mark.parametrize("kind", [MaskedTokens, PooledTokens, TwoTexts])
+def test_texts_of_more_than_tokens(kind, tmp_path):
+    """Written, and brought to a network as they were: masks, vectors, a second text; and the negative prompt's."""
+    source, encoder = open_captions(str(as_table(tmp_path / "data"))), Several(kind)
+    encoding = CaptionEncoding(40, 1, 8, dtype="bfloat16", shard_size=24, negative="bad")
+    form = Captioned(source, Identity(), encoder, encoding)
+    runner = Encoder(form, tmp_path / "out", *form.plan(), batch_size=3)
+    (tmp_path / "out").mkdir()
+    for _ in runner.encode(runner.pending()):
+        pass
+    assert runner.complete(form.settings("float32", 3)) is not None
+    data = CaptionedDataModule(str(tmp_path / "out"), 3, 1, 40, 40, 4, batch_size=24)
+    assert type(data.null_condition) is kind
+    for ours, wanted in zip(data.null_condition, encoder.encode_negative("bad"), strict=True):
+        assert torch.equal(ours, wanted)
+    data.setup("fit")
+    examples = data.examples("train")
+    prompts = data.fixed_prompts(24)
+    assert len(prompts) == 24
+    for prompt, text in prompts.items():
+        for ours, wanted in zip(text, encoder.encode([prompt])[0], strict=True):
+            exact = wanted.bfloat16().float() if wanted.is_floating_point() else wanted
+            assert ours.dtype == exact.dtype and torch.equal(ours, exact)
+    batch = pickle.loads(pickle.dumps(examples.__getitems__(list(range(24)))))  # as a worker hands it over
+    assert type(batch.cond) is kind and all(len(value) == 24 for value in batch.cond)
+    if "mask" in kind._fields:
+        first = source.captions[0][0]
+        assert batch.cond.mask.dtype == torch.bool and batch.cond.mask[:, len("picture 10") :].sum() == 0
+        assert batch.cond.mask[1].sum() == len(source.captions[1][0]) - 1, first
+
+
+def test_texts_that_no_file_holds(tmp_path):
+    Odd = namedtuple("Odd", "words")
+    encoder = Several(Odd)
+    encoder.encode = lambda prompts: [Odd(torch.ones(2, 4)) for _ in prompts]
+    form = Captioned(open_captions(str(as_table(tmp_path / "data"))), Identity(), encoder, ENCODING)
+    runner = Encoder(form, tmp_path, *form.plan())
+    with pytest.raises(ConfigError, match="gives words, and files of captions hold one of: tokens; tokens, mask;"):
+        next(iter(runner.encode(runner.pending())))

@@ -120,17 +120,21 @@ def open_described(given: DescribedWeights) -> tuple[Backbone, Interval]:
     return backbone.eval(), cast(Interval, build(interval, "objective.interval", given.file))
 
 
-def store_low(backbone: Backbone, dtype: torch.dtype) -> None:
+def store_low(backbone: Backbone, dtype: torch.dtype, frozen: bool = False) -> None:
     """Give linear layers and convolutions outside `float32_modules` parameters of a lower precision, in place.
 
-    These are what autocast would cast at every call: under it the network answers the same, bit for bit.
+    These are what autocast would cast at every call: under it the network answers the same, bit for bit. `frozen`: only
+    those of which nothing is trained.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype={dtype} is no lower precision: use bfloat16 or float16, or none for float32.")
     kept = {inner for module in backbone.float32_modules() for inner in module.modules()}
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, _ConvNd)) and module not in kept:
-            for parameter in module.parameters(recurse=False):
+            own = list(module.parameters(recurse=False))
+            if frozen and any(parameter.requires_grad for parameter in own):
+                continue
+            for parameter in own:
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowanchor.base.dtypes import DTYPES
 from flowanchor.base.files import write_tensors
-from flowanchor.encoded.captions import NEGATIVE, CaptionFile
+from flowanchor.encoded.captions import NEGATIVE, CaptionFile, stored
 from flowanchor.encoded.manifest import CaptionManifest
 from flowanchor.encoding.buckets import MULTIPLE, Size, bucket_sizes, fit
 from flowanchor.encoding.caption_sources import CaptionedSource
@@ -21,8 +21,9 @@ from flowanchor.encoding.images import ImageBatch
 from flowanchor.encoding.plan import PlannedFile, plan_captions
 from flowanchor.encoding.record import FinishedShard
 from flowanchor.encoding.writers import CaptionWriter, Rows, disk_space
+from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Codec
-from flowanchor.text.base import TextEncoder
+from flowanchor.text.base import KINDS, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,24 @@ class Captioned(Form):
     def rows(self, batch: ImageBatch) -> Rows:
         rows = batch.indices.tolist()
         captions = [self.captioned.captions[row] for row in rows]
-        texts = [[text.tokens.to(DTYPES[self.dtype]) for text in self.text.encode(found)] for found in captions]
+        texts = [[self._stored(text) for text in self.text.encode(found)] for found in captions]
         names = [self.source.names[row] for row in rows]
         return super().rows(batch)._replace(names=names, captions=captions, texts=texts)
+
+    def _known(self, text: Any) -> Any:
+        """A text of a kind that the files hold."""
+        if text._fields not in KINDS:
+            kinds = "; ".join(", ".join(fields) for fields in KINDS)
+            raise ConfigError(
+                f"text_encoder={self.text.name} gives {', '.join(text._fields)}, and files of captions hold one of: "
+                f"{kinds} (flowanchor.text.base). Let it give one of these."
+            )
+        return text
+
+    def _stored(self, text: Any) -> Any:
+        found = self._known(text)._asdict()
+        kept = {name: value.to(DTYPES[self.dtype]) for name, value in found.items() if value.is_floating_point()}
+        return text._replace(**kept)
 
     def stamp(self, file: PlannedFile) -> str:
         """Of its images, and of its size: a replaced picture may belong to another one."""
@@ -113,7 +129,11 @@ class Captioned(Form):
     ) -> CaptionManifest:
         """Beside the files stand the embeddings of the negative prompt."""
         with disk_space(out / NEGATIVE):
-            write_tensors(out / NEGATIVE, {"text": self.text.encode([self.encoding.negative])[0].tokens.contiguous()})
+            negative = self._known(self.text.encode_negative(self.encoding.negative))
+            write_tensors(
+                out / NEGATIVE,
+                {stored("text", field): value.contiguous() for field, value in negative._asdict().items()},
+            )
         shards = tuple(found.shard for found in finished)
         shapes = [CaptionFile(out / shard.file).shape for shard in shards]
         return CaptionManifest(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from flowanchor.base.files import save_tensors, write_json
+from flowanchor.encoded.captions import stored
 from flowanchor.encoded.manifest import Shard
 from flowanchor.encoded.statistics import RunningStatistics
 from flowanchor.errors import DataError
+from flowanchor.text.base import is_sequence
 
 
 class Rows(NamedTuple):
@@ -30,7 +32,7 @@ class Rows(NamedTuple):
     labels: np.ndarray  # [B]
     names: Sequence[str] = ()
     captions: Sequence[Sequence[str]] = ()
-    texts: Sequence[Sequence[Tensor]] = ()  # the embeddings [L, D] of each caption
+    texts: Sequence[Sequence[Any]] = ()  # of each caption a named tuple of `flowanchor.text.base`
 
 
 class ShardWriter(ABC):
@@ -129,10 +131,15 @@ class CaptionWriter(ShardWriter):
         texts = [text for sample in samples for text in sample]
         content = {
             "latents": torch.cat([rows.latents for rows in self._rows]),
-            "text": torch.cat(texts),
-            "text_start": _starts(texts),
             "caption_start": _starts(samples),
         }
+        for field in texts[0]._fields:
+            values = [getattr(text, field) for text in texts]
+            if is_sequence(field):
+                content[stored("text", field)] = torch.cat(values)
+                content[stored("text_start", field)] = _starts(values)
+            else:
+                content[stored("text", field)] = torch.stack(values)
         names = [name for rows in self._rows for name in rows.names]
         captions = [list(found) for rows in self._rows for found in rows.captions]
         described = json.dumps({"names": names, "captions": captions})

@@ -17,6 +17,7 @@ from flowanchor.base.typed import instantiate
 from flowanchor.callbacks.attached import callbacks_of
 from flowanchor.callbacks.interruption import take_over
 from flowanchor.checkpoints import initialise_student, latest_checkpoint
+from flowanchor.checkpoints.frozen_base import keep_base
 from flowanchor.checkpoints.lightning import use_run_checkpoints
 from flowanchor.checkpoints.soundness import readable
 from flowanchor.checkpoints.sources import weight_settings
@@ -127,6 +128,7 @@ def build_module(cfg: DictConfig, initialise: bool = True, deferred: bool = Fals
         raise ConfigError("base_lora is merged into the weights that a run starts from: add initialise_from=PATH.")
     if cfg.initialise_from and (initialise or student.borrowed()):
         initialise_student(student, plain_config(cfg)["initialise_from"], config=plain_config(cfg))
+    keep_base(student, str(cfg.base_dtype), str(cfg.trainer.precision) in ("bf16-mixed", "bf16"), sharded=deferred)
     return module
 
 

@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowanchor.base.files import add_file
-from flowanchor.base.stock_folder import without_code
-from flowanchor.base.trusted import brief
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.text.base import TextEncoder, Tokens
-from flowanchor.weights import check_finite
+from flowanchor.text.parts import add_folder, read_network, read_tokenizer
 
 KEPT = 64  # embeddings of prompts, 8 MB each at most for UMT5
-_WEIGHTS = "*.safetensors"
-_FILES = (".safetensors", ".json", ".model", ".txt")  # of weights, settings, vocabularies
 
 
 class FrozenEncoder(TextEncoder):
@@ -58,50 +53,13 @@ class FrozenEncoder(TextEncoder):
         self.name, self.max_length, self.padded, self.cleaned = name, max_length, padded, cleaned
         self.folder, self.tokenizer_folder = Path(weights).expanduser(), Path(tokenizer or weights).expanduser()
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._class = network
         for folder in (self.folder, self.tokenizer_folder):
             if not folder.is_dir():
                 raise CheckpointError(f"There is no folder {folder} for text_encoder={name}: download it there first.")
-        self.network, self._tokenizer = self._read_network(), self._read_tokenizer()
+        self.network = read_network(self.folder, network, self.dtype)
+        self._tokenizer = read_tokenizer(self.tokenizer_folder, "AutoTokenizer", "text_encoder.tokenizer=FOLDER")
         self._known: dict[str, Tensor] = {}
         self.width = int(getattr(self.network.config, "d_model", 0) or self.network.config.hidden_size)
-
-    def _read_network(self) -> Any:
-        if not any(self.folder.glob(_WEIGHTS)):
-            raise CheckpointError(
-                f"{self.folder} holds no weights ({_WEIGHTS}): download them (a gated release asks you to accept its "
-                "licence first)."
-            )
-        without_code(self.folder)
-        try:
-            network, info = getattr(_library(), self._class).from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=self.dtype
-            )
-        except Exception as error:  # whatever transformers makes of another configuration, or of damaged files
-            raise CheckpointError(
-                f"{self.folder} cannot be read as {self._class} ({brief(error)}): download it again."
-            ) from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(f"{self.folder} is no {self._class}: it lacks {', '.join(missing[:3])}.")
-        check_finite(dict(network.named_parameters()), self.folder)
-        return network.eval().requires_grad_(False)
-
-    def _read_tokenizer(self) -> Any:
-        without_code(self.tokenizer_folder)
-        try:
-            tokenizer = _library().AutoTokenizer.from_pretrained(
-                self.tokenizer_folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # whatever a tokenizer's own code raises without its files
-            raise CheckpointError(
-                f"{self.tokenizer_folder} has no tokenizer that can be read ({type(error).__name__}): give its folder, "
-                "text_encoder.tokenizer=FOLDER."
-            ) from error
-        # Where files are missing, transformers makes an empty one: special tokens alone, 303 of them for T5.
-        if len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) < 2:
-            raise CheckpointError(f"The tokenizer in {self.tokenizer_folder} has no vocabulary: download it again.")
-        return tokenizer
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tokens]:
@@ -134,11 +92,7 @@ class FrozenEncoder(TextEncoder):
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.max_length} {self.padded} {self.cleaned} {self.dtype}".encode())
         for folder in dict.fromkeys((self.folder, self.tokenizer_folder)):
-            for file in sorted(
-                path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model", ".txt")
-            ):
-                digest.update(file.name.encode())
-                add_file(digest, file)
+            add_folder(digest, folder)
         return digest.hexdigest()
 
 
@@ -151,12 +105,3 @@ def clean(prompt: str) -> str:
     except ImportError:
         warnings.warn("Prompts are not repaired without ftfy: pip install 'flowanchor[wan]'.", stacklevel=2)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
-
-
-def _library() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError("Text encoders need transformers: pip install 'flowanchor[wan]'.") from error
-    transformers.utils.logging.disable_progress_bar()  # of reading a file that takes seconds
-    return transformers
