@@ -167,7 +167,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 def figure(content: Mapping[str, Any]) -> Figure:
     """The distance from the teacher's velocity over training, and where in time it lies at the end."""
-    drawn = Figure(figsize=(11, 4.4), layout="constrained")
+    drawn = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(drawn)
     over, where = drawn.subplots(1, 2)
     names = [row.name for row in ROWS if any(run["row"] == row.name for run in content["rows"])]
@@ -189,7 +189,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
     over.set_title("mean square distance from the teacher's velocity", fontsize=10)
     where.set_xlabel("time (0: noise, 1: data)")
     where.set_title("cosine with the teacher's velocity, at the end", fontsize=10)
-    over.legend(fontsize=7, ncols=2)
+    drawn.legend(loc="outside lower center", fontsize=8, ncols=5)
     return drawn
 
 
