@@ -212,7 +212,8 @@ def test_flow_errors_are_those_of_held_out_data(place, config, run):
     assert report["flow"]["samples"] == 60 and [line["t"] for line in report["flow"]["lines"]] == [
         0.05, 0.25, 0.5, 0.75, 0.95
     ]  # fmt: skip
-    model, held_out = load_model(run), DigitsDataModule(batch_size=64, channels=1, size=8, num_classes=10).images("heldout")
+    model, data = load_model(run), DigitsDataModule(batch_size=64, channels=1, size=8, num_classes=10)
+    held_out = data.images("heldout")
     x1 = held_out.stack(range(60)).double() / 127.5 - 1
     labels = torch.as_tensor(held_out.labels[:60])
     x0 = torch.stack([
