@@ -336,14 +336,16 @@ def page(rows: tuple[Row, ...], record: dict[str, Any], budget: int) -> str:
     """The table, and how to read it."""
     about, floor = record["machine"], record["teacher"]["floor"]
     seeds = len({run["seed"] for run in record["runs"]})
+    midpoint = "A midpoint step takes two evaluations; one alone is Euler's. "
+    midpoint = midpoint if "midpoint" in record["teacher"] else ""  # earlier records have none
     return "\n\n".join(
         [
             table(rows, record["runs"], record["teacher"], record["cpu_seconds"]),
             "Frechet distance on the features of a small classifier (FD-digits), mean ± standard deviation over "
             f"{seeds} seeds, of {floor['n']} images with balanced labels; floor (held-out images): "
             f"{floor['fd']:.2f}. Diverged: runs that stopped on values that are not finite. No better: those whose "
-            "one-step distance is at least the teacher's, from whose weights they started. A midpoint step takes two "
-            "evaluations; one alone is Euler's. Cost per step: CPU time of "
+            f"one-step distance is at least the teacher's, from whose weights they started. {midpoint}Cost per step: "
+            "CPU time of "
             f"forward and backward against the first row, taking turns. {budget} network evaluations per sample of a "
             f"batch of 64. Measured by `make ablation` on {about['cpu']}, torch {about['torch']}, {about['date']}, "
             f"commit {about['commit']}.",

@@ -45,6 +45,15 @@ def compared(name: str, found: dict[str, list[float]]) -> list[Row]:
     ]
 
 
+def page(record: dict[str, Any]) -> str:
+    """The table with what stands below it; of a record as it is measured, or as it is read."""
+    about = record["machine"]
+    rows = [row for name, found in record["measured"].items() for row in compared(name, found)]
+    table = markdown(("claim", "figure", "measured", "bar", "met"), [row.cells() for row in rows])
+    note = f"Ratios, smaller is better. {about['cpu']}, one thread, torch {about['torch']}, {about['date']}."
+    return f"{table}\n\n{note}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the dual pass, compiled and eager.")
     parser.add_argument("--rounds", type=int, default=15)
@@ -56,15 +65,11 @@ def main() -> None:
         cases = {kind: {"kind": kind, **settings, **(QUICK if chosen.quick else {})} for kind in KINDS}
         measured[name] = seconds("workloads:dual_step", cases, 1 if chosen.quick else chosen.rounds)
     rows = [row for name, found in measured.items() for row in compared(name, found)]
-    about = machine()
-    table = markdown(("claim", "figure", "measured", "bar", "met"), [row.cells() for row in rows])
-    note = f"Ratios, smaller is better. {about['cpu']}, one thread, torch {about['torch']}, {about['date']}."
-    print(table)
-    write_json(
-        (chosen.results or RESULTS) / "compiled_dual_cpu.json", {"machine": about, "rows": rows, "measured": measured}
-    )
+    record = {"machine": machine(), "rows": rows, "measured": measured}
+    print(page(record))
+    write_json((chosen.results or RESULTS) / "compiled_dual_cpu.json", record)
     if chosen.results is None and not chosen.quick:
-        refresh(ROOT / "docs" / "performance.md", "dual pass table", f"{table}\n\n{note}")
+        refresh(ROOT / "docs" / "performance.md", "dual pass table", page(record))
 
 
 if __name__ == "__main__":

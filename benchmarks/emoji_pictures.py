@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def class_table(font: Path) -> str:
     return markdown(["class", "to train on", "held out"], rows)
 
 
+def table(figures: dict[str, Any], kinds: Sequence[str]) -> str:
+    """A row per way of drawing."""
+    return markdown(
+        ["", "ms each", *(f"{name}: distance to the nearest, least" for name in kinds)],
+        [
+            [
+                title,
+                f"{found['milliseconds']:.0f}" if "milliseconds" in found else "",
+                *(f"{median:.3f}, {least:.3f}" for median, least in found["distance"]),
+            ]
+            for title, found in figures.items()
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="outputs/train/emoji_teacher")
@@ -116,18 +132,7 @@ def main() -> None:
         for title, (images, taken) in drawn.items()
     }
     figures["held-out pictures"] = {"distance": distances(heldout, data.images("heldout").labels)}
-    table = markdown(
-        ["", "ms each", *(f"{name}: distance to the nearest, least" for name in kinds)],
-        [
-            [
-                title,
-                f"{found['milliseconds']:.0f}" if "milliseconds" in found else "",
-                *(f"{median:.3f}, {least:.3f}" for median, least in found["distance"]),
-            ]
-            for title, found in figures.items()
-        ],
-    )
-    print(table)
+    print(table(figures, kinds))
     if asked.keep:
         return
     about, steps = machine(), {"teacher": teacher.step} | ({} if student is None else {"student": student.step})
@@ -138,7 +143,7 @@ def main() -> None:
         f"on {about['cpu']}, torch {about['torch']}, {about['date']}, commit {about['commit']}."
     )
     write_json(RESULTS / "emoji.json", {"machine": about, "figures": figures, "steps": steps})
-    refresh(PAGE, "emoji table", f"{table}\n\n{told}")
+    refresh(PAGE, "emoji table", f"{table(figures, kinds)}\n\n{told}")
     refresh(PAGE, "emoji classes", class_table(data.font))
 
 

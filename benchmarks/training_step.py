@@ -26,6 +26,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from harness import commit, machine, markdown, refresh, write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "training_step_cpu.json"
 FIRST = 6  # the first step that is looked at
@@ -140,8 +142,6 @@ def export(commit: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    from harness import commit, machine, markdown, refresh, write_json
-
     parser = argparse.ArgumentParser(description="What a training step costs the host.")
     parser.add_argument("--before", help="a commit to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each, in turn, for the seconds")
@@ -162,26 +162,40 @@ def main() -> None:
         for _ in range(arguments.rounds if arguments.before else 0):
             for name, code in codes.items():
                 seconds[name].append(ask(code, "seconds", arguments.steps)["seconds"])
+    if not arguments.before:
+        print(table(counts))
+        return
+    ratio = statistics.median(ratios(seconds))
+    about = {**machine(), "commit": commit()}
+    record = {"machine": about, "before": arguments.before, "counts": counts, "seconds": seconds, "ratio": ratio}
+    write_json(RESULTS, {**record, "steps": arguments.steps})
+    refresh(ROOT / "docs" / "performance.md", "training step", page(record))
+
+
+def ratios(seconds: dict[str, list[float]]) -> list[float]:
+    """Now / before, of each pair of processes."""
+    return [b / a for a, b in zip(seconds["before"], seconds["now"], strict=True)]
+
+
+def table(counts: dict[str, dict[str, float]]) -> str:
     header = ("training step", "operators that the host calls", "values read", "tensors made of numbers")
     columns = ("outside", "read", "made of numbers")
-    rows = [[name, *(f"{found.get(column, 0):,.1f}" for column in columns)] for name, found in counts.items()]
-    table = markdown(header, rows)
-    if not arguments.before:
-        print(table)
-        return
-    ratios = [b / a for a, b in zip(seconds["before"], seconds["now"], strict=True)]
-    ratio = statistics.median(ratios)
-    about = machine()
-    write_json(
-        RESULTS, {"machine": about, "before": arguments.before, "counts": counts, "seconds": seconds, "ratio": ratio}
+    return markdown(
+        header, [[name, *(f"{found.get(column, 0):,.1f}" for column in columns)] for name, found in counts.items()]
     )
-    pairs = f"{arguments.rounds} pairs of processes, from {min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def page(record: dict[str, Any]) -> str:
+    """The table with what stands below it."""
+    about, each = record["machine"], ratios(record["seconds"])
+    pairs = f"{len(each)} pairs of processes, from {min(each):.2f} to {max(each):.2f}"
     note = (
-        f"Per step. CPU seconds of the eager step, now / before: {ratio:.2f} (the least of {arguments.steps} steps; "
-        f"median of {pairs}). `python benchmarks/training_step.py --before {arguments.before}` on {about['cpu']}, "
-        f"one thread, torch {about['torch']}, {about['date']}, commit {commit()}."
+        f"Per step. CPU seconds of the eager step, now / before: {statistics.median(each):.2f} (the least of "
+        f"{record.get('steps', 20)} steps; median of {pairs}). `python benchmarks/training_step.py --before "
+        f"{record['before']}` on {about['cpu']}, one thread, torch {about['torch']}, {about['date']}, commit "
+        f"{about['commit']}."
     )
-    refresh(ROOT / "docs" / "performance.md", "training step", f"{table}\n\n{note}")
+    return f"{table(record['counts'])}\n\n{note}"
 
 
 if __name__ == "__main__":

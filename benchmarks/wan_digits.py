@@ -128,6 +128,19 @@ def table(students: list[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
+def page(content: dict[str, Any]) -> str:
+    """The table with its caption."""
+    about = content["machine"]
+    caption = (
+        f"Share of {content['samples']} samples that show the prompted digit, range over {len(SEEDS)} seeds; the "
+        f"teacher's in {TEACHER_STEPS} steps: {100 * content['teacher'][str(TEACHER_STEPS)]:.1f} %. The judge, a "
+        f"support vector machine, reads {100 * content['judge']:.1f} % of held-out digits. Norm of the tangent and "
+        f"share of clamped residuals: means over the last quarter of the training. {about['cores']} cores of "
+        f"{about['cpu']}, torch {about['torch']}, {about['date']}, commit {about['commit']}."
+    )
+    return f"{table(content['students'])}\n\n{caption}"
+
+
 def _range(values: list[float], digits: int = 0) -> str:
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
@@ -158,21 +171,14 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [pool.submit(student, folder, *cell, words, arguments.samples, judge) for cell in cells]
         students = [job.result() for job in jobs]
-    text = table(students)
-    print(text)
     if arguments.quick:
+        print(table(students))
         return
-    about = machine()
-    content = {"machine": about, "judge": judge.accuracy, "teacher": teacher, "samples": arguments.samples}
-    write_json(RESULTS / "wan_digits.json", {**content, "students": students})
-    caption = (
-        f"Share of {arguments.samples} samples that show the prompted digit, range over {len(SEEDS)} seeds; the "
-        f"teacher's in {TEACHER_STEPS} steps: {100 * teacher[str(TEACHER_STEPS)]:.1f} %. The judge, a support vector "
-        f"machine, reads {100 * judge.accuracy:.1f} % of held-out digits. Norm of the tangent and share of clamped "
-        f"residuals: means over the last quarter of the training. {about['cores']} cores of {about['cpu']}, torch "
-        f"{about['torch']}, {about['date']}, commit {about['commit']}."
-    )
-    refresh(ROOT / "docs" / "wan.md", "wan digits table", f"{text}\n\n{caption}")
+    content = {"machine": machine(), "judge": judge.accuracy, "teacher": teacher, "samples": arguments.samples}
+    content["students"] = students
+    print(page(content))
+    write_json(RESULTS / "wan_digits.json", content)
+    refresh(ROOT / "docs" / "wan.md", "wan digits table", page(content))
     shown = sorted((folder / "outputs" / "train" / SHOWN / "samples").glob("*.png"))
     shutil.copyfile(shown[-1], ROOT / "docs" / "images" / "wan_digits.png")
 

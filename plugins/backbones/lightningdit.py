@@ -61,6 +61,7 @@ class LightningDiT(Backbone):
         end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (see `end_time.py`); None: not at all.
         end_time_split: of `decoupled`: how many blocks, or which share of them, are conditioned on `t`; None: 5/7.
         end_time_gate: of `gated`: the weight of what `r` says.
+        time_scale: what the times are multiplied by before they are embedded.
         predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
     """
 
@@ -92,12 +93,15 @@ class LightningDiT(Backbone):
         end_time_gate: float = GATE,
         predicts: Literal["v", "x"] = "v",
         guidance_cond: bool = False,
+        time_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.predicts = known_prediction(predicts, self, self.predictions)
         check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         if depth < 1:
             raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")
+        if not time_scale > 0:
+            raise ConfigError(f"backbone.time_scale={time_scale} must be above 0: 1 feeds the time as it is.")
         if not 0 <= class_dropout_prob <= 1:
             raise ConfigError(f"backbone.class_dropout_prob={class_dropout_prob} must be a share between 0 and 1.")
         self.side = input_size // patch_size
@@ -114,8 +118,8 @@ class LightningDiT(Backbone):
         late = int(self.end_time == "decoupled")  # which of the carried conditions the later part reads
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(hidden_size)
-        self.r_embedder = TimeEmbedding(hidden_size) if self.told_end.needs_embedder else None
+        self.t_embedder = TimeEmbedding(hidden_size, time_scale)
+        self.r_embedder = TimeEmbedding(hidden_size, time_scale) if self.told_end.needs_embedder else None
         self.guidance_embedder = GuidanceEmbedding(hidden_size) if guidance_cond else None
         rows = num_classes + int(null)
         self.y_embedder = LabelEmbedding(rows, hidden_size) if rows else None

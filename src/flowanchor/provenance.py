@@ -47,6 +47,7 @@ _LATER = {
     "objective.interval.told": "end",
     "backbone.end_time_gate": 0.25,
     "backbone.guidance_cond": False,
+    "backbone.time_scale": 1.0,
     "objective.shortcut.warmup": "tangent",
     "backbone.predicts": "v",
     "backbone.tangent_smoothing": 0.0,

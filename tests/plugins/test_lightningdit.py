@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowanchor.errors import ConfigError
 from flowanchor.plugins.backbones.lightningdit import PRESETS, LightningDiT
@@ -179,3 +180,27 @@ def test_tokens_lie_one_after_the_other(kind):
     network = {"lightningdit": LightningDiT, "sit": SiT, "dit": DiT}[kind](4, 2, 3, 16, 1, 2, num_classes=5)
     tokens, context = network.embed(torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 1]))
     assert tokens.is_contiguous() and network.blocks[0](tokens, context).is_contiguous()
+
+
+@pytest.mark.parametrize("end_time", [None, "auxiliary"])
+def test_a_time_scale_is_the_same_network_at_other_times_with_a_derivative_as_much_larger(end_time):
+    """Answers and derivatives against the network without it, float64 automatic differentiation."""
+    plain, scaled = (
+        awake(LightningDiT(**{**TINY, "end_time": end_time, "time_scale": scale})).eval().double()
+        for scale in (1.0, 100.0)
+    )
+    scaled.load_state_dict(plain.state_dict())
+    torch.manual_seed(3)
+    x, t = torch.randn(2, *plain.sample_shape, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    y, r = torch.tensor([0, 1]), None if end_time is None else t + 0.1
+
+    def answer(network, times, factor):
+        return network.predict(x, times, y, None if r is None else factor * r)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the one that has a forward derivative
+        there, slope = torch.func.jvp(lambda time: answer(scaled, time, 1), (t,), (torch.ones_like(t),))
+        same, gentle = torch.func.jvp(lambda time: answer(plain, time, 100), (100 * t,), (torch.ones_like(t),))
+    torch.testing.assert_close(there, same)
+    torch.testing.assert_close(slope, 100 * gentle)
+    with pytest.raises(ConfigError, match="backbone.time_scale=0"):
+        LightningDiT(**{**TINY, "time_scale": 0})

@@ -19,6 +19,7 @@ from flowanchor.data.images import ArrayImages
 from flowanchor.errors import ConfigError
 from flowanchor.generation.generator import Generator
 from flowanchor.metrics.evaluator import Evaluator
+from flowanchor.plugins.data.digits import DigitsDataModule
 from flowanchor.programs.evaluate import evaluate
 from flowanchor.programs.launch import prepare
 
@@ -202,3 +203,31 @@ def test_more_repeats_go_on_from_fewer(place, config, capsys):
     capsys.readouterr()
     found = evaluate(config("nfe=1", "num_samples=60", "repeats=2"), place / "more")
     assert capsys.readouterr().out.count("measured by an earlier run") == 1 and found["results"][0]["repeats"] == 2
+
+
+def test_flow_errors_are_those_of_held_out_data(place, config, run):
+    """Each number from the images themselves; the network as its own teacher is no distance from it."""
+    report = evaluate(config("nfe=1", "num_samples=60", "flow_error=true", f"flow_teacher={run}"), place / "flow")
+    assert json.loads((place / "flow" / "metrics.json").read_text())["flow"] == report["flow"]
+    assert report["flow"]["samples"] == 60 and [line["t"] for line in report["flow"]["lines"]] == [
+        0.05, 0.25, 0.5, 0.75, 0.95
+    ]  # fmt: skip
+    model, data = load_model(run), DigitsDataModule(batch_size=64, channels=1, size=8, num_classes=10)
+    held_out = data.images("heldout")
+    x1 = held_out.stack(range(60)).double() / 127.5 - 1
+    labels = torch.as_tensor(held_out.labels[:60])
+    x0 = torch.stack([
+        torch.from_numpy(np.random.Generator(np.random.Philox(np.random.SeedSequence((0, 0, i)))).standard_normal(
+            (1, 8, 8)
+        ))
+        for i in range(60)
+    ])  # fmt: skip
+    for line in report["flow"]["lines"]:
+        t = line["t"]
+        with torch.no_grad():  # the checkpoint is FACM's: its anchor is asked at 2 - t
+            x_t = ((1 - t) * x0 + t * x1).float()
+            answer = model.backbone.predict(x_t, torch.full((60,), 2 - t), labels).double()
+        assert line["error"] == pytest.approx(float((answer - (x1 - x0)).square().mean()), rel=1e-5)
+        assert line["from_teacher"] == 0 and line["cosine"] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ConfigError, match="add flow_error=true"):
+        evaluate(config("nfe=1", f"flow_teacher={run}"), place / "flow_without")

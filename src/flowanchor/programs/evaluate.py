@@ -33,6 +33,7 @@ from flowanchor.metrics.storage import write_whole
 from flowanchor.programs.checks import base_of_adapters, check_whole_numbers, choose_dtype
 from flowanchor.programs.commands import evaluate as main
 from flowanchor.programs.evaluation import Draw, Evaluation
+from flowanchor.programs.flow_errors import check_flow_error, flow_table, measure_flow
 from flowanchor.programs.next_step import command
 from flowanchor.programs.processes import Processes
 from flowanchor.provenance import write_program_record
@@ -87,10 +88,13 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if not processes.first:
         return None
     floor = None if run.floor is None else run.floor.as_dict()
-    report: dict[str, Any] = finite_or_none({"settings": run.settings(), "floor": floor, "results": results})
+    flow = {"flow": measure_flow(cfg, model, flow_data(cfg, model), processes.device)} if cfg.flow_error else {}
+    report: dict[str, Any] = finite_or_none({"settings": run.settings(), "floor": floor, "results": results, **flow})
     write_whole(folder / "metrics.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     quality_plot(report, folder / "quality.png")
     console.print(results_table(report))
+    if flow:
+        console.print(flow_table(report["flow"]))
     console.print(f"metrics.json and quality.png are in {folder}", soft_wrap=True)
     return report
 
@@ -165,7 +169,16 @@ def check_settings(cfg: DictConfig) -> list[int | None]:
     make_labels(cfg.protocol, cfg.num_samples, 0, cfg.seed)  # told before anything is read
     if cfg.reference is not None and (cfg.get("data") is not None or cfg.data_overrides):
         raise ConfigError("reference= takes the place of the data: leave out data= and data_overrides, or reference=.")
+    check_flow_error(cfg)
     return budgets
+
+
+def flow_data(cfg: DictConfig, model: LoadedModel) -> FlowDataModule:
+    """The data in the network's own space: encoded where it is a network of latents."""
+    shape = tuple(model.backbone.sample_shape)
+    if len(shape) != 3 or isinstance(model.backbone.conditioning, Text):
+        raise ConfigError("flow_error=true is for networks of images with classes or none: leave it out.")
+    return load_data(cfg, model, (shape[0], shape[1], shape[2]))
 
 
 def build_evaluator(cfg: DictConfig, model: LoadedModel, codec: Codec, device: str) -> Evaluator:

@@ -1,0 +1,142 @@
+"""Forgetting, stability, what runs would take: legal rows, tables whose numbers are known, records that go on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+
+import forgetting
+import short_runs
+import stability
+import what_it_takes
+from flowanchor import compose
+from flowanchor.base.typed import instantiate
+from flowanchor.plugins.backbones.lightningdit import LightningDiT
+
+COMPOSED = partial(compose, "data=digits")
+
+
+def checked(*words):
+    """The objective and settings of a row, which must fit a small network that they are for."""
+    cfg = COMPOSED(*words)
+    objective = instantiate(cfg.objective, _convert_="all")
+    told = {name: cfg.backbone[name] for name in ("auxiliary_time_cond", "end_time", "time_scale")}
+    objective.check(LightningDiT(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, **told))
+    return cfg, objective
+
+
+def test_every_row_of_forgetting_is_an_objective_of_its_own_and_says_rightly_whether_it_has_an_anchor():
+    seen = set()
+    for row in forgetting.ROWS:
+        cfg, objective = checked(*row.words)
+        seen.add(str(cfg.objective))
+        shares = {"MeanFlow": 0.75, "MeanFlow without r = t": 0.0, "DMF": 0.5, "MeanFlow, gated": 0.5}
+        kept = objective.anchor is not None or shares.get(row.name, 0) > 0
+        assert kept is not row.anchored.startswith("nothing"), row.name
+        assert shares.get(row.name) == (objective.shortcut.share if row.name in shares else None)
+    assert len(seen) == len(forgetting.ROWS) == 9
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
+def test_cells_are_what_they_say_and_come_in_pairs(data):
+    cells = stability.cells(data)
+    assert len(set(cells)) == len(cells)
+    for cell in cells:
+        assert stability.Cell(**{**asdict(cell), "anchor": not cell.anchor}) in cells
+        cfg, objective = checked(*(word for word in cell.words(None)))
+        assert (objective.anchor is not None) is cell.anchor
+        assert (cfg.backbone.time_scale, cfg.trainer.precision) == (cell.scale, cell.precision)
+        assert cfg.objective.interval._target_.endswith("ExpandedInterval")
+        if cell.tangent != "facm":
+            assert (objective.shortcut.normalisation, objective.shortcut.warmup_steps) == (
+                0.1 if cell.tangent == "normalised" else None, 0,
+            )  # fmt: skip
+    whole = {(c.anchor, c.scale, c.precision) for c in cells if (c.start, c.tangent) == ("distilled", "raw")}
+    assert data != "digits" or len(whole) == 2 * 3 * 2
+
+
+def row(seed, cosine, fd, broke=False):
+    lines = [{"t": t, "error": e, "from_teacher": 0.1, "cosine": cosine} for t, e in ((0.25, 0.5), (0.75, 0.7))]
+    lines[1]["cosine"] = cosine - 0.2
+    curves = [{"step": 0, "lines": lines}, {"step": 9, "lines": lines}]
+    return {"row": "FACM", "seed": seed, "broke": broke, "curves": curves, "fd": fd}
+
+
+def forgotten():
+    about = {"steps": 9, "batch": 8, "held_out": 7, "samples": 6, "sets": 5, "seeds": [0, 1]}
+    teacher = {"lines": [{"t": 0.25, "error": 0.4}, {"t": 0.75, "error": 0.6}], "fd": {"2": 3.0, "16": 1.0}}
+    machine = {"cpu": "a CPU", "cores": 2, "torch": "2.0", "date": "2000-01-01", "commit": "abc"}
+    fds = [{"1": 2.0, "2": 1.5, "flow": 1.0}, {"1": 4.0, "2": 1.5, "flow": 2.0}]
+    rows = [row(seed, 0.9, fd) for seed, fd in enumerate(fds)]
+    return {"machine": machine, "about": about, "teacher": {**teacher, "floor": 0.9}, "rows": rows}
+
+
+def test_the_table_of_forgetting():
+    """Errors of 0.5 and 0.7 beside the teacher's 0.4 and 0.6: a fifth more."""
+    lines = forgetting.table(forgotten()).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        "FACM", "anchor on 2 - t", "20.0 ± 0.0", "0.1000 ± 0.0000", "0.8000 ± 0.0000", "0.75: 0.700 ± 0.000",
+        "3.00 ± 1.41", "1.50 ± 0.00", "1.50 ± 0.71",
+    ]  # fmt: skip
+    assert lines[-1].split("|")[-4:-1] == ["  ", " 3.00 ", " 1.00 "]
+    assert "0 of 2 runs stopped" in forgetting.page(forgotten())
+    assert len(forgetting.figure(forgotten()).axes[0].lines) == 2
+
+
+def test_the_table_of_stability_counts_what_broke_and_what_got_worse():
+    with_anchor, without = stability.Cell(True, 1), stability.Cell(False, 1)
+
+    def run(cell, seed, fd, norm):
+        return {**asdict(cell), "seed": seed, "fd": {"1": fd, "2": fd}, "began_at": 10.0, "highest_norm": norm}
+
+    rows = [run(with_anchor, 0, 2.0, 1.5), run(with_anchor, 1, 4.0, 30.0)]
+    rows += [run(without, 0, 12.0, 1234.0), run(without, 1, None, None)]
+    about = {"data": "digits", "steps": 9, "batch": 8, "samples": 6, "sets": 5, "seeds": [0, 1]}
+    content = {**forgotten(), "about": about, "rows": rows}
+    cells = stability.cells("digits")
+    line = [cell.strip() for cell in stability.table(content, cells).splitlines()[2].strip("|").split("|")]
+    assert line == [
+        "distilled", "raw", "32-true", "x1", "3.00 ± 1.41", "12.00", "0 of 2", "2 of 2", "30", "1.23e+03"
+    ]  # fmt: skip
+    assert f"2 of {len(cells)} cells have all seeds" in stability.page(content, cells)
+    texts = [text.get_text() for text in stability.picture(content, cells).axes[0].texts]
+    assert sorted(texts) == ["12.00\n2 of 2 diverged", "3.00 ± 1.41"]
+
+
+def test_a_record_goes_on_and_refuses_other_settings(tmp_path):
+    record = short_runs.Record(tmp_path / "record.json", {"steps": 3, "seeds": (0, 1)})
+    record.add({"row": "a", "seed": 0, "fd": math.inf, "list": [1.23456789, math.nan]})
+    again = short_runs.Record(tmp_path / "record.json", {"steps": 3, "seeds": (0, 1)})
+    assert again.find(row="a", seed=0) == {"row": "a", "seed": 0, "fd": None, "list": [1.2346, None]}
+    assert again.find(row="a", seed=1) is None and again.content["machine"] == record.content["machine"]
+    with pytest.raises(SystemExit, match="was measured with"):
+        short_runs.Record(tmp_path / "record.json", {"steps": 4, "seeds": (0, 1)})
+
+
+def test_a_short_run_is_what_train_makes_of_it_and_its_averages_come_back(tmp_path):
+    words = ("data=digits", "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2", "data.batch_size=8")
+    done = short_runs.fit(tmp_path, *words, "trainer.max_steps=3", "ema.sigma_rel=null", "ema.decay=1e-9")
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["flowanchor"]["step"] == 3 and len(done.watch.norms) == len(done.watch.seconds) == 3
+    assert len(set(done.watch.norms)) == 3 and min(done.watch.norms) > 0
+    for name, value in done.student.state_dict().items():  # an average that forgets at once is the last weights
+        torch.testing.assert_close(value, kept["state_dict"][f"student.{name}"], rtol=1e-6, atol=1e-7)
+    stopped = short_runs.fit(tmp_path / "no", *words, "optimizer.lr=1e30", "max_nonfinite_steps=1", ends=False)
+    assert stopped.student is None and 1 <= len(stopped.watch.norms) < 20
+
+
+def test_what_a_run_takes():
+    """By hand: 128.1 million samples, 11 forward passes of 2 TFLOP each; 1,000 images a second on a card."""
+    run = what_it_takes.RUNS[0]
+    plans = {r.plan: {"Chain(recompute)": {str(r.cards): {"parts": {"a": 2e9, "b": 1e9}}}} for r in what_it_takes.RUNS}
+    about = {"torch": "2.0", "date": "2000-01-01", "commit": "abc"}
+    record = {"machine": about, "forward_flops": dict.fromkeys(what_it_takes.NETWORKS, 2e12)}
+    gpu = {"machine": {"device": "a card"}, "rows": {run.step: {"images_per_second": 1000.0}}}
+    line = what_it_takes.page(record, plans, gpu).splitlines()[2]
+    assert "| 2.00 | 2.82 | 36 | 32 | 3.0 |" in line  # 128.1167e6 / 1000 / 3600
+    assert "| not measured |" in what_it_takes.page(record, plans, None).splitlines()[2]
