@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,20 +96,15 @@ def adapter_parts(module: nn.Module) -> set[nn.Module]:
     return {part for name, part in module.named_modules() if is_adapter(f".{name}")}
 
 
-@contextmanager
-def switched(layers: Sequence[Any], on: bool) -> Iterator[None]:
-    """A region in which the adapters of these layers are on, or off.
+def switch(layers: Sequence[Any], on: bool) -> None:
+    """Put the adapters of these layers on, or off; whoever runs the layers next says it again.
 
-    Not by peft's own methods, which also say what is trained: a backward pass that is to come would find nothing.
+    Not by peft's own methods, which also say what is trained: a backward pass that is to come would find nothing. Nor
+    by a region that puts everything back, which a compiled block cannot be interrupted in.
     """
-    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
-        layer._disable_adapters = not on
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        if layer._disable_adapters == on:
+            layer._disable_adapters = not on
 
 
 def initialise_adapter(layer: Any) -> None:

@@ -8,8 +8,8 @@ where that is translated into Wan's: sigma = 1 - t, timesteps 1000 sigma, noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -39,7 +39,7 @@ from flowanchor.plugins.backbones.lora import (
     is_adapter,
     merged,
     stage_adapters,
-    switched,
+    switch,
 )
 from flowanchor.plugins.backbones.lora_files import factors
 from flowanchor.text.base import Tokens
@@ -198,7 +198,8 @@ class Wan(Backbone):
                 f"{' x '.join(map(str, self.patch_size))}: choose images whose sides are multiples of 16."
             )
         grid = tuple(size // patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True))
-        with _exact(x), switched(self.embed_adapters, self.adapters_on):
+        switch(self.embed_adapters, self.adapters_on)
+        with _exact(x):
             tokens = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
             added = self._time(t, r)
             late = None
@@ -220,7 +221,8 @@ class Wan(Backbone):
         shift, scale = ((self.scale_shift_table if table is None else table) + context.carried[0][:, None]).chunk(
             2, dim=1
         )
-        with _exact(tokens), switched(self.head_adapters, context.fixed[4]):
+        switch(self.head_adapters, context.fixed[4])
+        with _exact(tokens):
             patches = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         frames, rows, columns = context.fixed[3]
         out = patches.unflatten(1, (frames, rows, columns)).unflatten(4, (*self.patch_size, -1))
@@ -248,6 +250,12 @@ class Wan(Backbone):
         if not self.adapted:
             return set()
         return {name for name in self.state_dict() if not is_adapter(name) and not name.startswith("r_embedder.")}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        with super().without_adapters():
+            yield
+        switch(tuple(adapted_layers(self).values()), True)  # as whoever runs the layers by himself expects them
 
     def lora_factors(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
@@ -338,7 +346,8 @@ class WanBlock(WanTransformerBlock):
     def forward(self, tokens: Tensor, context: StageContext) -> Tensor:  # type: ignore[override]
         """Tokens [B, N, D] -> tokens [B, N, D]."""
         text, cos, sin = context.fixed[:3]
-        with _exact(tokens), switched(self.adapters, context.fixed[4]):
+        switch(self.adapters, context.fixed[4])
+        with _exact(tokens):
             return super().forward(tokens, text, context.carried[self.reads], cast(Tensor, (cos, sin)))
 
 

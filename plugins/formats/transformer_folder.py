@@ -77,6 +77,11 @@ class TransformerFolder(Format):
                 f"{given.file} holds a {type(backbone).__name__}, and format=transformer writes a backbone=diffusers: "
                 "use format=huggingface."
             )
+        if backbone.takes_end_time:
+            raise CheckpointError(
+                f"{given.file} is told where a jump ends (backbone.end_time={backbone.end_time}), and no stock network "
+                "of diffusers is: use format=huggingface."
+            )
         backbone.merge()
         network = backbone.network
         kept = set(network._keep_in_fp32_modules or ())

@@ -240,7 +240,8 @@ class Interval(ABC):
         if self.needs_end_time and not backbone.takes_end_time:
             raise ConfigError(
                 f"{type(self).__name__} tells the network a second time r, and this {name} has no embedder for it: add "
-                "backbone.auxiliary_time_cond=true, or choose objective/interval=expanded."
+                "backbone.auxiliary_time_cond=true (of backbone=diffusers: backbone.end_time=auxiliary), or choose "
+                "objective/interval=expanded."
             )
         if backbone.needs_span and self.end_rate != -1:
             raise ConfigError(

@@ -156,6 +156,8 @@ CASES = [
     ([*TRAIN, "backbone.num_classes=3"], "has 3 classes and the data 10: leave out backbone.num_classes"),
     ([*TRAIN, "objective/interval=auxiliary"], "no embedder for it: add backbone.auxiliary_time_cond=true"),
     ([*TRAIN, "teacher=self", "backbone.disable_label_dropout=true"], "set backbone.disable_label_dropout=false"),
+    ([*TRAIN, "teacher=base"], "asks the student without its adapters, and this one has none: add backbone.lora.rank"),
+    ([*TRAIN, "base_lora=mine.safetensors"], "merged into the weights that a run starts from: add initialise_from"),
     ([*TRAIN, "teacher=self", "data.num_classes=0"], "guides by labels, and the data has none: choose teacher=none"),
     ([*TRAIN, "objective/anchor=none", "objective/shortcut=none"], "neither anchor nor shortcut: choose objective"),
     ([*TRAIN, "objective=flow_matching", "objective/anchor=none"], "neither anchor nor shortcut: choose objective"),

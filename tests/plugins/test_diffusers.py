@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from flowanchor.deferred import materialise, parameters_on_meta
@@ -181,8 +182,9 @@ def test_tangents_of_averaged_sinusoids(name):
         finally:
             handle.remove()
 
-    wanted = torch.func.jvp(at, (table,), (moved,))[1]
-    assert relative(found, wanted) < 1e-5
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+        wanted = torch.func.jvp(at, (table,), (moved,))[1]
+    assert relative(found, wanted) < 1e-4  # of frequencies in float32
     with pytest.raises(ConfigError, match="tangent_smoothing=0.01 is a width in time.*which this one is not"):
         CASES["Krea 2"].network(tangent_smoothing=0.01)
 

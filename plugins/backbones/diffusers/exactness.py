@@ -45,18 +45,38 @@ def exact_times(embedder: nn.Module, level: Tensor, width: float = 0.0) -> Itera
     """
 
     def replace(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if given[0].ndim == 1:
-            return None
-        waves, half = given[0].shape[-1], given[0].shape[-1] // 2
-        turns = 1000 * 10_000.0 ** -(torch.arange(half, device=level.device) / half)  # radians per unit of level
-        found = smoothed(lambda level: sinusoids(level, waves), level, turns.repeat(2), width)
-        return (found.to(next(module.parameters()).dtype), *given[1:])
+        return None if given[0].ndim == 1 else (_told(module, level, given[0], width), *given[1:])
 
     handle = embedder.register_forward_pre_hook(replace, prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def with_end(
+    embedder: nn.Module, second: nn.Module, level: Tensor, joined: Callable[[Tensor, Tensor], Tensor], width: float
+) -> Iterator[None]:
+    """A region in which the embedder's answer is joined with what a second one says of the levels [B] of an end."""
+
+    def join(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Tensor) -> Tensor:
+        told = level.to(given[0].dtype) if given[0].ndim == 1 else _told(module, level, given[0], width)
+        return joined(out, second(told, *given[1:], **named))
+
+    handle = embedder.register_forward_hook(join, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _told(embedder: nn.Module, level: Tensor, like: Tensor, width: float) -> Tensor:
+    """Sinusoids of levels [B] as wide as `like` [B, n], in the type of the embedder's weights."""
+    half = like.shape[-1] // 2
+    turns = 1000 * 10_000.0 ** -(torch.arange(half, device=level.device) / half)  # radians per unit of level
+    found = smoothed(lambda level: sinusoids(level, like.shape[-1]), level, turns.repeat(2), width)
+    return found.to(next(embedder.parameters()).dtype)
 
 
 def sinusoids(level: Tensor, width: int) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any, Literal, cast
 
 import diffusers
@@ -23,8 +24,9 @@ from flowanchor.conditioning import Text
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.diffusers.description import PAGE, Description, description_of
-from flowanchor.plugins.backbones.diffusers.exactness import exact, exact_times
+from flowanchor.plugins.backbones.diffusers.exactness import exact, exact_times, with_end
 from flowanchor.plugins.backbones.diffusers.walking import Link, Walk, first_call, values_of
+from flowanchor.plugins.backbones.end_time import GATE, EndTime, required
 from flowanchor.plugins.backbones.lora import (
     adapted_layers,
     adapter_parts,
@@ -33,7 +35,7 @@ from flowanchor.plugins.backbones.lora import (
     is_adapter,
     merge,
     stage_adapters,
-    switched,
+    switch,
 )
 from flowanchor.plugins.backbones.lora_files import factors
 from flowanchor.velocity import from_data, known_prediction, with_sample
@@ -54,6 +56,10 @@ class DiffusersTransformer(Backbone):
         predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
         tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
             averaged; 0: the exact one (docs/wan.md says why).
+        end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (`plugins/backbones/end_time.py`), by a copy
+            of the module that embeds the time; None: not at all.
+        end_time_split: of `decoupled`: how many blocks, or which share of them, are conditioned on `t`; None: 5/7.
+        end_time_gate: of `gated`: the weight of what `r` says.
         lora: `{rank, alpha, targets}`: train adapters only (`lora.add_adapters`); null, or a null rank: all weights.
 
     Raises `ConfigError` for a class that nobody describes or that this diffusers does not have, settings that it does
@@ -79,6 +85,9 @@ class DiffusersTransformer(Backbone):
         predicts: Literal["v", "x"] = "v",
         lora: Mapping[str, Any] | None = None,
         tangent_smoothing: float = 0.0,
+        end_time: str | None = None,
+        end_time_split: float | None = None,
+        end_time_gate: float = GATE,
     ) -> None:
         super().__init__()
         self.predicts = known_prediction(predicts, self)
@@ -107,8 +116,17 @@ class DiffusersTransformer(Backbone):
                 f"time that is embedded by a table of sinusoids{'' if known.sinusoids else ', which this one is not'}: "
                 "use for example 0.01, or 0 for exact tangents."
             )
+        self._tell_end(EndTime.of(end_time, end_time_split, end_time_gate, len(self.blocks), False))
         self._adapt(lora)
         self.initialise()
+
+    def _tell_end(self, told: EndTime) -> None:
+        """A second embedder beside that of the time, or later blocks that are told another time."""
+        self.told_end, self.end_time, self.takes_end_time = told, told.way, told.way is not None
+        embedder = self.network.get_submodule(self.description.time)
+        self.r_embedder = deepcopy(embedder) if told.needs_embedder else None
+        for link in self.blocks[told.first :]:
+            cast(Link, link).late = True
 
     def _adapt(self, lora: Mapping[str, Any] | None) -> None:
         """Adapters, and which of them each stage switches."""
@@ -121,13 +139,28 @@ class DiffusersTransformer(Backbone):
                 for name, block in self.network.get_submodule(group).named_children()
             }
             add_adapters(self, cast(Mapping[str, Any], lora), known.targets, blocks)
+            if self.r_embedder is not None:
+                self.r_embedder.requires_grad_(True)
         self.embed_adapters, *inner, self.head_adapters = stage_adapters(self.stage_modules())
         for link, layers in zip(self.blocks, inner, strict=True):
             cast(Link, link).adapters = layers
 
     def borrowed(self) -> set[str]:
         """With adapters: everything that they stand beside."""
-        return {name for name in self.state_dict() if not is_adapter(name)} if self.adapted else set()
+        if not self.adapted:
+            return set()
+        return {name for name in self.state_dict() if not is_adapter(name) and not name.startswith("r_embedder.")}
+
+    def copies(self) -> dict[str, str]:
+        """The embedder of the end, gated, starts as that of the time."""
+        names = [name for name in self.state_dict() if name.startswith("r_embedder.") and self.end_time == "gated"]
+        return {name: f"{self.description.time}.{name.removeprefix('r_embedder.')}" for name in names}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        with super().without_adapters():
+            yield
+        switch(tuple(adapted_layers(self).values()), True)  # as whoever runs the layers by himself expects them
 
     def lora_factors(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: object
@@ -176,18 +209,12 @@ class DiffusersTransformer(Backbone):
 
         Context: carried, as the description lists it; fixed, a `Walk` and all other values by name.
         """
-        known, network = self.description, self.network
+        known = self.description
         self._check_attention()
         sample = self._sample(x)
         given, unmasked = self._condition(cond, x)
-        with ExitStack() as regions:
-            regions.enter_context(exact(x))
-            regions.enter_context(switched(self.embed_adapters, self.adapters_on))
-            if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type) or self.tangent_smoothing:
-                level = known.level(network.config, t)
-                width = self.tangent_smoothing * known.speed(network.config)
-                regions.enter_context(exact_times(network.get_submodule(known.time), level, width))
-            found = first_call(network, known, self.__dict__["first"], known.inputs(network, sample, t, given))
+        told = required(r, self) if self.takes_end_time and self.adapters_on else None
+        found = self._first(sample, t, given, told)
         lacking = [name for name in (*known.streams, *known.carried) if name not in found]
         if lacking:
             raise ConfigError(
@@ -196,18 +223,38 @@ class DiffusersTransformer(Backbone):
             )
         streams = [found.pop(name) for name in known.streams]
         carried = tuple(found.pop(name) for name in known.carried)
+        if self.end_time == "decoupled":
+            late = dict(zip(known.carried, carried, strict=True)) if told is None else self._first(sample, told, given)
+            carried = (*carried, *(late[name] for name in known.carried))
         lengths, framed = tuple(stream.shape[1] for stream in streams), sample.ndim < x.ndim
         walk = Walk(lengths, tuple(sample.shape), framed, unmasked, self.adapters_on)
         tokens = torch.cat(streams, 1) if len(streams) > 1 else streams[0].clone()
         context = StageContext(carried, (walk, found))
         return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
+    def _first(self, sample: Tensor, t: Tensor, given: Any, r: Tensor | None = None) -> dict[str, Any]:
+        """What the first block is called with at these times, and what else is kept, by name."""
+        known, network = self.description, self.network
+        embedder, width = network.get_submodule(known.time), self.tangent_smoothing * known.speed(network.config)
+        low = sample.dtype.itemsize < 4 or torch.is_autocast_enabled(sample.device.type)
+        switch(self.embed_adapters, self.adapters_on)
+        with ExitStack() as regions:
+            regions.enter_context(exact(sample))
+            if low or width or self.takes_end_time:
+                regions.enter_context(exact_times(embedder, known.level(network.config, t), width))
+            if r is not None and self.r_embedder is not None:
+                end = known.level(network.config, r)
+                regions.enter_context(with_end(embedder, self.r_embedder, end, self.told_end.embedded, width))
+            return first_call(network, known, self.__dict__["first"], known.inputs(network, sample, t, given))
+
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """The joined tokens -> velocity [B, C, *]."""
         walk, known = context.fixed[0], self.description
-        with exact(tokens), switched(self.head_adapters, walk.adapted):
+        switch(self.head_adapters, walk.adapted)
+        with exact(tokens):
             own = tokens[:, -walk.lengths[-1] :]
-            out = known.sign * known.head(self.network, own, values_of(context, known), walk.shape)
+            values = values_of(context, known, self.end_time == "decoupled")
+            out = known.sign * known.head(self.network, own, values, walk.shape)
         out = out.unsqueeze(2) if walk.framed else out
         return from_data(out, context) if self.predicts == "x" else out
 
@@ -300,10 +347,24 @@ class DiffusersTransformer(Backbone):
                     _draw(layer)
         if index == 0:
             _draw_own(self)
+            self._begin_end()
         if index > len(self.blocks):
             for name, parameter in self.network.get_submodule(self.description.last).named_parameters():
                 if not is_adapter(f".{name}"):
                     nn.init.zeros_(parameter)
+
+    def _begin_end(self) -> None:
+        """The embedder of the end as that of the time (gated), or silent."""
+        if self.r_embedder is None:
+            return
+        embedder = self.network.get_submodule(self.description.time)
+        own = [value for name, value in embedder.named_parameters() if not is_adapter(f".{name}")]
+        for target, value in zip(self.r_embedder.parameters(), own, strict=True):
+            target.data.copy_(value.data)
+        if self.end_time == "auxiliary":
+            last = [layer for layer in self.r_embedder.modules() if isinstance(layer, nn.Linear)][-1]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _groups(description: Description) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import StageContext
 from flowanchor.plugins.backbones.diffusers.description import PAGE, Description
 from flowanchor.plugins.backbones.diffusers.exactness import exact
-from flowanchor.plugins.backbones.lora import switched
+from flowanchor.plugins.backbones.lora import switch
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,12 @@ class Walk:
     adapted: bool = True  # whether this answer is given with adapters
 
 
-def values_of(context: StageContext, description: Description) -> dict[str, Any]:
-    """Everything that `embed` found, by name; a network that predicts the data carries more behind it."""
-    return {**context.fixed[1], **dict(zip(description.carried, context.carried, strict=False))}
+def values_of(context: StageContext, description: Description, late: bool = False) -> dict[str, Any]:
+    """Everything that `embed` found, by name; `late`: what depends on the time as it is at the end of the average,
+    where that is told to the later stages."""
+    count = len(description.carried)  # behind them a network that predicts the data carries more
+    moving = context.carried[count : 2 * count] if late else context.carried[:count]
+    return {**context.fixed[1], **dict(zip(description.carried, moving, strict=True))}
 
 
 class _Arrived(Exception):
@@ -79,6 +82,7 @@ class Link(nn.Module):
         super().__init__()
         self.block, self.group = block, group
         self.adapters: tuple[Any, ...] = ()  # its layers that have an adapter
+        self.late = False  # whether it is told the end of the average, where there is one
         self.__dict__["description"] = description
         self.__dict__["signature"] = inspect.signature(type(block).forward)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -99,8 +103,9 @@ class Link(nn.Module):
         """All tokens [B, N, D] -> all tokens."""
         description: Description = self.__dict__["description"]
         walk: Walk = context.fixed[0]
-        values = values_of(context, description)
-        with exact(tokens), _without_masks(walk.unmasked), switched(self.adapters, walk.adapted):
+        values = values_of(context, description, self.late)
+        switch(self.adapters, walk.adapted)
+        with exact(tokens), _without_masks(walk.unmasked):
             if self.group in description.lead:
                 return self._alone(tokens, values, description)
             if "joined" in self.renames:
