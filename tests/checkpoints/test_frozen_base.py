@@ -89,15 +89,9 @@ def test_without_torchao(monkeypatch):
         keep_base(adapted(), "int8", False)
 
 
-@pytest.fixture
-def torchao():
-    """An extra that costs every program that imports diffusers seconds: not among what the tests need."""
-    return pytest.importorskip("torchao.quantization")
-
-
 @pytest.mark.parametrize("engine", [Chain(), Chain("selective"), Chain(False), Full()], ids=repr)
 @pytest.mark.parametrize("dtype", ["int8", "float8"])
-def test_quantised_weights_answer_as_the_numbers_they_stand_for(torchao, dtype, engine):
+def test_quantised_weights_answer_as_the_numbers_they_stand_for(dtype, engine):
     """Value, tangent, gradients of the adapters: those of the same network with the rounded weights in the clear."""
     given = adapted()
     low, plain = deepcopy(given), deepcopy(given)
@@ -117,7 +111,7 @@ def test_quantised_weights_answer_as_the_numbers_they_stand_for(torchao, dtype, 
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_bytes_of_a_quantised_base(torchao):
+def test_bytes_of_a_quantised_base():
     """One byte per value of the blocks' layers, and a scale per row."""
     low = adapted()
     linear = sum(
