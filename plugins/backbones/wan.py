@@ -43,7 +43,7 @@ from flowanchor.plugins.backbones.lora import (
 )
 from flowanchor.plugins.backbones.lora_files import factors
 from flowanchor.text.base import Tokens
-from flowanchor.velocity import from_data, with_sample
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 WAN_TIMESTEPS = 1000.0
 
@@ -117,9 +117,7 @@ class Wan(Backbone):
         end_time_gate: float = GATE,
     ) -> None:
         super().__init__()
-        if predicts not in ("v", "x"):
-            raise ConfigError(f"backbone.predicts={predicts}: a Wan has v or x.")
-        self.predicts = predicts
+        self.predicts = known_prediction(predicts, self)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.text_len, self.text_dim = text_len, text_dim
         self.conditioning = Text(Tokens(torch.zeros(1, text_dim)), {"tokens": text_len}, condition_dropout)

@@ -100,11 +100,6 @@ class Authors(Format):
                 f"The authors' code knows LightningDiT alone, and this is a {target}: "
                 "use format=flowanchor or format=huggingface."
             )
-        if given.meta["config"]["backbone"].get("predicts") == "x":
-            raise CheckpointError(
-                "The authors' code takes what a network predicts for velocities, and this one predicts the data "
-                "(backbone.predicts=x): use format=flowanchor or format=huggingface."
-            )
         content: dict[str, Any] = {"ema": _whole(given.weights)}
         if given.raw is not None and given.ema != "none":
             content["model"] = _whole(given.raw)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -38,6 +38,7 @@ from flowanchor.plugins.backbones.lora import (
     switch,
 )
 from flowanchor.plugins.backbones.lora_files import factors
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 
 class DiffusersTransformer(Backbone):
@@ -52,6 +53,7 @@ class DiffusersTransformer(Backbone):
         channels, frames, height, width: of the samples it draws unless told otherwise; None: the usual ones.
         text_len: tokens of the text that it reads; None: as released.
         condition_dropout: share of the conditions that training replaces by the null one.
+        predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
         tangent_smoothing: standard deviation, in units of t, over which the derivative of the time embedding is
             averaged; 0: the exact one (docs/wan.md says why).
         end_time: how it is told `r`: `auxiliary`, `decoupled` or `gated` (`plugins/backbones/end_time.py`), by a copy
@@ -80,6 +82,7 @@ class DiffusersTransformer(Backbone):
         width: int | None = None,
         text_len: int | None = None,
         condition_dropout: float = 0.0,
+        predicts: Literal["v", "x"] = "v",
         lora: Mapping[str, Any] | None = None,
         tangent_smoothing: float = 0.0,
         end_time: str | None = None,
@@ -87,6 +90,7 @@ class DiffusersTransformer(Backbone):
         end_time_gate: float = GATE,
     ) -> None:
         super().__init__()
+        self.predicts = known_prediction(predicts, self)
         known = _described(stock, description)
         network = _built(known.stock, settings or {})
         known.check(network.config)
@@ -225,7 +229,8 @@ class DiffusersTransformer(Backbone):
         lengths, framed = tuple(stream.shape[1] for stream in streams), sample.ndim < x.ndim
         walk = Walk(lengths, tuple(sample.shape), framed, unmasked, self.adapters_on)
         tokens = torch.cat(streams, 1) if len(streams) > 1 else streams[0].clone()
-        return tokens, StageContext(carried, (walk, found))
+        context = StageContext(carried, (walk, found))
+        return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def _first(self, sample: Tensor, t: Tensor, given: Any, r: Tensor | None = None) -> dict[str, Any]:
         """What the first block is called with at these times, and what else is kept, by name."""
@@ -248,10 +253,10 @@ class DiffusersTransformer(Backbone):
         switch(self.head_adapters, walk.adapted)
         with exact(tokens):
             own = tokens[:, -walk.lengths[-1] :]
-            out = known.sign * known.head(
-                self.network, own, values_of(context, known, self.end_time == "decoupled"), walk.shape
-            )
-        return out.unsqueeze(2) if walk.framed else out
+            values = values_of(context, known, self.end_time == "decoupled")
+            out = known.sign * known.head(self.network, own, values, walk.shape)
+        out = out.unsqueeze(2) if walk.framed else out
+        return from_data(out, context) if self.predicts == "x" else out
 
     def stage_modules(self) -> list[list[nn.Module]]:
         known = self.description

@@ -37,10 +37,12 @@ class Walk:
 
 
 def values_of(context: StageContext, description: Description, late: bool = False) -> dict[str, Any]:
-    """Everything that `embed` found, by name; `late`: what depends on the time as it is at the end of the average,
-    where that is told to the later stages."""
-    count = len(description.carried)
-    moving = context.carried[-count:] if late else context.carried[:count]
+    """Everything that `embed` found, by name; a network that predicts the data carries more behind it.
+
+    `late`: what depends on the time as it is at the end of the average, where that is told to the later stages.
+    """
+    first = len(description.carried) * late
+    moving = context.carried[first : first + len(description.carried)]
     return {**context.fixed[1], **dict(zip(description.carried, moving, strict=True))}
 
 
