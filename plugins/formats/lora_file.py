@@ -130,8 +130,3 @@ def _check(given: DescribedWeights, backbone: Backbone, interval: Interval) -> N
         )
     if interval.needs_end_time:
         raise CheckpointError(f"{given.file}: {type(interval).__name__} needs an end time, and the network takes none.")
-    if backbone.predicts == "x":
-        raise CheckpointError(
-            f"{given.file} predicts the data (backbone.predicts=x), and a stock network predicts velocities: use "
-            "format=huggingface."
-        )

@@ -116,6 +116,9 @@ def test_a_lora_of_it_taught_by_its_base(place, run):
     ]
     run("train", *lora, "trainer.max_steps=1")
     run("train", *lora, "trainer.max_steps=2")
+    run("train", *lora, "trainer.max_steps=2", "name=without_a_break")
+    ends = [load_model(f"outputs/train/{name}").backbone.state_dict() for name in ("lora", "without_a_break")]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
     run("convert", "checkpoint=outputs/train/lora", "output=lora", "format=lora", "steps=4", "base_model=some/flux2")
     stock = Flux2Transformer2DModel.from_pretrained("flux2/transformer")
     stock.load_lora_adapter("lora", weight_name="pytorch_lora_weights.safetensors")
