@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Guided, StageContext
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 from .lightningdit import check_sizes
 from .lightningdit_layers import (
@@ -56,6 +57,7 @@ class IMFDiT(Backbone):
         num_classes: number of classes; 0 for an unconditional network.
         class_dropout_prob: share of labels replaced by the null class in training; above 0, the null class has a row.
         velocity_head: whether V has its stack. Without it the objective asks F at a span of 0 in its place.
+        predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
     """
 
     presets = PRESETS
@@ -76,9 +78,11 @@ class IMFDiT(Backbone):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         velocity_head: bool = True,
+        predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__()
         check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope=True)
+        self.predicts = known_prediction(predicts, self)
         if not 1 <= head_depth <= depth:
             raise ConfigError(
                 f"backbone.head_depth={head_depth} blocks of backbone.depth={depth} are the average velocity's own: it "
@@ -128,7 +132,8 @@ class IMFDiT(Backbone):
     def embed(self, x: Tensor, t: Tensor, cond: Any, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, H, W], t [B], labels [B] or `Guided`, span r [B] -> tokens [B, 20 + N, D] and the context.
 
-        `t` gives the guidance that was not told its number of samples, and nothing else.
+        `t` gives the guidance that was not told its number of samples; a network that predicts the data makes
+        velocities with it, too.
         """
         if r is None:
             raise ConfigError(f"This {type(self).__name__} is told the span of an average: pass r (0: an instant).")
@@ -143,22 +148,25 @@ class IMFDiT(Backbone):
             self.span_embedder(r),
         )
         tokens = torch.cat([told, self.x_embedder(x)], 1)
-        return tokens, StageContext(carried=(), fixed=(self.rope_cos, self.rope_sin, asked))
+        context = StageContext(carried=(), fixed=(self.rope_cos, self.rope_sin, asked))
+        return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """Tokens [B, 20 + N, D] -> F or V [B, C, H, W]; F and V [B, 2 C, H, W] where both were asked."""
         asked = context.fixed[2]
         patches = tokens[:, TOLD:]
         if asked == "average" or self.velocity_layer is None:
-            return self._image(self.final_layer(patches))
+            return self._velocity(self.final_layer(patches), context)
         if asked == "velocity":
-            return self._image(self.velocity_layer(patches))
-        average, velocity = patches.chunk(2)
-        return torch.cat([self._image(self.final_layer(average)), self._image(self.velocity_layer(velocity))], 1)
+            return self._velocity(self.velocity_layer(patches), context)
+        first, second = patches.chunk(2)
+        average, velocity = self.final_layer(first), self.velocity_layer(second)
+        return torch.cat([self._velocity(average, context), self._velocity(velocity, context)], 1)
 
-    def _image(self, patches: Tensor) -> Tensor:
+    def _velocity(self, patches: Tensor, context: StageContext) -> Tensor:
         p = self.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, w=self.side, p=p, q=p)
+        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, w=self.side, p=p, q=p)
+        return from_data(out, context) if self.predicts == "x" else out
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
         if labels is not None:

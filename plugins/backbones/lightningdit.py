@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowanchor.conditioning import Classes
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Guided, StageContext
-from flowanchor.velocity import from_data, with_sample
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 from .end_time import GATE, EndTime, copy_values, required
 from .lightningdit_layers import (
@@ -96,10 +96,7 @@ class LightningDiT(Backbone):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if predicts not in self.predictions:
-            known = " or ".join(self.predictions)
-            raise ConfigError(f"backbone.predicts={predicts}: {type(self).__name__} has {known}.")
-        self.predicts = predicts
+        self.predicts = known_prediction(predicts, self, self.predictions)
         check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         if depth < 1:
             raise ConfigError(f"backbone.depth={depth} is too small: a transformer needs at least one block.")

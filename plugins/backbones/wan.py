@@ -32,7 +32,7 @@ from flowanchor.jvp.smoothing import smoothed
 from flowanchor.plugins.backbones.end_time import GATE, EndTime, copy_values, required
 from flowanchor.plugins.backbones.lora import add_adapters, initialise_adapter, is_adapter, merged
 from flowanchor.text.base import Tokens
-from flowanchor.velocity import from_data, with_sample
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 WAN_TIMESTEPS = 1000.0
 
@@ -105,9 +105,7 @@ class Wan(Backbone):
         end_time_gate: float = GATE,
     ) -> None:
         super().__init__()
-        if predicts not in ("v", "x"):
-            raise ConfigError(f"backbone.predicts={predicts}: a Wan has v or x.")
-        self.predicts = predicts
+        self.predicts = known_prediction(predicts, self)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.text_len, self.text_dim = text_len, text_dim
         self.conditioning = Text(Tokens(torch.zeros(1, text_dim)), {"tokens": text_len}, condition_dropout)

@@ -100,11 +100,6 @@ class Authors(Format):
                 f"The authors' code knows LightningDiT alone, and this is a {target}: "
                 "use format=flowanchor or format=huggingface."
             )
-        if given.meta["config"]["backbone"].get("predicts") == "x":
-            raise CheckpointError(
-                "The authors' code takes what a network predicts for velocities, and this one predicts the data "
-                "(backbone.predicts=x): use format=flowanchor or format=huggingface."
-            )
         scale = given.meta["config"]["backbone"].get("time_scale", 1)
         if scale != 1:
             raise CheckpointError(

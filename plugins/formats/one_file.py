@@ -14,6 +14,7 @@ class OneFile(Format):
 
     name = "flowanchor"
     suffix = SUFFIX
+    predictions = ("v", "x")
 
     def recognises(self, path: Path) -> bool:
         return False

@@ -29,6 +29,7 @@ class PublishedFolder(Format):
 
     name = "huggingface"
     suffix = ""
+    predictions = ("v", "x")
 
     def __init__(
         self,

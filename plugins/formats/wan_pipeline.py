@@ -152,11 +152,6 @@ def _check(
             f"{given.file} embeds a second time, which its interval sets to the first one; no stock Wan can: train "
             "with objective/interval=auxiliary, or without backbone.auxiliary_time_cond."
         )
-    if network.predicts == "x":
-        raise CheckpointError(
-            f"{given.file} predicts the data (backbone.predicts=x), and a stock Wan predicts velocities: use "
-            "format=huggingface."
-        )
     codec = str((given.meta["config"].get("codec") or {}).get("_target_", "")).rpartition(".")[2]
     if codec != "WanVAE":
         raise CheckpointError(

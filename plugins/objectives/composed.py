@@ -29,7 +29,7 @@ from flowanchor.interfaces import (
     VelocityField,
     Weight,
 )
-from flowanchor.velocity import CLIP, as_velocity, reached
+from flowanchor.velocity import answerable, as_velocity, without_held
 
 
 class ComposedObjective(Objective):
@@ -117,9 +117,9 @@ class ComposedObjective(Objective):
         v = as_velocity(velocity(x_t, t, cond, flow, student, self.interval), x1, velocity)
 
         ask = _Asked(student, engine, self.interval, x_t, cond, self._anchor_question(t))
+        if student.predicts == "x":
+            v = answerable(at_least_float32(v), t, student, velocity)
         target = at_least_float32(v)
-        if student.predicts == "x" and not velocity.clips(student):
-            target = v = like(reached(t), x1) * target
         losses: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         jump: TermResult | None = None
@@ -202,9 +202,7 @@ class _Asked(Ask):
         direction: tuple[Tensor, ...] = (velocity.to(self.x_t.dtype), torch.ones_like(t))
         if self.interval.end_rate:
             direction = (*direction, torch.full_like(t, self.interval.end_rate))
-        # Where the clip of a network of data holds, an average is taken for the velocity at its start.
-        held = like(1 - t < CLIP, x) if self.student.predicts == "x" else None
-        prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction), held)
+        prediction, tangent = self._answer(x, self.interval.shortcut(t, end)._replace(along=direction), t)
         assert tangent is not None
         return prediction, tangent
 
@@ -219,16 +217,16 @@ class _Asked(Ask):
             self._anchored = self._answers(self.x_t, [self._waiting])[0].prediction
         return self._anchored
 
-    def _answer(self, x: Tensor, question: Question, held: Tensor | None = None) -> Answer:
-        """`held` [B, 1, ...]: where the tangent counts as 0."""
+    def _answer(self, x: Tensor, question: Question, t: Tensor | None = None) -> Answer:
+        """`t` [B]: of the samples, where there is a tangent."""
         questions = [question]
         if self._waiting is not None and x is self.x_t and torch.is_grad_enabled() == self._with_gradient:
             questions, self._waiting = [self._waiting, question], None
         *anchored, answer = self._answers(x, questions)
         if anchored:
             self._anchored = anchored[0].prediction
-        if held is not None and answer.tangent is not None:
-            answer = answer._replace(tangent=torch.where(held, 0, answer.tangent))
+        if t is not None and answer.tangent is not None:
+            answer = answer._replace(tangent=without_held(answer.tangent, t, self.student))
         if self.prediction is None:
             self.prediction, self.tangent = answer
         return answer

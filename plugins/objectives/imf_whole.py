@@ -29,7 +29,7 @@ from flowanchor.interfaces import (
 from flowanchor.plugins.objectives.composed import at_least_float32
 from flowanchor.plugins.objectives.shortcuts.meanflow import MeanFlowShortcut
 from flowanchor.plugins.objectives.weights.power import PowerWeight
-from flowanchor.velocity import as_velocity
+from flowanchor.velocity import answerable, as_velocity, without_held
 
 
 class WholeImprovedMeanFlow(Objective):
@@ -134,14 +134,15 @@ class WholeImprovedMeanFlow(Objective):
         times = like(t, x1)
         x_t = ((1 - times) * noise + times * x1).to(x1.dtype)
         v = as_velocity(velocity(x_t, t, kept, x1 - noise, student, self.interval), x1, velocity)
+        v = answerable(at_least_float32(v), t, student, velocity)
 
         scale, low, high = guidance.to(t).unbind(1)
         now = torch.where((low <= t) & (t <= high), scale, torch.ones_like(scale))  # w'
         own = _Velocity(student, engine, self.interval, x_t, t)
         null = student.conditioning.null(cond)
         conditional, unconditional = own(cond, scale), own(null, torch.ones_like(scale))
-        guided = at_least_float32(v) + like(1 - 1 / now, x1) * (conditional - unconditional)
-        target = torch.where(like(student.conditioning.is_null(kept), x1), at_least_float32(v), guided)
+        guided = v + like(1 - 1 / now, x1) * (conditional - unconditional)
+        target = torch.where(like(student.conditioning.is_null(kept), x1), v, guided)
         direction = own(cond, now)
 
         average, instant, tangent = self._ask(student, engine, x_t, Guided(kept, scale, low, high), t, end, direction)
@@ -175,7 +176,8 @@ class WholeImprovedMeanFlow(Objective):
         parts = answer.prediction.chunk(2, 1) if both else (answer.prediction,)
         tangent = answer.tangent.chunk(2, 1)[0] if both else answer.tangent  # of V none is used
         average, *instant = (at_least_float32(as_velocity(part, x, student)) for part in parts)
-        return average, instant[0] if instant else None, at_least_float32(as_velocity(tangent, x, student))
+        tangent = without_held(at_least_float32(as_velocity(tangent, x, student)), t, student)
+        return average, instant[0] if instant else None, tangent
 
     def check(self, backbone: Backbone) -> None:
         super().check(backbone)
@@ -188,11 +190,6 @@ class WholeImprovedMeanFlow(Objective):
             raise ConfigError(
                 f"objective=imf_whole tells the network its guidance, and this {type(backbone).__name__} takes none: "
                 "choose backbone=imf_dit, or objective=imf."
-            )
-        if backbone.predicts == "x":
-            raise ConfigError(
-                "objective=imf_whole does not clip its targets as a network that predicts the data needs it: leave out "
-                "backbone.predicts=x, or choose objective=imf."
             )
         if isinstance(backbone.conditioning, NoCondition) or backbone.conditioning.dropout <= 0:
             raise ConfigError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 from flowanchor.base.broadcast import like
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import StageContext
+from flowanchor.interfaces import Backbone, StageContext, VelocityField
 
 # Of networks that predict the data (JiT, arXiv 2511.13720): the least of `1 - t` that is divided by.
 CLIP = 0.05
@@ -29,6 +30,13 @@ def as_velocity(answer: Any, x: Tensor, source: object) -> Tensor:
         f"{type(source).__name__} returned {found} for samples of shape {tuple(x.shape)}: let its last layer (a "
         "Backbone's head) return floating-point numbers of the samples' own shape."
     )
+
+
+def known_prediction(predicts: str, network: Backbone, known: tuple[str, ...] = ("v", "x")) -> Literal["v", "x"]:
+    """`predicts`, if it is one of `known`; raises `ConfigError` otherwise."""
+    if predicts not in known:
+        raise ConfigError(f"backbone.predicts={predicts}: {type(network).__name__} has {' or '.join(known)}.")
+    return cast(Literal["v", "x"], predicts)
 
 
 def clipped(t: Tensor) -> Tensor:
@@ -53,3 +61,14 @@ def reached(t: Tensor) -> Tensor:
     `(1 - t) / clip(1 - t, 0.05, 1)`: for a velocity v the data is `x_t + (1 - t) v`. 1 up to t = 0.95, 0 at 1.
     """
     return (1 - t).abs() / clipped(t)
+
+
+def answerable(v: Tensor, t: Tensor, student: Backbone, source: VelocityField) -> Tensor:
+    """Velocities [B, *] of `source` at times [B], as this student can answer them: of a network of velocities all."""
+    return like(reached(t), v) * v if student.predicts == "x" and not source.clips(student) else v
+
+
+def without_held(tangent: Tensor, t: Tensor, student: Backbone) -> Tensor:
+    """Derivatives [B, *] at times [B], 0 where the clip of a network of data holds: an average that begins there is
+    taken for the velocity at its start."""
+    return torch.where(like(1 - t < CLIP, tangent), 0, tangent) if student.predicts == "x" else tangent

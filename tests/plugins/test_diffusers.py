@@ -90,6 +90,24 @@ def test_tangents_and_gradients(name):
     assert stages | {id(p) for p in network.parameters(recurse=False)} == {id(p) for p in network.parameters()}
 
 
+@pytest.mark.parametrize("name", ["SD3", "Z-Image", "LTX-Video"])  # of both signs; with frames
+def test_a_network_that_predicts_the_data(name):
+    """`F = (X - x_t) / clip(1 - t, 0.05, 1)` of the answer X of the same weights, and its derivative by hand."""
+    case = CASES[name]
+    plain, made = case.network().double(), case.network(predicts="x").double()
+    x, _, cond = case.inputs()
+    t = torch.tensor([0.4, 0.97], dtype=torch.float64)
+    dx, dt = torch.randn_like(x), torch.ones_like(t)
+    data, found = (ask(network, x, t, cond, (dx, dt), Chain()) for network in (plain, made))
+    for row, (divisor, rate) in enumerate([(0.6, -1.0), (0.05, 0.0)]):
+        velocity = (data.prediction[row] - x[row]) / divisor
+        slope = (data.tangent[row] - dx[row] - rate * velocity) / divisor
+        assert relative(found.prediction[row], velocity) < 1e-12
+        assert relative(found.tangent[row], slope) < 1e-12
+    full = ask(made, x, t, cond, (dx, dt), Full())
+    assert relative(found.tangent, full.tangent) < 1e-11
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "padded" in name] + ["FLUX.1", "Sana"])
 def test_a_sample_does_not_see_how_long_its_neighbours_text_is(name):
     case = CASES[name]

@@ -49,9 +49,21 @@ def given(size: int = 5):
     return Batch(x1, torch.tensor([0, 1, 2, 0, 1])), noise, t, end, guidance
 
 
-def by_the_paper(made: IMFDiT, dropped: tuple[int, ...] = ()) -> tuple[list[float], list[float]]:
-    """Losses of F and of V per row: T = 1 at noise, u and v point from data to noise, one row after another."""
-    batch, noise, t, end, guidance = given()
+def late(batch, noise, t, end, guidance):
+    """The same with two rows where the clip of a network of data holds, one of them with r = t."""
+    t, end = t.clone(), end.clone()
+    t[3:], end[3:] = torch.tensor([0.97, 0.98]).double(), torch.tensor([1.0, 0.98]).double()
+    return batch, noise, t, end, guidance
+
+
+def by_the_paper(
+    made: IMFDiT, dropped: tuple[int, ...] = (), of_data: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Losses of F and of V per row: T = 1 at noise, u and v point from data to noise, one row after another.
+
+    `of_data`: what `made` answers is the data, and `u = (z - X) / clip(T, 0.05, 1)`.
+    """
+    batch, noise, t, end, guidance = late(*given()) if of_data else given()
     of_average, of_velocity = [], []
     for row in range(5):
         x, e, label = batch.x1[row : row + 1], noise[row : row + 1], batch.cond[row : row + 1]
@@ -62,10 +74,12 @@ def by_the_paper(made: IMFDiT, dropped: tuple[int, ...] = ()) -> tuple[list[floa
 
         def u(z, now, h, w, a, b, y, asked):
             told = Guided(y, w.view(1), (1 - b).view(1), (1 - a).view(1), asked)
-            return -made.predict(z, 1 - now, told, h)
+            answer = made.predict(z, 1 - now, told, h)
+            return (z - answer) / (now if now > 0.05 else 0.05) if of_data else -answer
 
         zero, one, none = torch.zeros(1).double(), torch.ones(()).double(), torch.full_like(label, 3)
         with torch.no_grad():
+            v = (z - x) / now.clamp(min=0.05) if of_data else v
             v_c = u(z, now, zero, w, zero, one, label, "velocity")
             v_u = u(z, now, zero, one, zero, one, none, "velocity")
             w_now = w if bool(a <= now) and bool(now <= b) else one
@@ -78,6 +92,7 @@ def by_the_paper(made: IMFDiT, dropped: tuple[int, ...] = ()) -> tuple[list[floa
             (z, now),
             (direction, torch.ones_like(now)),
         )
+        slope = torch.zeros_like(slope) if of_data and now < 0.05 else slope
         compound = average + (now - later) * slope.detach()
         velocity = u(z, now, now - later, w, a, b, label, "velocity")
         for found, losses in ((compound, of_average), (velocity, of_velocity)):
@@ -272,8 +287,19 @@ def test_refusals():
     objective().check(network())
 
 
-def test_a_network_that_predicts_the_data_is_refused():
-    student = LightningDiT(4, 2, 1, 16, 2, 2, num_classes=3, end_time="auxiliary", guidance_cond=True, predicts="x")
-    objective = WholeImprovedMeanFlow(AuxiliaryInterval("span"), Uniform())
-    with pytest.raises(ConfigError, match="leave out backbone.predicts=x"):
-        objective.check(student)
+def test_a_network_that_predicts_the_data_learns_clipped_velocities():
+    """Against the formulas with the same weights in a network whose answer is taken for the data."""
+    plain, made = network(), network(predicts="x")
+    made.load_state_dict(plain.state_dict())
+    batch, noise, *drawn = late(*given())
+    result = objective()(made, batch, DataVelocity(), Chain(), noise, *drawn)
+    with sdpa_kernel(SDPBackend.MATH):
+        of_average, of_velocity = by_the_paper(plain, of_data=True)
+    wanted = torch.stack(of_average).mean() + torch.stack(of_velocity).mean()
+    torch.testing.assert_close(result.loss, wanted, rtol=1e-11, atol=0)
+    ours = torch.autograd.grad(result.loss, list(made.parameters()))
+    theirs = torch.autograd.grad(wanted, list(plain.parameters()))
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-8, atol=1e-11)
+    assert bool((result.tangent[3:] == 0).all()) and bool((result.tangent[:3] != 0).any())
+    check_backbone(network(predicts="x"), torch.tensor([0, 1, 2]))

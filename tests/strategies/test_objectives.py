@@ -10,34 +10,34 @@ import torch
 
 NAMES = ("facm", "meanflow", "scm", "imf", "imf_whole", "alpha_flow")
 STEPS = 3
-# Networks that are told the end in another way; under the strategy alone.
-ENDS = ("decoupled", "gated")
+# Networks that are told the end in another way, or predict the data; under the strategy alone.
+OTHERS = {
+    "decoupled": {"objective": "meanflow", "overrides": ["objective/interval=decoupled"]},
+    "gated": {"objective": "meanflow", "overrides": ["objective/interval=gated"]},
+    "of_data": {"objective": "facm", "predicts": "x"},
+}
 
 
 @pytest.fixture(scope="module")
 def one(training, folder):
     runs = {name: training.fit(folder, name, STEPS, 32, objective=name, validate=False) for name in NAMES}
-    for end in ENDS:
-        told = {"objective": "meanflow", "overrides": [f"objective/interval={end}"]}
-        runs[end] = training.fit(folder, end, STEPS, 32, validate=False, **told)
-    return runs
+    return runs | {name: training.fit(folder, name, STEPS, 32, validate=False, **told) for name, told in OTHERS.items()}
 
 
 @pytest.fixture(scope="module")
 def two(torchrun, one):
     common = {"steps": STEPS, "batch": 16, "validate": False}
     ways = {"ddp": {"ddp": True}, "sharded": {"sharded": {}}}
-    told = {"objective": "meanflow", **common, "sharded": {}}
     return torchrun(
         2,
         *({"name": f"{name}_{way}", "objective": name, **common, **ways[way]} for name in NAMES for way in ways),
-        *({"name": f"{end}_sharded", **told, "overrides": [f"objective/interval={end}"]} for end in ENDS),
+        *({"name": f"{name}_sharded", **told, **common, "sharded": {}} for name, told in OTHERS.items()),
     )
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*((name, way) for way in ("ddp", "sharded") for name in NAMES), *((end, "sharded") for end in ENDS)],
+    [*((name, way) for way in ("ddp", "sharded") for name in NAMES), *((name, "sharded") for name in OTHERS)],
 )
 def test_two_processes_equal_one(one, two, name, way):
     theirs, ours = one[name], two[f"{name}_{way}"]

@@ -220,6 +220,7 @@ def fit(
     low_moments: bool = False,
     recompute: bool | str = True,
     rooms: list[int] | None = None,
+    predicts: str = "v",
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
@@ -231,7 +232,7 @@ def fit(
     if objective is not None:
         loss = composed(objective, overrides)
     told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
-    student = network(deferred, wan, lora, objective == "imf_whole", end_time=told)
+    student = network(deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts)
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -25,6 +25,7 @@ from flowanchor.interfaces import Backbone, StageContext
 from flowanchor.plugins.backbones.diffusers.description import PAGE, Description, description_of
 from flowanchor.plugins.backbones.diffusers.exactness import exact, exact_times
 from flowanchor.plugins.backbones.diffusers.walking import Link, Walk, first_call, values_of
+from flowanchor.velocity import from_data, known_prediction, with_sample
 
 
 class DiffusersTransformer(Backbone):
@@ -39,6 +40,7 @@ class DiffusersTransformer(Backbone):
         channels, frames, height, width: of the samples it draws unless told otherwise; None: the usual ones.
         text_len: tokens of the text that it reads; None: as released.
         condition_dropout: share of the conditions that training replaces by the null one.
+        predicts: `v`: velocities; `x`: the data, from which the head makes velocities (`flowanchor.velocity`).
 
     Raises `ConfigError` for a class that nobody describes or that this diffusers does not have, settings that it does
     not take, samples that do not fit, and attention that tangents would not see.
@@ -60,8 +62,10 @@ class DiffusersTransformer(Backbone):
         width: int | None = None,
         text_len: int | None = None,
         condition_dropout: float = 0.0,
+        predicts: Literal["v", "x"] = "v",
     ) -> None:
         super().__init__()
+        self.predicts = known_prediction(predicts, self)
         known = _described(stock, description)
         network = _built(known.stock, settings or {})
         known.check(network.config)
@@ -136,7 +140,8 @@ class DiffusersTransformer(Backbone):
         carried = tuple(found.pop(name) for name in known.carried)
         walk = Walk(tuple(stream.shape[1] for stream in streams), tuple(sample.shape), sample.ndim < x.ndim, unmasked)
         tokens = torch.cat(streams, 1) if len(streams) > 1 else streams[0].clone()
-        return tokens, StageContext(carried, (walk, found))
+        context = StageContext(carried, (walk, found))
+        return tokens, with_sample(context, x, t) if self.predicts == "x" else context
 
     def head(self, tokens: Tensor, context: StageContext) -> Tensor:
         """The joined tokens -> velocity [B, C, *]."""
@@ -144,7 +149,8 @@ class DiffusersTransformer(Backbone):
         with exact(tokens):
             own = tokens[:, -walk.lengths[-1] :]
             out = known.sign * known.head(self.network, own, values_of(context, known), walk.shape)
-        return out.unsqueeze(2) if walk.framed else out
+        out = out.unsqueeze(2) if walk.framed else out
+        return from_data(out, context) if self.predicts == "x" else out
 
     def stage_modules(self) -> list[list[nn.Module]]:
         known = self.description

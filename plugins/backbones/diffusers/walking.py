@@ -35,8 +35,8 @@ class Walk:
 
 
 def values_of(context: StageContext, description: Description) -> dict[str, Any]:
-    """Everything that `embed` found, by name."""
-    return {**context.fixed[1], **dict(zip(description.carried, context.carried, strict=True))}
+    """Everything that `embed` found, by name; a network that predicts the data carries more behind it."""
+    return {**context.fixed[1], **dict(zip(description.carried, context.carried, strict=False))}
 
 
 class _Arrived(Exception):

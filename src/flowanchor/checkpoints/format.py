@@ -70,6 +70,8 @@ class Format(ABC):
         broad: whether it recognises more than its own kind, and is therefore asked after those that do not.
         casts: whether `dtype=` has been applied to the weights that it writes; otherwise it has a setting of its own.
         parts: names of networks that it joins into one (`checkpoint={high: PATH, low: PATH}`).
+        predictions: what networks may predict that it writes (`Backbone.predicts`): whoever reads a layout of others
+            takes a prediction for a velocity.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Format(ABC):
     broad: bool = False
     casts: bool = True
     parts: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = ("v",)
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -55,6 +55,12 @@ def convert(cfg: DictConfig) -> None:
     for path in by_part("checkpoint", cfg.checkpoint).values():
         refuse_damaged(find_checkpoint(path))
     given = _given(cfg)
+    predicts = given.meta["config"]["backbone"].get("predicts") or "v"
+    if predicts not in format.predictions:
+        raise CheckpointError(
+            f"{given.file} predicts the data (backbone.predicts={predicts}), and format={format.name} is read as a "
+            "network of velocities: use format=flowanchor or format=huggingface."
+        )
     if not cfg.training_parts:
         given = _without_training_parts(given)
     if dtype is not None and format.casts:
