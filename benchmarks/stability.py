@@ -87,15 +87,14 @@ def cells(data: str) -> list[Cell]:
     if data == "fashion_mnist":
         corners = [(1, "32-true"), (1000, "32-true"), (1000, "bf16-mixed")]
         return [Cell(anchor, scale, precision) for scale, precision in corners for anchor in both]
-    places = [("32-true", 1), ("32-true", 1000), ("32-true", 100), ("bf16-mixed", 1000), ("bf16-mixed", 1)]
-    whole = [Cell(a, s, p) for p, s in [*places, ("bf16-mixed", 100)] for a in both]
+    first = [Cell(a, s) for s in (1, 1000, 100) for a in both] + [Cell(a, 1000, "bf16-mixed") for a in both]
     others = [
         Cell(a, s, start=start, tangent=tangent)
-        for start, tangent in (("distilled", "normalised"), ("scratch", "raw"), ("distilled", "facm"))
+        for start, tangent in (("distilled", "normalised"), ("distilled", "facm"), ("scratch", "raw"))
         for s in (1, 1000)
         for a in both
     ]
-    return [*whole, *others]
+    return [*first, *others, *(Cell(a, s, "bf16-mixed") for s in (1, 100) for a in both)]
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import forgetting
+import growth
 import short_runs
 import stability
 import what_it_takes
@@ -140,3 +141,24 @@ def test_what_a_run_takes():
     line = what_it_takes.page(record, plans, gpu).splitlines()[2]
     assert "| 2.00 | 2.82 | 36 | 32 | 3.0 |" in line  # 128.1167e6 / 1000 / 3600
     assert "| not measured |" in what_it_takes.page(record, plans, None).splitlines()[2]
+
+
+def test_slopes_are_those_of_powers_and_stand_beside_what_they_were_drawn_through():
+    assert growth.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert growth.slope([10, 20], [5, 20]) == pytest.approx(2)
+    rows = [
+        {"part": "cost", "what": what, "value": value, "cpu_seconds": value / 10, "bytes": 1e6 * value**2}
+        for what, values in growth.COSTS.items()
+        for value in values
+    ]
+    quality = {"part": "quality", "what": "steps", "value": 25, "parameters": 1234, "teacher": 2.0}
+    rows += [{**quality, "seed": seed, "student": fd} for seed, fd in enumerate((3.0, 5.0))]
+    text = growth.page({**forgotten(), "about": {"rounds": growth.ROUNDS}, "rows": rows})
+    assert "| depth | 2, 4, 8, 16 | 0.20, 0.40, 0.80, 1.60 | 1.00 | 4, 16, 64, 256 | 2.00 |" in text
+    assert "| steps | 25 | 1,234 | 2.00 | 4.00 ± 1.41 |" in text
+
+
+def test_a_step_costs_more_where_it_is_deeper():
+    small = {"hidden_size": 32, "tokens": 4, "batch": 1}
+    shallow, deep = (growth.cost(depth=depth, **small) for depth in (1, 6))
+    assert 0 < shallow["bytes"] < deep["bytes"] and 0 < shallow["cpu_seconds"] < deep["cpu_seconds"]
