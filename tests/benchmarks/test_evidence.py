@@ -93,20 +93,28 @@ def test_the_table_of_stability_counts_what_broke_and_what_got_worse():
     with_anchor, without = stability.Cell(True, 1), stability.Cell(False, 1)
 
     def run(cell, seed, fd, norm):
-        return {**asdict(cell), "seed": seed, "fd": {"1": fd, "2": fd}, "began_at": 10.0, "highest_norm": norm}
+        return {
+            **asdict(cell),
+            "seed": seed,
+            "fd": {"1": fd, "2": fd},
+            "began_at": 10.0,
+            "broke": fd is None,
+            "highest_norm": norm,
+        }
 
     rows = [run(with_anchor, 0, 2.0, 1.5), run(with_anchor, 1, 4.0, 30.0)]
     rows += [run(without, 0, 12.0, 1234.0), run(without, 1, None, None)]
     about = {"data": "digits", "steps": 9, "batch": 8, "samples": 6, "sets": 5, "seeds": [0, 1]}
-    content = {**forgotten(), "about": about, "rows": rows}
+    content = {**forgotten(), "about": about, "rows": rows, "starts": {"distilled, 1": 10.0}}
     cells = stability.cells("digits")
     line = [cell.strip() for cell in stability.table(content, cells).splitlines()[2].strip("|").split("|")]
     assert line == [
-        "distilled", "raw", "32-true", "x1", "3.00 ± 1.41", "12.00", "0 of 2", "2 of 2", "30", "1.23e+03"
+        "distilled", "raw", "32-true", "x1", "10.0", "3.00 ± 1.41", "12.00", "0 of 2", "2 of 2", "30", "1.23e+03"
     ]  # fmt: skip
     assert f"2 of {len(cells)} cells have all seeds" in stability.page(content, cells)
+    assert "1 of 4 runs stopped" in stability.page(content, cells)
     texts = [text.get_text() for text in stability.picture(content, cells).axes[0].texts]
-    assert sorted(texts) == ["12.00\n2 of 2 diverged", "3.00 ± 1.41"]
+    assert sorted(texts) == ["12.00\n2 of 2 worse", "3.00 ± 1.41"]
 
 
 def test_a_record_goes_on_and_refuses_other_settings(tmp_path):
