@@ -87,15 +87,14 @@ def cells(data: str) -> list[Cell]:
     if data == "fashion_mnist":
         corners = [(1, "32-true"), (1000, "32-true"), (1000, "bf16-mixed")]
         return [Cell(anchor, scale, precision) for scale, precision in corners for anchor in both]
-    places = [("32-true", 1), ("32-true", 1000), ("32-true", 100), ("bf16-mixed", 1000), ("bf16-mixed", 1)]
-    whole = [Cell(a, s, p) for p, s in [*places, ("bf16-mixed", 100)] for a in both]
+    first = [Cell(a, s) for s in (1, 1000, 100) for a in both] + [Cell(a, 1000, "bf16-mixed") for a in both]
     others = [
         Cell(a, s, start=start, tangent=tangent)
-        for start, tangent in (("distilled", "normalised"), ("scratch", "raw"), ("distilled", "facm"))
+        for start, tangent in (("distilled", "normalised"), ("distilled", "facm"), ("scratch", "raw"))
         for s in (1, 1000)
         for a in both
     ]
-    return [*whole, *others]
+    return [*first, *others, *(Cell(a, s, "bf16-mixed") for s in (1, 100) for a in both)]
 
 
 @dataclass
@@ -194,7 +193,8 @@ class Found:
 
     cell: Cell
     fd: list[float]  # at two steps, of runs that ended
-    diverged: int  # stopped on values that are not finite, or further from the data than where they began
+    worse: int  # stopped on values that are not finite, or further from the data than where they began
+    stopped: int
     runs: int
     highest: float | None  # norm of a gradient before it was clipped
 
@@ -211,9 +211,10 @@ def found(content: Mapping[str, Any], wanted: Sequence[Cell]) -> list[Found]:
         if not runs:
             continue
         fd = [row["fd"]["2"] for row in runs if row["fd"]["2"] is not None]
-        diverged = sum(row["fd"]["2"] is None or row["fd"]["2"] > row["began_at"] for row in runs)
+        worse = sum(row["fd"]["2"] is None or row["fd"]["2"] > row["began_at"] for row in runs)
+        stopped = sum(row["broke"] for row in runs)
         norms = [row["highest_norm"] for row in runs if row["highest_norm"] is not None]
-        lines.append(Found(cell, fd, diverged, len(runs), max(norms, default=None)))
+        lines.append(Found(cell, fd, worse, stopped, len(runs), max(norms, default=None)))
     return lines
 
 
@@ -221,8 +222,8 @@ def table(content: Mapping[str, Any], wanted: Sequence[Cell]) -> str:
     """A line per cell, with and without the anchor side by side."""
     known = {line.cell: line for line in found(content, wanted)}
     header = (
-        "start", "tangent", "precision", "time scale", "FD with anchor", "FD without", "diverged with", "without",
-        "highest norm with", "without",
+        "start", "tangent", "precision", "time scale", "began at", "FD with anchor", "FD without",
+        "worse than it began, with", "without", "highest norm with", "without",
     )  # fmt: skip
     lines = []
     for cell in (cell for cell in wanted if cell.anchor):
@@ -230,8 +231,9 @@ def table(content: Mapping[str, Any], wanted: Sequence[Cell]) -> str:
         if any(pair):
             lines.append([
                 cell.start, cell.tangent, cell.precision, f"x{cell.scale}",
+                f"{content['starts'][f'{cell.start}, {cell.scale}']:.1f}",
                 *("-" if one is None else one.text for one in pair),
-                *("-" if one is None else f"{one.diverged} of {one.runs}" for one in pair),
+                *("-" if one is None else f"{one.worse} of {one.runs}" for one in pair),
                 *("-" if one is None or one.highest is None else f"{one.highest:.3g}" for one in pair),
             ])  # fmt: skip
     return markdown(header, lines)
@@ -240,14 +242,16 @@ def table(content: Mapping[str, Any], wanted: Sequence[Cell]) -> str:
 def page(content: Mapping[str, Any], wanted: Sequence[Cell]) -> str:
     about = content["about"]
     command = "python benchmarks/stability.py" + ("" if about["data"] == "digits" else f" --data {about['data']}")
-    whole = sum(line.runs == len(about["seeds"]) for line in found(content, wanted))
+    lines = found(content, wanted)
+    whole, stopped = sum(line.runs == len(about["seeds"]) for line in lines), sum(line.stopped for line in lines)
     return "\n\n".join(
         [
             table(content, wanted),
             f"FD-{about['data']} at two steps, mean ± standard deviation over {len(about['seeds'])} seeds, of "
             f"{about['samples']} images ({about['sets']} sets), after {about['steps']} steps of {about['batch']}. "
-            "Diverged: stopped on values that are not finite, or further from the data than the network it began with. "
-            f"Highest norm: of a gradient, before it is clipped to 1. {whole} of {len(wanted)} cells have all seeds. "
+            "Began at: of the network that a run starts from, its teacher asked for jumps or one without training. "
+            f"{stopped} of {len(content['rows'])} runs stopped on values that are not finite. Highest norm: of a "
+            f"gradient, before it is clipped to 1. {whole} of {len(wanted)} cells have all seeds. "
             + measured_by(content, command),
         ]
     )
@@ -267,7 +271,7 @@ def picture(content: Mapping[str, Any], wanted: Sequence[Cell]) -> Figure:
     for cell, line in known.items():
         place = groups.index((cell.start, cell.tangent, cell.anchor)), columns.index((cell.precision, cell.scale))
         values[place] = statistics.fmean(line.fd) if line.fd else float("nan")
-        texts[place] = f"{line.text}\n{line.diverged} of {line.runs} diverged" if line.diverged else line.text
+        texts[place] = f"{line.text}\n{line.worse} of {line.runs} worse" if line.worse else line.text
     image = axes.imshow(values.log10().numpy(), cmap="viridis_r", aspect="auto")
     middle = sum(image.get_clim()) / 2
     for (row, column), text in texts.items():

@@ -100,6 +100,12 @@ class Authors(Format):
                 f"The authors' code knows LightningDiT alone, and this is a {target}: "
                 "use format=flowanchor or format=huggingface."
             )
+        scale = given.meta["config"]["backbone"].get("time_scale", 1)
+        if scale != 1:
+            raise CheckpointError(
+                f"The authors' code feeds its network the time as it is, and this one {scale:g} times it "
+                "(backbone.time_scale): use format=flowanchor or format=huggingface."
+            )
         content: dict[str, Any] = {"ema": _whole(given.weights)}
         if given.raw is not None and given.ema != "none":
             content["model"] = _whole(given.raw)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import forgetting
+import growth
 import short_runs
 import stability
 import what_it_takes
@@ -92,20 +93,28 @@ def test_the_table_of_stability_counts_what_broke_and_what_got_worse():
     with_anchor, without = stability.Cell(True, 1), stability.Cell(False, 1)
 
     def run(cell, seed, fd, norm):
-        return {**asdict(cell), "seed": seed, "fd": {"1": fd, "2": fd}, "began_at": 10.0, "highest_norm": norm}
+        return {
+            **asdict(cell),
+            "seed": seed,
+            "fd": {"1": fd, "2": fd},
+            "began_at": 10.0,
+            "broke": fd is None,
+            "highest_norm": norm,
+        }
 
     rows = [run(with_anchor, 0, 2.0, 1.5), run(with_anchor, 1, 4.0, 30.0)]
     rows += [run(without, 0, 12.0, 1234.0), run(without, 1, None, None)]
     about = {"data": "digits", "steps": 9, "batch": 8, "samples": 6, "sets": 5, "seeds": [0, 1]}
-    content = {**forgotten(), "about": about, "rows": rows}
+    content = {**forgotten(), "about": about, "rows": rows, "starts": {"distilled, 1": 10.0}}
     cells = stability.cells("digits")
     line = [cell.strip() for cell in stability.table(content, cells).splitlines()[2].strip("|").split("|")]
     assert line == [
-        "distilled", "raw", "32-true", "x1", "3.00 ± 1.41", "12.00", "0 of 2", "2 of 2", "30", "1.23e+03"
+        "distilled", "raw", "32-true", "x1", "10.0", "3.00 ± 1.41", "12.00", "0 of 2", "2 of 2", "30", "1.23e+03"
     ]  # fmt: skip
     assert f"2 of {len(cells)} cells have all seeds" in stability.page(content, cells)
+    assert "1 of 4 runs stopped" in stability.page(content, cells)
     texts = [text.get_text() for text in stability.picture(content, cells).axes[0].texts]
-    assert sorted(texts) == ["12.00\n2 of 2 diverged", "3.00 ± 1.41"]
+    assert sorted(texts) == ["12.00\n2 of 2 worse", "3.00 ± 1.41"]
 
 
 def test_a_record_goes_on_and_refuses_other_settings(tmp_path):
@@ -140,3 +149,24 @@ def test_what_a_run_takes():
     line = what_it_takes.page(record, plans, gpu).splitlines()[2]
     assert "| 2.00 | 2.82 | 36 | 32 | 3.0 |" in line  # 128.1167e6 / 1000 / 3600
     assert "| not measured |" in what_it_takes.page(record, plans, None).splitlines()[2]
+
+
+def test_slopes_are_those_of_powers_and_stand_beside_what_they_were_drawn_through():
+    assert growth.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert growth.slope([10, 20], [5, 20]) == pytest.approx(2)
+    rows = [
+        {"part": "cost", "what": what, "value": value, "cpu_seconds": value / 10, "bytes": 1e6 * value**2}
+        for what, values in growth.COSTS.items()
+        for value in values
+    ]
+    quality = {"part": "quality", "what": "steps", "value": 25, "parameters": 1234, "teacher": 2.0}
+    rows += [{**quality, "seed": seed, "student": fd} for seed, fd in enumerate((3.0, 5.0))]
+    text = growth.page({**forgotten(), "about": {"rounds": growth.ROUNDS}, "rows": rows})
+    assert "| depth | 2, 4, 8, 16 | 0.20, 0.40, 0.80, 1.60 | 1.00 | 4, 16, 64, 256 | 2.00 |" in text
+    assert "| steps | 25 | 1,234 | 2.00 | 4.00 ± 1.41 |" in text
+
+
+def test_a_step_costs_more_where_it_is_deeper():
+    small = {"hidden_size": 32, "tokens": 4, "batch": 1}
+    shallow, deep = (growth.cost(depth=depth, **small) for depth in (1, 6))
+    assert 0 < shallow["bytes"] < deep["bytes"] and 0 < shallow["cpu_seconds"] < deep["cpu_seconds"]

@@ -17,6 +17,7 @@ import data_loading
 import emoji_pictures
 import engines
 import forgetting
+import growth
 import memory_plan
 import samplers
 import stability
@@ -79,6 +80,7 @@ BLOCKS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/memory.md", "memory plan", "memory_plan", planned),
     ("docs/memory.md", "memory check", "memory_plan",
      lambda record: memory_plan.check_table([memory_plan.Checked(**one) for one in record["check"]])),
+    *([("docs/results/growth.md", "growth", "growth", growth.page)] if growth.RECORD.is_file() else []),
     ("docs/results/what_it_takes.md", "what it takes", "what_it_takes", taken),
     ("docs/wan.md", "wan digits table", "wan_digits", wan_digits.page),
     ("docs/emoji.md", "emoji table", "emoji", lambda record: emoji_pictures.table(record["figures"], EMOJI)),

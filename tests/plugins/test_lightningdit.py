@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowanchor.errors import ConfigError
+from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.plugins.backbones.lightningdit import PRESETS, LightningDiT
+from flowanchor.plugins.formats.authors import Authors
 
 RELEASED = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 TINY = {
@@ -204,3 +206,10 @@ def test_a_time_scale_is_the_same_network_at_other_times_with_a_derivative_as_mu
     torch.testing.assert_close(slope, 100 * gentle)
     with pytest.raises(ConfigError, match="backbone.time_scale=0"):
         LightningDiT(**{**TINY, "time_scale": 0})
+
+
+def test_the_authors_layout_cannot_say_a_time_scale(tmp_path):
+    config = {"backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", "time_scale": 1000.0}}
+    given = SimpleNamespace(meta={"config": config})
+    with pytest.raises(CheckpointError, match="this one 1000 times it"):
+        Authors().write(given, tmp_path / "a.pt")
