@@ -17,6 +17,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.plugins.backbones.diffusers.pipelines import Pipeline
 
 PART = "transformer."
+TEXTS = "text_encoder"  # of whichever number
 REFUSED = ("use_dora", "use_rslora", "lora_bias")  # of peft's settings: other formulas
 
 
@@ -39,17 +40,28 @@ def factors(
         found, *rest = loader.lora_state_dict(dict(given), return_lora_metadata=True)
     except Exception as error:  # converters raise whatever meets a name that they do not know
         raise ConfigError(f"base_lora={source} is not read by {pipeline.loader} of diffusers ({error}).") from error
-    beside = dict(rest[0] or {}) if len(rest) > 1 else {}  # alphas that a converter has set apart
-    config = _settings(metadata, source)
-    if len([name for name in found if not name.startswith(PART)]):
+    foreign = [name for name in found if not name.startswith((PART, TEXTS))]
+    if foreign:
+        raise ConfigError(
+            f"base_lora={source} is not read by {pipeline.loader} of diffusers, which knows no {bare(foreign[0])}: "
+            "give a LoRA of the same class of networks."
+        )
+    if any(name.startswith(TEXTS) for name in found):
         rank_zero_warn(f"base_lora={source} has adapters of a text encoder too, which are left out.")
+    # A converter multiplies alphas into the weights, or sets them apart, or leaves them where they are.
+    apart = dict(rest[0] or {}) if len(rest) > 1 else {}
+    left = {name: float(value) for name, value in {**found, **apart}.items() if name.endswith(".alpha")}
+    said = (alphas if plain else {}) | {name.removesuffix(".alpha"): value for name, value in left.items()}
+    config = _settings(metadata, source)
     made: dict[str, tuple[Tensor, Tensor]] = {}
     for name, a in found.items():
         if not name.startswith(PART) or not name.endswith(".lora_A.weight"):
             continue
         layer = name.removesuffix(".lora_A.weight")
-        b, own, rank = found[f"{layer}.lora_B.weight"], layer.removeprefix(PART), a.shape[0]
-        alpha = beside.get(f"{layer}.alpha", alphas.get(layer) if plain else None)
+        b, own, rank = found.get(f"{layer}.lora_B.weight"), layer.removeprefix(PART), a.shape[0]
+        if b is None or b.shape[1] != rank:
+            raise ConfigError(f"base_lora={source} holds no whole product beside {bare(own)}: download it again.")
+        alpha = said.pop(layer, None)
         if alpha is None and config:
             alpha = _of(config.get("alpha_pattern") or {}, own, config.get("lora_alpha", rank))
         scale = 1.0 if alpha is None else float(alpha) / rank
@@ -58,6 +70,7 @@ def factors(
         made[f"{own}.weight"] = a, scale * b
     known = {f"{PART}{name.removesuffix('.weight')}.lora_{part}.weight" for name in made for part in "AB"}
     odd = [name for name in found if name.startswith(PART) and name not in known and not name.endswith(".alpha")]
+    odd += [f"{name}.alpha" for name in said if name.startswith(PART)]
     if odd:
         raise ConfigError(f"base_lora={source} holds more than products of two matrices ({bare(odd[0])}).")
     return made

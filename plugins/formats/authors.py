@@ -100,6 +100,12 @@ class Authors(Format):
                 f"The authors' code knows LightningDiT alone, and this is a {target}: "
                 "use format=flowanchor or format=huggingface."
             )
+        end_time = given.meta["config"]["backbone"].get("end_time")
+        if end_time in ("decoupled", "gated"):
+            raise CheckpointError(
+                f"The authors' code knows no {end_time} end time (backbone.end_time): use format=flowanchor or "
+                "format=huggingface."
+            )
         scale = given.meta["config"]["backbone"].get("time_scale", 1)
         if scale != 1:
             raise CheckpointError(

@@ -32,7 +32,7 @@ class LoraFile(Format):
     Args:
         dtype: name of the type in which the adapters are written; None: as they are.
         steps: of the scheduler that is written; None: those of the run.
-        base_model: the name of the model that they adapt, for card and metadata; None: that of its folder.
+        base_model: the name of the model that they adapt, for card and metadata; None: none is named.
         licence: of the LoRA, which the base's licence may bind; None: "that of the base".
 
     Nothing is written that stock diffusers would load as nothing, or with another scale: its own loader is asked first.
@@ -74,10 +74,11 @@ class LoraFile(Format):
         grid = grid_of(given, exported, self.steps)
         checked_by_stock(tensors, exported, given.file)
         about = {
-            "base_model": self.base_model or Path(str(given.meta["config"].get("initialise_from") or "")).name,
+            "base_model": self.base_model,
             "pipeline": exported.pipeline.name, "rank": network["lora"]["rank"], "guidance": exported.asked,
             "licence": self.licence or "that of the base", "ema": given.ema, "step": given.meta["step"],
             "base_lora": Path(str(given.meta["config"].get("base_lora") or "")).name or None,
+            "base_lora_scale": given.meta["config"].get("base_lora_scale", 1.0),
             **({} if grid is None else grid.told()),
         }  # fmt: skip
         partial = unfinished(output)

@@ -43,8 +43,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 
 pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("path/of/this/folder")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("path/of/this/folder/scheduler")
+{loads}pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("path/of/this/folder/scheduler")
 image = pipe("a red fox in the snow", {arguments})
 ```
 
@@ -88,7 +87,9 @@ class Exported:
                 f"{file} holds adapters of a {known.stock}, whose pipeline reads no LoRA files in diffusers "
                 f"{diffusers.__version__}: write the whole network, merged, by format=transformer."
             )
-        return cls(known.stock, config, known.pipeline, known.asked(config))
+        pipeline = known.drawn_by(config)
+        assert pipeline is not None
+        return cls(known.stock, config, pipeline, known.asked(config))
 
     def network(self) -> Any:
         """A plain stock network without values."""
@@ -100,16 +101,23 @@ class Exported:
     def card(self, about: Mapping[str, Any], grid: Grid | None, file: str) -> str:
         """README.md of the folder."""
         base = about["base_model"] or "path/of/the/base"
+        loads = 'pipe.load_lora_weights("path/of/this/folder")\n'
         arguments, more, steps = self.asked, "", "ordinary sampling"
         if grid is not None:
             arguments, more = f"{grid.arguments(self.pipeline)}, {self.asked}", grid.warning(self.pipeline)
             steps = f"{len(grid.levels)} step{'s' * (len(grid.levels) > 1)}"
         told = f"`{file}` has rank {about['rank']}, its scale is in its weights."
         if about["base_lora"]:
-            told += f" The base has `{about['base_lora']}` merged into it: load that first, with the weight it had."
+            scale = about["base_lora_scale"]
+            told += f" The base has `{about['base_lora']}` merged into it, {scale:g} times: load both."
+            loads = (
+                f'pipe.load_lora_weights("path/of/{about["base_lora"]}", adapter_name="base")\n'
+                'pipe.load_lora_weights("path/of/this/folder", adapter_name="steps")\n'
+                f'pipe.set_adapters(["base", "steps"], [{scale:g}, 1.0])\n'
+            )
         card = _CARD.format(
             front="" if not about["base_model"] else f"base_model: {base}\n", steps=steps, base=base, told=told,
-            licence=about["licence"], pipeline=self.pipeline.name, arguments=arguments, more=more,
+            loads=loads, licence=about["licence"], pipeline=self.pipeline.name, arguments=arguments, more=more,
         )  # fmt: skip
         if grid is not None:
             return card

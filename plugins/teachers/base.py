@@ -23,6 +23,8 @@ class BaseVelocity(VelocityField):
             of the run's interval: a base that was itself distilled under it).
     """
 
+    is_network = True
+
     def __init__(
         self,
         guidance_scale: float = 1.75,

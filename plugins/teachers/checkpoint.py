@@ -30,6 +30,7 @@ class CheckpointVelocity(VelocityField):
     """
 
     weights_from = ("checkpoint",)
+    is_network = True
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class ExpertsVelocity(VelocityField):
     """
 
     weights_from = ("high", "low")
+    is_network = True
 
     def __init__(
         self,

@@ -54,9 +54,9 @@ class PipelineEncoder(TextEncoder):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"text_encoder.dtype={dtype} is unknown: choose float32, bfloat16 or float16.")
         self.folder, self.dtype = Path(weights).expanduser(), getattr(torch, dtype)
-        index = _index(self.folder)
+        self.index = index = _index(self.folder)
         self.texts = _texts(index, self.folder)
-        self.max_length = self.texts.length if max_length is None else max_length
+        self.max_length = (self.texts.usual or self.texts.length) if max_length is None else max_length
         if not 1 <= self.max_length <= self.texts.length:
             raise ConfigError(
                 f"text_encoder.max_length={max_length} must be between 1 and {self.texts.length}, what "
@@ -124,7 +124,9 @@ class PipelineEncoder(TextEncoder):
             warnings.warn(f"A prompt has {len(ids)} tokens and {longest} are read; cut off: '{lost}'.", stacklevel=5)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.texts.stock} {self.max_length} {self.dtype}".encode())
+        digest = hashlib.sha256(
+            f"{self.texts.stock} {self.max_length} {self.dtype} {self.texts.told(self.index)}".encode()
+        )
         for part in self.parts:
             digest.update(part.encode())
             add_folder(digest, self.folder / part)

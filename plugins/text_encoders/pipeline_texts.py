@@ -35,7 +35,8 @@ class PipelineTexts(ABC):
         parts: folders -> classes of transformers that may lie there.
         optional: text encoders that it can do without.
         readers: tokenizers, the one first that reads most of a prompt.
-        length: tokens of a prompt that it reads.
+        length: tokens of a prompt that it reads at most.
+        usual: how many it reads unless told otherwise; None: so many.
         others: what its constructor takes beside, all left out.
     """
 
@@ -44,6 +45,7 @@ class PipelineTexts(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     length: ClassVar[int]
+    usual: ClassVar[int | None] = None
     others: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
 
     @abstractmethod
@@ -53,6 +55,10 @@ class PipelineTexts(ABC):
     def negative(self, pipeline: Any, prompt: str, length: int, device: torch.device) -> Any:
         """The negative prompt, in the pipeline's way."""
         return self.encode(pipeline, prompt, length, device)
+
+    def told(self, index: Mapping[str, Any]) -> str:
+        """What the index says beside its parts that changes texts."""
+        return ""
 
     def build(self, index: Mapping[str, Any], folder: Path, parts: Mapping[str, Any]) -> Any:
         """The pipeline of these parts. `index`: the folder's `model_index.json`."""
@@ -112,7 +118,7 @@ class Flux2(PipelineTexts):
 
     stock = "Flux2Pipeline"
     parts = {
-        "tokenizer": ("PixtralProcessor", "AutoProcessor"), "text_encoder": ("Mistral3ForConditionalGeneration",)
+        "tokenizer": ("PixtralProcessor",), "text_encoder": ("Mistral3ForConditionalGeneration",)
     }  # fmt: skip
     length = 512
 
@@ -147,7 +153,7 @@ class QwenImage(PipelineTexts):
 
     stock = "QwenImagePipeline"
     parts = {"tokenizer": QWEN, "text_encoder": ("Qwen2_5_VLForConditionalGeneration",)}
-    length = 1024
+    length, usual = 1024, 512
 
     def encode(self, pipeline: Any, prompt: str, length: int, device: torch.device) -> MaskedTokens:
         tokens, mask = pipeline.encode_prompt(prompt, device=device, max_sequence_length=length)
@@ -164,6 +170,9 @@ class Krea2(PipelineTexts):
     def encode(self, pipeline: Any, prompt: str, length: int, device: torch.device) -> MaskedTokens:
         tokens, mask = pipeline.encode_prompt(prompt, device=device, max_sequence_length=length)
         return _text(tokens[0], mask[0])
+
+    def told(self, index: Mapping[str, Any]) -> str:
+        return str(index.get("text_encoder_select_layers"))
 
     def build(self, index: Mapping[str, Any], folder: Path, parts: Mapping[str, Any]) -> Any:
         layers = index.get("text_encoder_select_layers")

@@ -399,10 +399,12 @@ class VelocityField(nn.Module, ABC):
     """Where the target velocity comes from: the data, a frozen teacher, or the student itself (the `teacher` group).
 
     `weights_from`: its arguments that are paths of weights. What these hold is part of a run's identity: it is recorded
-    by its digest, and a resume under other weights is refused.
+    by its digest, and a resume under other weights is refused. `is_network`: whether it is what a network answers that
+    training leaves as it is, and not the data or the student of the moment.
     """
 
     weights_from: tuple[str, ...] = ()
+    is_network: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Any, flow: Tensor, student: Backbone, interval: Interval) -> Tensor:

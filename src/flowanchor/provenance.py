@@ -34,7 +34,7 @@ RESUMED = "resumed"  # the entry of the later parts
 HYDRA = ".hydra"  # as Hydra itself would write it before anything is known
 
 # What makes a run this run: continuing it with another of these would mix two experiments in one folder.
-IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_")
+IDENTITY = ("backbone", "objective", "data", "teacher", "optimizer._target_", "base_lora_scale")
 # Part of them, and yet free: a run that was stopped by bad samples goes on with a higher limit, and how a teacher is
 # kept follows the trainer's precision.
 FREE = ("data.max_bad", "teacher.dtype", "teacher.precision")
@@ -52,6 +52,7 @@ _LATER = {
     "backbone.predicts": "v",
     "backbone.tangent_smoothing": 0.0,
     "base_lora_scale": 1.0,
+    "base_dtype": "float32",
     "backbone.lora": {"rank": None, "alpha": None, "targets": None},
     "sampler.timestep_shift": 0.0,
     "sampler.final_euler": False,

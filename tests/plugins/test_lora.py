@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import flowanchor
 from flowanchor.checkpoints import load_model
@@ -223,7 +223,7 @@ def test_fresh_adapters_change_nothing_and_merged_ones_are_no_more(name):
 
 def own_lora(network, folder, way):
     """Random factors beside two layers in the way of other programs, alpha twice the rank -> the file, what it adds."""
-    ends = "0.attn1.to_q" if way == "wan" else ("0.attn.to_q", "0.attn.to_out.0")
+    ends = "0.attn1.to_q" if way in ("wan", "ltx") else ("0.attn.to_q", "0.attn.to_out.0")
     layers = sorted(name for name, _ in network.named_modules() if name.endswith(ends))
     tensors, added, metadata = {}, {}, {}
     for layer in layers:
@@ -231,10 +231,12 @@ def own_lora(network, folder, way):
         a, b = torch.randn(3, weight.shape[1]), torch.randn(weight.shape[0], 3)
         added[f"{layer}.weight"] = 2 * b @ a
         name = f"transformer.{layer}"
+        if way == "ltx":
+            name = f"diffusion_model.{layer}"
         if way == "wan":
             name = f"diffusion_model.{layer.replace('attn1.to_q', 'self_attn.q')}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, 2 * b if way == "in_b" else b
-        if way in ("alpha", "wan"):
+        if way in ("alpha", "wan", "ltx"):
             tensors[f"{name}.alpha"] = torch.tensor(6.0)
     if way == "peft":
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3, "transformer.lora_alpha": 6})}
@@ -243,12 +245,15 @@ def own_lora(network, folder, way):
     return folder / "own.safetensors", added
 
 
-@pytest.mark.parametrize("name, way", [("SD3.5", "peft"), ("FLUX.1", "alpha"), ("SD3", "in_b"), ("Wan", "wan")])
+WAYS = [("SD3.5", "peft"), ("FLUX.1", "alpha"), ("SD3", "in_b"), ("Wan", "wan"), ("LTX-Video", "ltx")]
+
+
+@pytest.mark.parametrize("name, way", WAYS)
 def test_a_lora_of_the_users_own_is_merged_with_its_scale(name, way, tmp_path):
     network = Wan(**WAN) if name == "Wan" else CASES[name].network()
     file, added = own_lora(network, tmp_path, way)
     other = CASES["Sana"].network()
-    with pytest.raises(ConfigError, match="adapters beside .* that this network|not read by"):
+    with pytest.raises(ConfigError, match="which this network does not have|not read by"):
         with_base_lora(other, other.state_dict(), {"base_lora": str(file)})
     before = {key: value.clone() for key, value in network.state_dict().items()}
     weights = with_base_lora(network, before, {"base_lora": str(file), "base_lora_scale": 0.5})
@@ -281,6 +286,33 @@ def test_adapters_are_opened_over_the_base_that_they_were_trained_on(tmp_path):
     assert set(opened.sources) == {"initialise_from", "base_lora"}
     for key, value in student.state_dict().items():
         assert torch.equal(opened.backbone.state_dict()[key], value), key
-    own_lora(base, tmp_path, "in_b")
-    with pytest.raises(CheckpointError, match="have changed"):
+    file.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(CheckpointError, match="the LoRA under them is not where .* with base_lora=PATH"):
         load_model(tmp_path / "run.ckpt")
+    opened = load_model(tmp_path / "run.ckpt", ema="none", base_lora=tmp_path / "moved.safetensors")
+    for key, value in student.state_dict().items():
+        assert torch.equal(opened.backbone.state_dict()[key], value), key
+    own_lora(base, tmp_path, "in_b")
+    with pytest.raises(CheckpointError, match="the LoRA under them has changed"):
+        load_model(tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda tensors, b: tensors.pop(b), "no whole product beside"),
+        (lambda tensors, b: tensors.update({b: tensors[b][:, :2].contiguous()}), "no whole product beside"),
+        (lambda tensors, b: tensors.update({b: tensors[b][:-1].contiguous()}), "another size beside"),
+        (lambda tensors, b: tensors.update({"transformer.x.alpha": torch.tensor(2.0)}), "more than products of two"),
+        (lambda tensors, b: tensors.update({"lora_unet_x.weight": tensors[b].clone()}), "knows no|not read by"),
+    ],
+    ids=["no B", "ranks", "size", "alpha of nothing", "foreign name"],
+)
+def test_a_spoilt_lora_is_told(spoil, told, tmp_path):
+    network = CASES["SD3.5"].network()
+    file, _ = own_lora(network, tmp_path, "alpha")
+    tensors = load_file(file)
+    spoil(tensors, next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=told):
+        with_base_lora(network, network.state_dict(), {"base_lora": str(file)})

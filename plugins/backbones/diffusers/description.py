@@ -101,6 +101,10 @@ class Description(ABC):
         level = cast(Any, self.level)  # of plain numbers: a step that is planned has tensors without values
         return abs(float(level(config, 1.0) - level(config, 0.0)))
 
+    def drawn_by(self, config: Any) -> Pipeline | None:
+        """`pipeline`, where its class depends on the network's settings."""
+        return self.pipeline
+
     def asked(self, config: Any) -> str:
         """The argument of `pipeline` by which it asks this network once per step, and tells it what training did."""
         return "" if self.pipeline is None else self.pipeline.unguided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class Flux2(Joint):
 
     def __init__(self, guidance: float = 4.0) -> None:
         self.guidance = guidance
+
+    def drawn_by(self, config: Any) -> Pipeline:
+        """klein has no embedding of guidance, and a pipeline of its own."""
+        return self.pipeline if config.guidance_embeds else replace(self.pipeline, name="Flux2KleinPipeline")
 
     def asked(self, config: Any) -> str:
         return f"guidance_scale={self.guidance:g}" if config.guidance_embeds else "guidance_scale=1"

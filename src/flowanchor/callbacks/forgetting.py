@@ -81,7 +81,7 @@ class Forgetting(pl.Callback):
         def teach(x: Tensor, t: Tensor, cond: Any, flow: Tensor) -> Tensor:
             return velocity(x, t, cond, flow, student, interval)
 
-        teacher: Teacher | None = teach if velocity.weights_from else None  # others are no network to forget
+        teacher: Teacher | None = teach if velocity.is_network else None  # others are no network to forget
         ema = callback_of(trainer, EMA) if step else None  # averages begin with the first step
         # Sharded in mixed precision, the parameters are gathered in bfloat16 and need activations to match.
         precision = trainer.precision_plugin.forward_context if is_sharded(student) else nullcontext

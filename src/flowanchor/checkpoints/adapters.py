@@ -23,10 +23,11 @@ def outlined(
     weights: Mapping[str, Tensor],
     file: Path,
     elsewhere: str | Path | Mapping[str, str] | None = None,
+    base_lora: str | Path | None = None,
 ) -> tuple[Backbone, Mapping[str, Tensor], dict[str, str]]:
     """The network without values, all of its weights, and the digests of those that adapters stand beside.
 
-    `elsewhere`: as in `whole_weights`.
+    `elsewhere`, `base_lora`: as in `whole_weights`.
     """
     settings = meta["config"]["backbone"]
     try:
@@ -35,7 +36,7 @@ def outlined(
         if not (elsewhere or meta["config"].get("initialise_from")):
             raise
         shapes = outline(settings, file, weights, _base(meta, file, elsewhere)[0])
-    return shapes, *whole_weights(shapes, weights, meta, file, elsewhere)
+    return shapes, *whole_weights(shapes, weights, meta, file, elsewhere, base_lora)
 
 
 def whole_weights(
@@ -44,10 +45,12 @@ def whole_weights(
     meta: Mapping[str, Any],
     file: Path,
     elsewhere: str | Path | Mapping[str, str] | None = None,
+    base_lora: str | Path | None = None,
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The weights of a whole network: those of `file` and, where it holds adapters alone, those that they stand beside.
 
-    The latter are looked for where the run found them, or `elsewhere`, and are known by their digest.
+    The latter are looked for where the run found them, or `elsewhere`, and so is the LoRA that was merged into them, or
+    at `base_lora`; both are known by their digests.
 
     Returns them, and the sha256 of each file of the latter by its setting. Raises `CheckpointError` where they are not
     there, or are others than those that were trained with.
@@ -55,12 +58,16 @@ def whole_weights(
     if all(name in weights for name in backbone.borrowed()):
         if elsewhere:
             raise ConfigError(f"{file} holds all its weights: leave out initialise_from={elsewhere}.")
+        if base_lora:
+            raise ConfigError(f"{file} holds all its weights: leave out {SETTING}={base_lora}.")
         return weights, {}
     below, digests = _base(meta, file, elsewhere)
     named = meta["config"].get(SETTING)
+    if base_lora and not named:
+        raise ConfigError(f"{file} was trained without {SETTING}: leave out {SETTING}={base_lora}.")
     if named:
         known = (meta.get("sources") or {}).get(SETTING) or {}
-        places = [named, *([known["path"]] if known else [])]
+        places = [str(base_lora)] if base_lora else [named, *([known["path"]] if known else [])]
         found, digests[SETTING] = _find_base(file, SETTING, places, known.get("digest"))
         below = with_base_lora(backbone, below, meta["config"], found)
     return Overlaid(weights, below), digests
@@ -91,7 +98,7 @@ def by_part(setting: str, value: Any) -> dict[str, str]:
 def _find_base(file: Path, name: str, places: list[str], wanted: str | None) -> tuple[Path, str]:
     """The first of the places that holds the weights of a digest, and that digest."""
     others = []
-    for place in places:
+    for place in dict.fromkeys(places):
         try:
             base = find_checkpoint(place) if place else None
         except CheckpointError:
@@ -101,11 +108,13 @@ def _find_base(file: Path, name: str, places: list[str], wanted: str | None) -> 
             if wanted is None or digest == wanted:
                 return base, digest
             others.append(f"{base} has sha256 {digest[:12]}")
+    what = "the LoRA under them is" if name == SETTING else "the weights that they adapt are"
+    changed = what.rpartition(" ")[0] + (" has" if name == SETTING else " have")
     reason = (
-        f"the weights that they adapt are not where the run found them ({places[0] or None})"
+        f"{what} not where the run found them ({places[0] or None})"
         if not others
-        else f"the weights that they adapt have changed (sha256 {str(wanted)[:12]}; {', '.join(others)})"
+        else f"{changed} changed (sha256 {str(wanted)[:12]}; {', '.join(others)})"
     )
     raise CheckpointError(
-        f"{file} holds adapters alone, and {reason}: put them there again, or say where they are with {name}=PATH."
+        f"{file} holds adapters alone, and {reason}: put it back there, or say where it is with {name}=PATH."
     )

@@ -39,11 +39,14 @@ def with_base_lora(
     lacking = [name for name in factors if name not in weights]
     if lacking or not factors:
         raise ConfigError(
-            f"{SETTING}={file} has adapters beside {bare(lacking[0]) if lacking else 'nothing'} that this network "
-            "knows: give a LoRA of the same class of networks."
+            f"{SETTING}={file} has adapters beside {bare(lacking[0])}, which this network does not have: give a LoRA "
+            "of the same class of networks."
+            if lacking
+            else f"{SETTING}={file} has no adapters of a transformer: give a LoRA of the same class of networks."
         )
     for name, (a, b) in factors.items():
-        if b.shape[0] * a[0].numel() != shape_of(weights, name).numel():
+        shape = shape_of(weights, name)
+        if (b.shape[0], a[0].numel()) != (shape[0], shape[1:].numel()):
             raise ConfigError(
                 f"{SETTING}={file} has another size beside {bare(name)}: give a LoRA of a network of this size."
             )

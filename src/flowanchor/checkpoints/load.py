@@ -60,6 +60,7 @@ def load_model(
     initialise_from: str | Path | Mapping[str, str] | None = None,
     hashed: bool = True,
     network: Backbone | None = None,
+    base_lora: str | Path | None = None,
 ) -> LoadedModel:
     """Load the network of a run.
 
@@ -75,6 +76,7 @@ def load_model(
         initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
         hashed: False leaves `digest` empty: the file is not read for it.
         network: one of the user's own that takes the weights, in place of what the file describes.
+        base_lora: where the LoRA lies that was merged into those weights, if not where the run found it.
     """
     file = find_checkpoint(path)
     content = read_checkpoint(file)
@@ -89,7 +91,7 @@ def load_model(
     if network is not None:
         backbone = network
     else:
-        shapes, weights, sources = outlined(meta, weights, file, initialise_from)
+        shapes, weights, sources = outlined(meta, weights, file, initialise_from, base_lora)
         check_fit(shapes, weights, file)
         with loading_context() if dtype is None else parameters_on_meta():
             backbone = cast(Backbone, build(described, "backbone", file))

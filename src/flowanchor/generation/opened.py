@@ -174,6 +174,7 @@ def load(
     dtype: torch.dtype | None = None,
     initialise_from: str | Path | Mapping[str, str] | None = None,
     network: Backbone | None = None,
+    base_lora: str | Path | None = None,
 ) -> OpenedModel:
     """Open a model for sampling.
 
@@ -188,6 +189,7 @@ def load(
         initialise_from: where the weights lie that adapters stand beside, if not where the run found them.
         network: a `Backbone` of your own that takes the weights; any other module as
             `PlainNetwork(module, sample_shape, classes)`, as it was trained.
+        base_lora: where the LoRA lies that was merged into the weights under adapters, if not where the run found it.
 
     Raises:
         CheckpointError: nothing there, a damaged or foreign file, a class that is not ours.
@@ -207,7 +209,9 @@ def load(
         raise ConfigError(
             "network= takes a Backbone: wrap another module in PlainNetwork(module, sample_shape, classes)."
         )
-    model = load_model(local_folder(path_or_repo), ema, device, dtype, initialise_from, network=network)
+    model = load_model(
+        local_folder(path_or_repo), ema, device, dtype, initialise_from, network=network, base_lora=base_lora
+    )
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     for part, chosen in (("codec", codec), ("text_encoder", text_encoder)):
         own = model.config.get(part) or {}

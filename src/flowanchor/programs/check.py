@@ -37,7 +37,7 @@ from flowanchor.recompute import FORMS, HostMemory
 
 GB = 1e9
 WEIGHTS = ("*.safetensors", "*.pt", "*.pth", "*.ckpt")
-PATHS = ("teacher.checkpoint", "initialise_from", "codec.weights", "text_encoder.weights", "data.root")
+PATHS = ("teacher.checkpoint", "initialise_from", "base_lora", "codec.weights", "text_encoder.weights", "data.root")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -183,7 +183,7 @@ def _files(cfg: DictConfig) -> Iterator[str]:
 
 
 def _is_there(key: str, value: str) -> bool:
-    if key not in ("teacher.checkpoint", "initialise_from"):
+    if key not in ("teacher.checkpoint", "initialise_from", "base_lora"):
         return Path(value).expanduser().exists()
     try:
         return find_checkpoint(value).exists()

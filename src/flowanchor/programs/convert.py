@@ -134,10 +134,12 @@ def _joined(cfg: DictConfig) -> DescribedWeights:
 def _whole(cfg: DictConfig, given: DescribedWeights) -> DescribedWeights:
     """The weights of the whole network: those under adapters may not be where the output is opened."""
     base = base_of_adapters(cfg)
-    if base is None and not _known(given):
+    if base is None and not cfg.base_lora and not _known(given):
         return given
-    network, weights, _ = outlined(given.meta, given.weights, given.file, base)
-    raw = None if given.raw is None else whole_weights(network, given.raw, given.meta, given.file, base)[0]
+    network, weights, _ = outlined(given.meta, given.weights, given.file, base, cfg.base_lora)
+    raw = (
+        None if given.raw is None else whole_weights(network, given.raw, given.meta, given.file, base, cfg.base_lora)[0]
+    )
     return replace(given, weights=weights, raw=raw)
 
 

@@ -50,7 +50,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     processes = Processes.join(cfg.device)
     console = Console(quiet=not processes.first)
     model = load_model(
-        cfg.checkpoint, cfg.ema_profile, processes.device, choose_dtype(cfg.dtype), base_of_adapters(cfg)
+        cfg.checkpoint,
+        cfg.ema_profile,
+        processes.device,
+        choose_dtype(cfg.dtype),
+        base_of_adapters(cfg),
+        base_lora=cfg.base_lora,
     )
     listed = None if cfg.prompts is None else read_prompts(cfg.prompts)
     requests = [

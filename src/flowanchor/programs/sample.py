@@ -46,7 +46,9 @@ def sample(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     pictures = folder if cfg.out is None else Path(str(cfg.out)).expanduser()
     device = choose_device(cfg.device)
-    model = load_model(cfg.checkpoint, cfg.ema_profile, device, choose_dtype(cfg.dtype), base_of_adapters(cfg))
+    model = load_model(
+        cfg.checkpoint, cfg.ema_profile, device, choose_dtype(cfg.dtype), base_of_adapters(cfg), base_lora=cfg.base_lora
+    )
     request = model.backbone.conditioning.request(
         cfg.num_samples,
         class_numbers(_listed(cfg.classes), model.class_names),

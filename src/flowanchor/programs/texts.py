@@ -18,10 +18,24 @@ from flowanchor.base.quoting import in_quotes
 PROMPTS = ("prompt", "negative", "captions.negative")
 # Names and paths, by the last part of their key: those that may be several, and those that are one whatever they hold.
 SEVERAL = {
-    "caption", "checkpoint", "clip", "file", "high", "index", "initialise_from", "inspect", "low", "metrics",
-    "pipeline", "prompts", "reference", "root", "runs", "statistics", "tokenizer", "weights",
+    "base_lora", "caption", "checkpoint", "clip", "dinov2", "file", "flow_teacher", "high", "index", "initialise_from",
+    "inspect", "low", "metrics", "pipeline", "prompts", "reference", "root", "runs", "statistics", "tokenizer",
+    "weights",
 }  # fmt: skip
-ONE = {"cache_dir", "dir", "dirpath", "folder", "name", "out", "output", "project", "save_dir", "title"}
+ONE = {
+    "base_model",
+    "cache_dir",
+    "dir",
+    "dirpath",
+    "folder",
+    "licence",
+    "name",
+    "out",
+    "output",
+    "project",
+    "save_dir",
+    "title",
+}
 _MULTIRUN = ("-m", "--multirun")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.S)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -204,6 +206,19 @@ def test_what_the_file_says_of_itself(tmp_path):
     scheduler = json.loads((tmp_path / "lora/scheduler/scheduler_config.json").read_text())
     assert scheduler["stochastic_sampling"] and scheduler["shift_terminal"] == 0.25 and scheduler["shift"] == 1
     assert form.replaces(tmp_path / "lora") and not form.replaces(tmp_path)
+    given.meta["config"].update(base_lora="mine/own style.safetensors", base_lora_scale=0.5)
+    LoraFile().write(given, tmp_path / "over")
+    card = (tmp_path / "over" / CARD).read_text()
+    assert "base_model" not in card and "merged into it, 0.5 times: load both" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    ast.parse(code)
+    assert 'set_adapters(["base", "steps"], [0.5, 1.0])' in code and "own style.safetensors" in code
+
+
+def test_the_pipeline_of_klein():
+    known = CASES["FLUX.2"].description()
+    names = [known.drawn_by(SimpleNamespace(guidance_embeds=told)).name for told in (True, False)]
+    assert names == ["Flux2Pipeline", "Flux2KleinPipeline"] and all(hasattr(diffusers, name) for name in names)
 
 
 def test_whole_weights_have_the_adapters_merged(tmp_path):
