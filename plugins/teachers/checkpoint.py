@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.checkpoints import load_model
 from flowanchor.checkpoints.load import store_low
+from flowanchor.conditioning import Text
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.interfaces import Backbone, Interval, Question, VelocityField
 from flowanchor.jumps.guidance import Guidance
@@ -110,6 +112,14 @@ class CheckpointVelocity(VelocityField):
             raise CheckpointError(
                 f"The teacher {self.path} was trained on {theirs}, this student has {ours}: choose the data and the "
                 "backbone.in_channels/input_size/num_classes that the teacher was trained with."
+            )
+        lengths = [one.longest for one in (self.network.conditioning, student.conditioning) if isinstance(one, Text)]
+        if len(lengths) == 2 and lengths[0] != lengths[1]:
+            read = [" and ".join(f"{length} {name}" for name, length in one.items()) for one in lengths]
+            rank_zero_warn(
+                f"The teacher {self.path} reads {read[0]} of a text and this student {read[1]}: texts without mask are "
+                "filled up with zeros, so that the two are not told the same. Set backbone.text_len to the teacher's, "
+                "or choose teacher=base."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -316,3 +317,13 @@ def test_a_spoilt_lora_is_told(spoil, told, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ConfigError, match=told):
         with_base_lora(network, network.state_dict(), {"base_lora": str(file)})
+
+
+def test_a_teacher_that_reads_longer_texts_is_told():
+    network = CASES["FLUX.1"].network
+    teacher = CheckpointVelocity.of_network(network(text_len=12), Guidance(1.0))
+    with pytest.warns(UserWarning, match="reads 12 tokens of a text and this student 5 tokens"):
+        teacher.check(network())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CheckpointVelocity.of_network(network(), Guidance(1.0)).check(network())
