@@ -13,11 +13,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flowanchor.interfaces import Backbone, Times
+from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain
 from flowanchor.jvp.attention.operator import Opaque
 from flowanchor.jvp.live_bytes import LiveBytes
 from flowanchor.jvp.memory_plan import StepOfShapes
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.recompute import HostMemory
 
@@ -144,6 +146,25 @@ def test_the_plan_is_what_a_step_takes(network: str, monkeypatch: pytest.MonkeyP
         assert peaks[form] == pytest.approx(counter.peak, rel=0.1)
     if network == "deep":
         assert peaks[False] > peaks["selective"] > peaks[True]
+
+
+def test_a_guided_teacher_is_planned() -> None:
+    """It looks at the times on the host: where guidance reaches none of them, it is asked once."""
+    torch.manual_seed(0)
+    goal, student = objective("objective=facm"), deep(False)
+    teacher = CheckpointVelocity.of_network(deep(False), Guidance(3.0, 0.6, 1.0))
+    batch, t = batch_for(student), torch.tensor([0.1, 0.2, 0.3, 0.5])
+    noise = torch.randn_like(batch.x1)
+    engine = Chain(True, Opaque(Chain().attention))
+    for parameter in filter(lambda p: p.requires_grad, student.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for on_host in (t, t + 0.4):
+        planned = StepOfShapes(student, goal, teacher).peak(engine, batch, noise, Times(on_host), on_host, 0)
+        teacher.at_times(on_host)
+        for _ in range(2):  # the first walk is watched
+            with LiveBytes() as counter:
+                goal(student, batch, teacher, engine, noise, *Times(on_host)).loss.backward()
+        assert planned == pytest.approx(counter.peak, rel=0.1)
 
 
 def test_what_cannot_be_planned(tmp_path: Path, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flowanchor.base.plain import bare, described, shown
 from flowanchor.base.shards import is_shared
@@ -209,6 +210,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in map(local, tensors):
+        if is_traceable_wrapper_subclass(tensor):
+            continue  # quantised: finite when it was read, and trained by nobody
         if tensor.numel() and tensor.is_floating_point():
             kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
     largest = [torch.stack(torch._foreach_norm(kind, float("inf"))) for kind in kinds.values()]

@@ -12,11 +12,16 @@ from torch import nn
 
 from flowanchor.checkpoints.frozen_base import keep_base
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Question
+from flowanchor.interfaces import Batch, Question, Times
 from flowanchor.jvp import Chain, Full
+from flowanchor.jvp.memory_plan import StepOfShapes
 from flowanchor.plugins.backbones.lora import is_adapter
 from flowanchor.plugins.backbones.wan import Wan
+from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.text.base import Tokens
+from flowanchor.weights import all_finite
+
+from ..graphs.runs import objective
 
 SMALL: dict[str, Any] = {
     "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
@@ -39,6 +44,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, Tokens, torch.Tensor, torch.Te
     torch.manual_seed(1)
     x = torch.randn(2, 1, 1, 8, 8)
     return x, torch.tensor([0.2, 0.7]), Tokens(torch.randn(2, 4, 12)), torch.randn_like(x), torch.ones(2)
+
+
+def layers(network: Wan) -> dict[str, nn.Linear]:
+    found = network.named_modules()
+    return {name: one for name, one in found if isinstance(one, nn.Linear) and name.startswith("blocks.")}
 
 
 def answers(network: Wan, engine: Any) -> list[torch.Tensor]:
@@ -109,6 +119,25 @@ def test_quantised_weights_answer_as_the_numbers_they_stand_for(dtype, engine):
     assert changed == 10 * SMALL["num_layers"], "self-attention, cross-attention, feed-forward, nothing else"
     for ours, theirs in zip(answers(low, engine), answers(plain, Full()), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_quantised_base_is_planned_and_moves():
+    """A plan looks at no quantised weight, which could not move to a device any more; the other numbers stay."""
+    plain, goal = adapted(), objective("objective=facm")
+    low = deepcopy(plain)
+    keep_base(low, "int8", low_precision=False)
+    x, t, text, *_ = inputs()
+    batch, engine, peaks = Batch(x, text), Chain(True), []
+    for network in (plain, low):
+        step = StepOfShapes(network, goal, DataVelocity())
+        peaks.append(step.peak(engine, batch, torch.randn_like(x), Times(t), t, 0))
+        network.to("cpu")
+    largest = max(layer.weight.numel() for layer in layers(plain).values()) * 4
+    assert 0 < peaks[1] - peaks[0] <= largest
+    assert all_finite(low.parameters()) and not all_finite([*low.parameters(), torch.tensor([float("nan")])])
+    before = answers(low, Chain())
+    low.cpu()
+    assert all(torch.equal(a, b) for a, b in zip(answers(low, Chain()), before, strict=True))
 
 
 def test_bytes_of_a_quantised_base():

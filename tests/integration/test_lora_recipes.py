@@ -183,8 +183,8 @@ def test_wan_with_an_end_time(command, tmp_path):
     nano = [f"backbone.{name}={value}" for name, value in ours.items() if name != "text_dim"] + ["data.text_dim=384"]
     train = [
         "experiment=wan21_1p3b_lora_anyflow", "initialise_from=pipeline/transformer", *codec, "text_encoder=minilm",
-        "~text_encoder.weights", "data.root=encoded", "data.text_dim=384", *SMALL, *nano, "callbacks=none", "name=run",
-        "base_dtype=float32",
+        "~text_encoder.weights", "data.root=encoded", "data.text_dim=384", *SMALL, *nano,
+        "~callbacks.sample_grid", "base_dtype=float32", "name=run",
     ]  # fmt: skip
     train = [
         word for word in train if word != "objective.anchor_warmup_steps=1" and not word.startswith("backbone.text_dim")

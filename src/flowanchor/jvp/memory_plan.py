@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, TangentEngine, VelocityField
@@ -41,10 +42,23 @@ class StepOfShapes:
         self.mode = ShapesOnly(allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # of another run in this process it may hold views that are dual numbers
         self.originals = student, objective, velocity
+        plain = self._stand_ins()
         with FakeCopyMode(self.mode):
-            self.student, self.objective, self.velocity = copy.deepcopy(self.originals)
+            self.student, self.objective, self.velocity = copy.deepcopy(self.originals, plain)
         self.device: torch.device | None = None  # where they are taken to be
         take_as_seen(self.student)
+
+    def _stand_ins(self) -> dict[int, Any]:
+        """Plain weights for quantised ones, by what `deepcopy` asks for: a product makes these of them for a moment.
+
+        They are not looked at themselves: a module that moves to a device exchanges them, which nobody may refer to.
+        """
+        parameters = (parameter for network in self.originals for parameter in network.parameters())
+        quantised = {id(p): p for p in parameters if is_traceable_wrapper_subclass(p)}
+        self.in_the_clear = max((p.numel() * p.element_size() for p in quantised.values()), default=0)
+        with torch.device("meta"):
+            made = {key: torch.empty(p.shape, dtype=p.dtype) for key, p in quantised.items()}
+        return {key: nn.Parameter(self.mode.from_tensor(one), requires_grad=False) for key, one in made.items()}
 
     def largest_stage(self) -> int:
         """How many values the parameters of the student's largest stage have."""
@@ -67,7 +81,7 @@ class StepOfShapes:
             kind = batch.x1.device.type
             autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             run = partial(self._peak, engine, autocast, batch, noise, times, on_host, step)
-            return thread.submit(copy_context().run, run).result()
+            return thread.submit(copy_context().run, run).result() + self.in_the_clear
 
     def _peak(
         self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: DrawnTimes,
@@ -77,12 +91,12 @@ class StepOfShapes:
         for ours, theirs in zip(self.copies(), self.originals, strict=True):
             for module, original in zip(ours.modules(), theirs.modules(), strict=True):
                 module.training = original.training
+        self.objective.at_step(step)
+        self.student.at_times(on_host)  # whose values decide, as whether a teacher's guidance reaches any of them
+        self.velocity.at_times(on_host)
         with Surroundings.here(device, others=True), self.mode:
             self._place(device)
             batch, noise, times = tree_map(self._without_values, (batch, noise, times))
-            self.objective.at_step(step)
-            self.student.at_times(on_host)
-            self.velocity.at_times(on_host)
             with Traceable(), LiveBytes() as counter:
                 with autocast:
                     loss = self.objective(self.student, batch, self.velocity, engine, noise, *times).loss
