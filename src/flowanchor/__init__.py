@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as _logging
 from collections.abc import Mapping as _Mapping
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -15,6 +16,10 @@ if _TYPE_CHECKING:
     from flowanchor.generation.opened import OpenedModel as _OpenedModel
 
 __version__ = _VERSION
+
+# Wherever torchao is installed, every import of diffusers says that it cannot open files in formats of older torchaos,
+# which nothing here does.
+_logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(_logging.ERROR)
 
 # In a checkout, `flowanchor.plugins` and `flowanchor.conf` are the folders plugins/ and conf/ beside src/: they come
 # from the same tree as this file, whatever version is installed. In a wheel they lie inside the package.
