@@ -320,11 +320,16 @@ def check_table(found: Sequence[Checked]) -> str:
     return markdown(head, rows) + f"\n\nLargest error: {100 * max(abs(c.error) for c in found):.1f} %."
 
 
+def checks(record: dict[str, Any]) -> list[Checked]:
+    return [
+        Checked(**{**one, "planned": tuple(one["planned"]), "measured": tuple(one["measured"])})
+        for one in record["check"]
+    ]
+
+
 def show(record: dict[str, Any]) -> None:
     page = ROOT / "docs" / "memory.md"
-    checked = [Checked(**{**one, "planned": tuple(one["planned"]), "measured": tuple(one["measured"])})
-               for one in record["check"]]  # fmt: skip
-    for name, text in (("small cards", table(record["plans"])), ("small cards check", check_table(checked))):
+    for name, text in (("small cards", table(record["plans"])), ("small cards check", check_table(checks(record)))):
         print(text)
         refresh(page, name, text)
 

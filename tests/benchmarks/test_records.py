@@ -18,8 +18,10 @@ import emoji_pictures
 import engines
 import forgetting
 import growth
+import lora_digits
 import memory_plan
 import samplers
+import small_cards
 import stability
 import teacher
 import training_step
@@ -82,6 +84,10 @@ BLOCKS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
      lambda record: memory_plan.check_table([memory_plan.Checked(**one) for one in record["check"]])),
     *([("docs/results/growth.md", "growth", "growth", growth.page)] if growth.RECORD.is_file() else []),
     ("docs/results/what_it_takes.md", "what it takes", "what_it_takes", taken),
+    ("docs/memory.md", "small cards", "small_cards", lambda record: small_cards.table(record["plans"])),
+    ("docs/memory.md", "small cards check", "small_cards",
+     lambda record: small_cards.check_table(small_cards.checks(record))),
+    ("docs/few_step_lora.md", "lora digits table", "lora_digits", lora_digits.table),
     ("docs/wan.md", "wan digits table", "wan_digits", wan_digits.page),
     ("docs/emoji.md", "emoji table", "emoji", lambda record: emoji_pictures.table(record["figures"], EMOJI)),
     ("README.md", "demo table", "demo_cpu",
@@ -92,7 +98,9 @@ BEGINS = {"emoji table"}  # what stands below it in the block counts pictures, w
 
 def block(page: str, name: str) -> str:
     text = (ROOT / page).read_text()
-    found = re.search(rf"<!-- {re.escape(name)}[^\n]*-->\n(.*?)\n<!-- end of {re.escape(name)} -->", text, re.S)
+    found = re.search(
+        rf"<!-- {re.escape(name)}(?: -->|:[^\n]*-->)\n(.*?)\n<!-- end of {re.escape(name)} -->", text, re.S
+    )
     assert found is not None, f"{page} has no block '{name}'"
     return found[1]
 

@@ -31,6 +31,7 @@ def test_what_lasts_by_hand():
     assert not any(isinstance(one, nn.Linear) and one.weight.requires_grad for one in quantisable(network))
 
 
+@pytest.mark.slow
 def test_a_deeper_network_lies_on_the_line():
     case = SMALL[0]
     network = case.with_blocks(6).build()
@@ -39,6 +40,7 @@ def test_a_deeper_network_lies_on_the_line():
     assert step_of_depth(case, 6) == pytest.approx(direct, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_is_measured():
     found = check(SMALL[0], "bfloat16")
     assert abs(found.error) < 0.1 and min(found.planned) > 0

@@ -76,7 +76,7 @@ def package(tmp_path, monkeypatch):
 def test_those_that_recognise_more_than_their_own_are_asked_last(package):
     package(a="theirs_of_formats.kinds.Folder", b="theirs_of_formats.kinds.File")
     names = [one.name for one in formats()]
-    assert names == ["flowanchor", "huggingface", "diffusers", "file", "theirs", "authors", "transformer"]
+    assert names == ["lora", "flowanchor", "huggingface", "diffusers", "file", "theirs", "authors", "transformer"]
 
 
 def test_a_folder_that_is_converted_first(package, tmp_path):
