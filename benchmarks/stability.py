@@ -86,7 +86,8 @@ def cells(data: str) -> list[Cell]:
     both = (True, False)
     if data == "fashion_mnist":
         corners = [(1, "32-true"), (1000, "32-true"), (1000, "bf16-mixed")]
-        return [Cell(anchor, scale, precision) for scale, precision in corners for anchor in both]
+        raw = [Cell(anchor, scale, precision) for scale, precision in corners for anchor in both]
+        return [*raw, *(Cell(anchor, 1, tangent="facm") for anchor in both)]
     first = [Cell(a, s) for s in (1, 1000, 100) for a in both] + [Cell(a, 1000, "bf16-mixed") for a in both]
     others = [
         Cell(a, s, start=start, tangent=tangent)

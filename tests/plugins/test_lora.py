@@ -151,16 +151,17 @@ def test_the_base_of_wan_knows_no_end():
 
 
 def test_compiled_stages_follow_the_switch():
-    student, base, _ = three("FLUX.1")
-    x, t, cond = CASES["FLUX.1"].inputs()
+    student, base = (network.float() for network in three("FLUX.1")[:2])
+    x, t, cond = CASES["FLUX.1"].inputs(torch.float32)
     torch._dynamo.reset()
     with torch.no_grad():
         on, off = student.predict(x, t, cond), base.predict(x, t, cond)
         compile_blocks(student, backend="eager", fullgraph=True)
         for _ in range(2):
-            assert relative(student.predict(x, t, cond), on) < 1e-12
+            assert relative(student.predict(x, t, cond), on) < 1e-5
             with student.without_adapters():
-                assert relative(student.predict(x, t, cond), off) < 1e-12
+                assert relative(student.predict(x, t, cond), off) < 1e-5
+    assert relative(on, off) > 1e-2
     torch._dynamo.reset()
 
 
