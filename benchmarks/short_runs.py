@@ -42,7 +42,7 @@ from flowanchor.programs.train import build_module, build_strategy, build_traine
 TEACHERS = {"digits": "digits_teacher", "fashion_mnist": "fashion_teacher"}
 STUDENTS = {"digits": "digits_facm", "fashion_mnist": "fashion_facm"}
 ALONE = (
-    "callbacks=none", "logger=none", "trainer.limit_val_batches=0", "trainer.accelerator=cpu",
+    "callbacks=none", "logger=none", "trainer.limit_val_batches=0",
     "+trainer.enable_progress_bar=false", "+trainer.enable_checkpointing=false", "ema.snapshot_every=null",
     "jvp.recompute=false",
 )  # fmt: skip
@@ -82,7 +82,8 @@ def fit(folder: Path, *words: str, forgetting: Forgetting | None = None, ends: b
 
     `ends`: with a checkpoint in `folder`, so that another run can start from it or be taught by it.
     """
-    cfg = compose(*words, *ALONE)
+    on = () if any(word.startswith("trainer.accelerator=") for word in words) else ("trainer.accelerator=cpu",)
+    cfg = compose(*words, *ALONE, *on)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_num_threads(1)
     data = instantiate(cfg.data)

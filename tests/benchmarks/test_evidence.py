@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import forgetting
+import gpu_evidence
 import growth
 import short_runs
 import stability
@@ -170,3 +171,21 @@ def test_a_step_costs_more_where_it_is_deeper():
     small = {"hidden_size": 32, "tokens": 4, "batch": 1}
     shallow, deep = (growth.cost(depth=depth, **small) for depth in (1, 6))
     assert 0 < shallow["bytes"] < deep["bytes"] and 0 < shallow["cpu_seconds"] < deep["cpu_seconds"]
+
+
+@pytest.mark.parametrize("data", list(gpu_evidence.TEACHERS))
+@pytest.mark.parametrize("part", list(gpu_evidence.PARTS))
+def test_rows_of_a_gpu_are_whole_commands(data, part, tmp_path):
+    cfg = compose(*gpu_evidence.words(data, part, tmp_path / "row", "cuda", tiny=False))
+    assert cfg.trainer.max_time.seconds == gpu_evidence.PARTS[part] and cfg.trainer.precision == "bf16-mixed"
+    assert (cfg.objective.anchor is None) == (part == "FACM without anchor")
+    parts = gpu_evidence.PARTS.values()
+    assert sum(parts) + len(parts) * gpu_evidence.AROUND < 540 / len(gpu_evidence.TEACHERS), "nine minutes"
+
+
+def test_a_row_of_a_gpu_stops_when_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_evidence, "SIZE", gpu_evidence.TINY)
+    monkeypatch.setitem(gpu_evidence.PARTS, "teacher", 1)
+    monkeypatch.setattr(gpu_evidence, "CALLS", (2,))
+    found = gpu_evidence.measure("digits", "teacher", tmp_path / "teacher", "cpu", tiny=False)
+    assert 1 <= found["steps"] < 100_000 and found["seconds"] < 60 and found["fd"]["2"] > 0

@@ -17,6 +17,7 @@ import data_loading
 import emoji_pictures
 import engines
 import forgetting
+import gpu_evidence
 import growth
 import lora_digits
 import memory_plan
@@ -88,6 +89,8 @@ BLOCKS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/memory.md", "small cards check", "small_cards",
      lambda record: small_cards.check_table(small_cards.checks(record))),
     ("docs/few_step_lora.md", "lora digits table", "lora_digits", lora_digits.table),
+    *([("docs/results/stability.md", "larger networks", "evidence_gpu", gpu_evidence.page)]
+      if gpu_evidence.RECORD.is_file() else []),
     ("docs/wan.md", "wan digits table", "wan_digits", wan_digits.page),
     ("docs/emoji.md", "emoji table", "emoji", lambda record: emoji_pictures.table(record["figures"], EMOJI)),
     ("README.md", "demo table", "demo_cpu",
@@ -115,6 +118,8 @@ def test_gpu_blocks_are_what_the_latest_record_says_or_that_there_is_none():
     for page in ("README.md", "docs/performance.md"):
         assert block(page, "gpu table") == gpu_table.table(recorded())
     assert block("docs/compatibility.md", "gpu runs") == gpu_table.runs(recorded())
+    if not gpu_evidence.RECORD.is_file():
+        assert block("docs/results/stability.md", gpu_evidence.NAME) == gpu_evidence.page(None)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
