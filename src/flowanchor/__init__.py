@@ -17,9 +17,10 @@ if _TYPE_CHECKING:
 
 __version__ = _VERSION
 
-# Wherever torchao is installed, every import of diffusers says that it cannot open files in formats of older torchaos,
-# which nothing here does.
+# Wherever torchao is installed, every import of diffusers imports it and says that it cannot open files in formats of
+# older torchaos, which nothing here does, and PyTorch says what torchao should do otherwise.
 _logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(_logging.ERROR)
+_logging.getLogger("torch.utils._pytree").addFilter(lambda record: "on Enum subclasses" not in record.getMessage())
 
 # In a checkout, `flowanchor.plugins` and `flowanchor.conf` are the folders plugins/ and conf/ beside src/: they come
 # from the same tree as this file, whatever version is installed. In a wheel they lie inside the package.

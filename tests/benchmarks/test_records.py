@@ -14,6 +14,7 @@ import pytest
 import ablation
 import compiled_dual
 import data_loading
+import described
 import emoji_pictures
 import engines
 import forgetting
@@ -91,6 +92,7 @@ BLOCKS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/few_step_lora.md", "lora digits table", "lora_digits", lora_digits.table),
     *([("docs/results/stability.md", "larger networks", "evidence_gpu", gpu_evidence.page)]
       if gpu_evidence.RECORD.is_file() else []),
+    ("docs/add_a_diffusers_model.md", "described classes", "described", described.table),
     ("docs/wan.md", "wan digits table", "wan_digits", wan_digits.page),
     ("docs/emoji.md", "emoji table", "emoji", lambda record: emoji_pictures.table(record["figures"], EMOJI)),
     ("README.md", "demo table", "demo_cpu",
