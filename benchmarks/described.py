@@ -123,7 +123,8 @@ def table(record: Mapping[str, Any]) -> str:
     told = (
         "Relative errors in float64, on tiny random networks of two or three blocks; lines: of the description. A "
         "tiny step, float32, is mostly the time of Python: Chain-JVP runs each block twice. "
-        f"`python benchmarks/described.py` on {about['cpu']}, one thread, torch {about['torch']}, {about['date']}, commit {about['commit']}."
+        f"`python benchmarks/described.py` on {about['cpu']}, one thread, torch {about['torch']}, {about['date']}, "
+        f"commit {about['commit']}."
     )
     return f"{markdown(header, rows)}\n\n{told}"
 
