@@ -1,4 +1,4 @@
-"""Digits and Fashion-MNIST with networks of 10 to 30 million parameters on one GPU, in less than nine minutes.
+"""Digits and Fashion-MNIST with networks of 32 million parameters on one GPU, in less than nine minutes.
 
     python benchmarks/gpu_evidence.py                        # where there is a CUDA device; goes on where it stopped
     python benchmarks/gpu_evidence.py --seconds 200          # begins no row that would end later
@@ -85,7 +85,7 @@ def measure(data: str, part: str, folder: Path, device: str, tiny: bool) -> dict
 def page(content: Mapping[str, Any] | None) -> str:
     """The block of the page."""
     if content is None:
-        return f"Networks of 10 to 30 million parameters on a GPU (`{COMMAND}`): not measured."
+        return f"Networks of 32 million parameters on a GPU (`{COMMAND}`): not measured."
     lines = [
         [row["data"], row["part"], f"{row.get('parameters', 0) / 1e6:.1f}", row["steps"], f"{row['seconds']:.0f}",
          *("broke" if row["broke"] else f"{row['fd'][str(n)]:.2f}" if row["fd"].get(str(n)) is not None else "-"
