@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flowanchor.base.dtypes import DTYPES
-from flowanchor.base.files import add_file
 from flowanchor.base.plain import bare
 from flowanchor.base.stock_folder import without_code
 from flowanchor.errors import CheckpointError, ConfigError
-from flowanchor.interfaces import Codec, Posterior
-from flowanchor.plugins.codecs.stock_vae import read_vae, vae_folder
+from flowanchor.interfaces import Posterior
+from flowanchor.plugins.codecs.stock_vae import StockVAE
 
 PIPELINE = "a pipeline of diffusers"
 
@@ -159,7 +155,7 @@ KINDS: dict[str, Layout] = {
 }
 
 
-class PipelineVAE(Codec):
+class PipelineVAE(StockVAE):
     """Images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1] <-> latents [B, C, *] as the network reads them.
 
     Which VAE it is, its `config.json` says; nothing in the folder is executed. A VAE of videos takes an image as one
@@ -182,21 +178,10 @@ class PipelineVAE(Codec):
     def __init__(
         self, weights: str | None = None, dtype: str = "bfloat16", chunk: int = 1, tiling: bool = False
     ) -> None:
-        super().__init__()
-        if dtype not in DTYPES:
-            raise ConfigError(f"codec.dtype={dtype} is not known: use one of {', '.join(DTYPES)}.")
-        if chunk < 1:
-            raise ConfigError(f"codec.chunk={chunk} must be at least 1: it is how many images are decoded at once.")
-        self.dtype, self.chunk, self.tiling = DTYPES[dtype], chunk, tiling
-        self.folder = None if weights is None else vae_folder(Path(weights).expanduser(), PIPELINE)
-        self.usable = self.folder is not None
-        self.network: Any = None
+        super().__init__(weights, PIPELINE, dtype, chunk, tiling)
         self.layout: Layout = KL()
         if self.folder is not None:
             self._describe(without_code(self.folder))
-        self.register_buffer(
-            "_where", torch.empty(0), persistent=False
-        )  # follows `to(device)` before the network is read
 
     def _describe(self, config: Mapping[str, Any]) -> None:
         found = KINDS.get(str(config.get("_class_name")))
@@ -230,11 +215,6 @@ class PipelineVAE(Codec):
         images = torch.cat(parts).clamp(-1, 1)
         return (images[:, :, 0] if video and images.shape[2] == 1 else images).to(latents.dtype)
 
-    def encode(self, images: Tensor) -> Tensor:
-        raw = self.posterior(images).mean
-        mean, deviation = self._statistics(raw)
-        return ((raw - mean) / deviation).to(images.dtype)
-
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Posterior:
         """Packed, not normalised, [B, C, h, w], or [B, C, f, h, w] of a VAE of videos."""
@@ -257,15 +237,6 @@ class PipelineVAE(Codec):
         mean = self._packed(torch.cat([one.mean for one in found]).float())
         return Posterior(mean, self._packed(torch.cat(spread).float()) if spread else None)
 
-    def fingerprint(self) -> str:
-        if self.folder is None:
-            return self.name
-        digest = hashlib.sha256()
-        for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json")):
-            digest.update(file.name.encode())
-            add_file(digest, file)
-        return digest.hexdigest()
-
     def _packed(self, latents: Tensor) -> Tensor:
         return functional.pixel_unshuffle(latents, self.layout.squares) if self.layout.squares > 1 else latents
 
@@ -279,12 +250,5 @@ class PipelineVAE(Codec):
         mean, deviation = values
         return mean, deviation
 
-    def _loaded(self) -> Any:
-        if self.network is None:
-            if self.folder is None:
-                raise ConfigError(f"codec={self.name} has no weights: add codec.weights=FOLDER (a pipeline, or vae/).")
-            self.network = read_vae(self.folder, KINDS, self.dtype, "a VAE that is known here", PIPELINE)
-            self.network = self.network.to(self._where.device)
-            if self.tiling:
-                self.network.enable_tiling()
-        return self.network
+    def _read(self) -> Any:
+        return self.read(KINDS, "a VAE that is known here", PIPELINE)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowanchor.base.dtypes import DTYPES
-from flowanchor.base.files import add_file
 from flowanchor.errors import ConfigError
-from flowanchor.interfaces import Codec, Posterior
-from flowanchor.plugins.codecs.stock_vae import read_vae, vae_folder
+from flowanchor.interfaces import Posterior
+from flowanchor.plugins.codecs.stock_vae import StockVAE
 
 KINDS = ("AutoencoderKLWan",)
+PIPELINE = "a Wan pipeline"
 
 
-class WanVAE(Codec):
+class WanVAE(StockVAE):
     """Images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1] <-> normalised latents [B, C, f, H / s, W / s].
 
     Latents are normalised by the mean and deviation per channel that the VAE's own config states, as Wan's pipeline
@@ -48,19 +45,8 @@ class WanVAE(Codec):
         chunk: int = 1,
         tiling: bool = False,
     ) -> None:
-        super().__init__()
-        if dtype not in DTYPES:
-            raise ConfigError(f"codec.dtype={dtype} is not known: use one of {', '.join(DTYPES)}.")
-        if chunk < 1:
-            raise ConfigError(f"codec.chunk={chunk} must be at least 1: it is how many images are decoded at once.")
+        super().__init__(weights, PIPELINE, dtype, chunk, tiling)
         self.latent_channels, self.downsampling = latent_channels, downsampling
-        self.dtype, self.chunk, self.tiling = DTYPES[dtype], chunk, tiling
-        self.folder = None if weights is None else vae_folder(Path(weights).expanduser(), "a Wan pipeline")
-        self.usable = self.folder is not None
-        self.network: Any = None
-        self.register_buffer(
-            "_where", torch.empty(0), persistent=False
-        )  # follows `to(device)` before the network is read
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -70,11 +56,6 @@ class WanVAE(Codec):
         raw = (video.float() * std + mean).to(self.dtype)
         images = torch.cat([network.decode(part).sample.float() for part in raw.split(self.chunk)]).clamp(-1, 1)
         return (images[:, :, 0] if still or images.shape[2] == 1 else images).to(latents.dtype)
-
-    def encode(self, images: Tensor) -> Tensor:
-        raw = self.posterior(images).mean
-        mean, std = self._statistics(raw)
-        return ((raw - mean) / std).to(images.dtype)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Posterior:
@@ -94,15 +75,6 @@ class WanVAE(Codec):
             torch.cat([one.mean for one in found]).float(), torch.cat([one.logvar for one in found]).float()
         )
 
-    def fingerprint(self) -> str:
-        if self.folder is None:
-            return self.name
-        digest = hashlib.sha256()
-        for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".json")):
-            digest.update(file.name.encode())
-            add_file(digest, file)
-        return digest.hexdigest()
-
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self._loaded().config
         shape = (1, -1, 1, 1, 1)
@@ -110,22 +82,13 @@ class WanVAE(Codec):
         mean, std = (value.view(shape) for value in values)
         return mean, std
 
-    def _loaded(self) -> Any:
-        if self.network is None:
-            if self.folder is None:
-                raise ConfigError(
-                    f"codec={self.name} has no weights: add codec.weights=FOLDER (vae/ of a Wan pipeline)."
-                )
-            self.network = read_vae(self.folder, KINDS, self.dtype, "Wan's VAE", "a Wan pipeline").to(
-                self._where.device
+    def _read(self) -> Any:
+        network = self.read(KINDS, "Wan's VAE", PIPELINE)
+        config = network.config
+        theirs = (config.z_dim, getattr(config, "scale_factor_spatial", None) or self.downsampling)
+        if theirs != (self.latent_channels, self.downsampling):
+            raise ConfigError(
+                f"{self.folder} has latents of {theirs[0]} channels, {theirs[1]} times smaller: set codec."
+                f"latent_channels={theirs[0]} codec.downsampling={theirs[1]}."
             )
-            if self.tiling:
-                self.network.enable_tiling()
-            config = self.network.config
-            theirs = (config.z_dim, getattr(config, "scale_factor_spatial", None) or self.downsampling)
-            if theirs != (self.latent_channels, self.downsampling):
-                raise ConfigError(
-                    f"{self.folder} has latents of {theirs[0]} channels, {theirs[1]} times smaller: set codec."
-                    f"latent_channels={theirs[0]} codec.downsampling={theirs[1]}."
-                )
-        return self.network
+        return network

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from flowanchor.base.stock_folder import without_code
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.plugins.metrics.stock_network import read_stock
 
 BYTES = 256  # a vocabulary of CLIP has at least all single bytes
 
@@ -42,23 +43,10 @@ class Clip(nn.Module):
         except ImportError as error:
             raise ConfigError("metric=t2i needs transformers: pip install 'flowanchor[wan]'.") from error
         without_code(self.folder)
-        try:
-            read: Any = CLIPModel.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-            )
-            self.processor = CLIPProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be read as CLIP with its processor ({str(error).splitlines()[0]}): download all "
-                "of its files, safetensors among them."
-            ) from error
-        network, info = read
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(f"{self.folder} is no CLIP: it lacks {', '.join(missing[:3])}.")
+        network, self.processor = read_stock(CLIPModel, self.folder, "CLIP", CLIPProcessor)
         if len(self.processor.tokenizer) < BYTES:  # transformers makes an empty one where files are missing
             raise CheckpointError(f"The tokenizer in {self.folder} has no vocabulary: download vocab.json, merges.txt.")
-        self.network: Any = network.eval().requires_grad_(False)
+        self.network: Any = network
         self.tokens = int(self.network.config.text_config.max_position_embeddings)
         self.width = int(self.network.config.projection_dim)
 

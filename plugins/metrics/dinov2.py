@@ -17,6 +17,7 @@ from flowanchor.base.stock_folder import without_code
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.metrics.base import Metric
+from flowanchor.plugins.metrics.stock_network import StockExtractor, read_stock
 
 EXTRACTOR = "flowanchor-dinov2"
 LAYER = "cls"
@@ -55,20 +56,8 @@ class Dinov2(nn.Module):
                 f"{self.folder} holds no DINOv2 (its config.json says {kind}): set metric.dinov2=FOLDER to one, such "
                 "as a copy of facebook/dinov2-large."
             )
-        try:
-            read: Any = Dinov2Model.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be read as DINOv2 ({str(error).splitlines()[0]}): download all of its files, "
-                "safetensors among them."
-            ) from error
-        network, info = read
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(f"{self.folder} is no DINOv2: it lacks {', '.join(missing[:3])}.")
-        self.network: Any = network.eval().requires_grad_(False)
+        network, *_ = read_stock(Dinov2Model, self.folder, "DINOv2")
+        self.network: Any = network
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> the class token after the last normalisation, [B, D]."""
@@ -83,27 +72,10 @@ def prepared(images: Tensor) -> Tensor:
     return (small.float() / 255 - mean) / spread
 
 
-class Dinov2Extractor(FeatureExtractorBase):
-    """DINOv2 in torch-fidelity's clothes: layer `cls`, [B, D]. Its own is fetched as code (torch.hub)."""
+class Dinov2Extractor(StockExtractor):
+    """Layer `cls`, [B, D]. torch-fidelity's own is fetched as code (torch.hub)."""
 
-    def __init__(self, name: str, features_list: list[str], dinov2: Dinov2, **_: Any) -> None:
-        super().__init__(name, features_list)
-        self.dinov2 = dinov2
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYER
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.dinov2(images),)
+    layer = LAYER
 
 
 if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
@@ -129,7 +101,7 @@ class Dinov2Metric(Metric):
         return "FD-DINOv2"
 
     def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
-        return create_feature_extractor(EXTRACTOR, [LAYER], cuda=False, verbose=False, dinov2=self.dinov2)
+        return create_feature_extractor(EXTRACTOR, [LAYER], cuda=False, verbose=False, module=self.dinov2)
 
     def prepare(self, image: Tensor) -> Tensor:
         return image.expand(3, -1, -1) if image.shape[0] == 1 else image

@@ -15,32 +15,16 @@ from flowanchor.data.base import FlowDataModule
 from flowanchor.metrics.base import Metric
 from flowanchor.plugins.metrics.clip import Clip
 from flowanchor.plugins.metrics.inception import InceptionMetric
+from flowanchor.plugins.metrics.stock_network import StockExtractor
 
 EXTRACTOR = "flowanchor-clip"
 LAYER = "clip"
 
 
-class ClipExtractor(FeatureExtractorBase):
-    """CLIP's image embeddings in torch-fidelity's clothes: layer `clip`, [B, D], of length 1."""
+class ClipExtractor(StockExtractor):
+    """CLIP's image embeddings: layer `clip`, [B, D], of length 1."""
 
-    def __init__(self, name: str, features_list: list[str], clip: Clip, **_: Any) -> None:
-        super().__init__(name, features_list)
-        self.clip = clip
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYER
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.clip(images),)
+    layer = LAYER
 
 
 if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
@@ -76,7 +60,7 @@ class TextToImageMetric(Metric):
     def extractor(self, data: FlowDataModule | None) -> FeatureExtractorBase:
         if self._inception is not None:
             return self._inception.extractor(data)
-        return create_feature_extractor(EXTRACTOR, [LAYER], cuda=False, verbose=False, clip=self.clip)
+        return create_feature_extractor(EXTRACTOR, [LAYER], cuda=False, verbose=False, module=self.clip)
 
     def prepare(self, image: Tensor) -> Tensor:
         return image.expand(3, -1, -1) if image.shape[0] == 1 else image

@@ -37,6 +37,8 @@ def load(
     text_encoder: _Mapping[str, _Any] | None = None,
     dtype: _Any = None,
     network: _Any = None,
+    initialise_from: _Any = None,
+    base_lora: str | _Path | None = None,
 ) -> _OpenedModel:
     """Open a trained model for sampling: `flowanchor.load(PATH).sample([0, 1, 2], steps=2)`.
 
@@ -44,7 +46,7 @@ def load(
     """
     from flowanchor.generation.opened import load as open_model  # PyTorch is imported on first use
 
-    return open_model(path_or_repo, ema, device, codec, text_encoder, dtype, network=network)
+    return open_model(path_or_repo, ema, device, codec, text_encoder, dtype, initialise_from, network, base_lora)
 
 
 def compose(*overrides: str, program: str = "train") -> _DictConfig:
