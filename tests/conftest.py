@@ -47,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     load("warm_configs", HERE / "warm" / "warm_configs.py").compose_once()
     # Otherwise each process that compiles starts others, for kernels of GPUs.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if not torch.cuda.is_available():
+        # Otherwise, where Lightning was imported, every operation on fake tensors looks for a driver's library anew.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if WARM not in os.environ and sys.platform == "linux":
         started = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)

@@ -31,6 +31,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def become(job: dict[str, Any], streams: list[int], executable: str) -> None:
     time.tzset()
     tempfile.tempdir = None
     sys.executable = executable
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # what the libraries would take apart at exit
     if sys.dont_write_bytecode:  # nothing beside the sources, then, but the next fork need not compile them again
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(executable).with_name("bytecode"))
     options, words = job["options"], job["words"]

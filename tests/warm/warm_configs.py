@@ -6,12 +6,16 @@ start (start.py) knows the files of this checkout before it forks.
 
 Hydra composes twice per program, first only to see whether `hydra.mode` is set. In tests it is not, unless the command
 line says so (where a file sets it to MULTIRUN, Hydra ends with an AssertionError).
+
+Entry points, through which plugins and callbacks are found, are read once per installed package: there are three
+hundred of them, and a program asks three times.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from importlib.metadata import Distribution, EntryPoints, PathDistribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,9 @@ CONF = Path(__file__).parents[2] / "conf"
 
 _load = OmegaConf.load
 _get_mode = Hydra.get_mode
+_read_entry_points = Distribution.entry_points.fget  # type: ignore[attr-defined]
 _known: dict[str, bytes] = {}
+_installed: dict[str, EntryPoints] = {}
 
 
 def _load_once(file: Any) -> Any:
@@ -43,8 +49,17 @@ def _get_mode_if_any(self: Hydra, config_name: str | None, overrides: list[str])
     return _get_mode(self, config_name, overrides) if any("mode" in override for override in overrides) else None
 
 
+def _entry_points(package: Distribution) -> Any:
+    known = _installed.get(str(package._path)) if isinstance(package, PathDistribution) else None
+    return _read_entry_points(package) if known is None else known
+
+
 def compose_once() -> None:
     """From now on, in this process."""
+    for package in distributions():
+        if isinstance(package, PathDistribution):
+            _installed[str(package._path)] = package.entry_points
+    Distribution.entry_points = property(_entry_points)  # type: ignore[method-assign, assignment]
     OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
     Hydra.get_mode = _get_mode_if_any  # type: ignore[method-assign]
 
