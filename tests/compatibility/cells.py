@@ -154,12 +154,14 @@ class Spread:
 
         return call
 
-    def run(self, engine: TangentEngine) -> Outcome:
+    def run(self, engine: TangentEngine, whole: bool = False) -> Outcome:
+        """One step of this process's share of the batch, which is the first one where nothing is shared out."""
         self.student.zero_grad()
         self.compiled_calls = 0
         share = BATCH // WORLD
-        first = dist.get_rank() * share
-        samples = slice(first, first + share) if self.joint else slice(None)
+        first = dist.get_rank() * share if self.joint else 0
+        # Of one size everywhere: "plain" and DDP have the same graphs.
+        samples = slice(None) if whole else slice(first, first + share)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
             loss, result = self.step(engine, samples)
         loss.backward()
@@ -205,7 +207,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 8
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD)
     made = Spread("plain", compiled=False)
-    wanted = made.run(Full("math"))
+    wanted = {False: made.run(Full("math")), True: made.run(Full("math"), whole=True)}
     found: list[dict[str, Any]] = []
     for (spread, _), group in itertools.groupby(CELLS, key=lambda cell: (cell.spread, cell.compiled)):
         cells = list(group)
@@ -215,7 +217,7 @@ def main() -> None:
             torch._dynamo.reset()
             made = Spread(spread, cells[0].compiled)
         mine = cells if made.joint else cells[int(rank) :: WORLD]
-        found += [visit(cell, made, wanted) for cell in mine]
+        found += [visit(cell, made, wanted[made.joint]) for cell in mine]
     Path(result).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
