@@ -38,6 +38,8 @@ SHORT = {
     "sample.py": ["num_samples=10"],
     "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=1", "student.quick_steps=1"],
 }
+# And the smallest network, where a command trains the usual one and says nothing of its size.
+SMALL = ["backbone.depth=2", "backbone.hidden_size=16", "backbone.num_heads=2"]
 SECONDS = 280  # that a command may take
 SCRIPTS = {"flowanchor-train": "train.py", "flowanchor-sample": "sample.py", "flowanchor-eval": "eval.py"}
 SCRIPTS |= {"flowanchor-demo": "demo.py", "flowanchor-convert": "convert.py"}
@@ -232,8 +234,13 @@ def runnable(command: str, clone: Path) -> list[list[str]]:
 def short(words: list[str]) -> list[str]:
     """`python src/train.py ...` with this interpreter and the shortest training."""
     script = words[1]
-    only_shows = {"--cfg", "--help", "--info", "--hydra-help"} & set(words)
-    return [sys.executable, *words[1:], *([] if only_shows else SHORT.get(Path(script).name, []))]
+    if {"--cfg", "--help", "--info", "--hydra-help"} & set(words):
+        return [sys.executable, *words[1:]]
+    others = ("backbone=", "backbone.preset=", "backbone.depth=", "backbone.hidden_size=", "experiment=")
+    usual = ("backbone=lightningdit", "experiment=digits")
+    named = [word for word in words if word.startswith(others) and not word.startswith(usual)]
+    small = SMALL if Path(script).name == "train.py" and not named else []
+    return [sys.executable, *words[1:], *small, *SHORT.get(Path(script).name, [])]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
