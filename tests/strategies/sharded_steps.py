@@ -59,6 +59,9 @@ def fsdp_parameters(module: torch.nn.Module) -> list[Any]:
     return [p for group in {id(g): g for g in groups if g is not None}.values() for p in group.fsdp_params]
 
 
+FILLS = ("aten::split_with_sizes_copy", "aten::copy_")
+
+
 class WholeBytes(TorchDispatchMode):
     """The largest number of bytes of whole parameters at any operation, over all networks together."""
 
@@ -72,6 +75,8 @@ class WholeBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self.collectives[func._schema.name.removeprefix("c10d::")] += 1
+        elif func.namespace == "aten" and func._schema.name not in FILLS:
+            return out  # parameters become whole where a gathered buffer is taken apart, and nowhere else
         whole = [p._unsharded_param for p in self.parameters if hasattr(p, "_unsharded_param")]
         self.peak = max(self.peak, sum(p.untyped_storage().size() for p in whole))
         return out
@@ -103,7 +108,7 @@ def run(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         joint = engine
         engine = lambda *given: [joint(*given[:-1], [one])[0] for one in given[-1]]  # noqa: E731 - a walk each
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)  # an operation for all of them
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, first = [], {}
     held = WholeBytes(student, teacher)

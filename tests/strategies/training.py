@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ def fit(
     options = {"backend": "eager", "fullgraph": True} if compiled else None
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(recompute),
-        lambda parameters: (AdamWBF16 if low_moments else torch.optim.AdamW)(parameters, lr=lr, eps=0.1), seed=3,
+        partial(AdamWBF16 if low_moments else partial(torch.optim.AdamW, fused=True), lr=lr, eps=0.1), seed=3,
         config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
         compile_options=options,
     )  # fmt: skip
