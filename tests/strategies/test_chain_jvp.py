@@ -55,7 +55,7 @@ def four(torchrun, two, folder):
 
 def assert_equal(ours: list[dict[str, Any]], theirs: dict[str, Any], skipped: int = 0, tolerance: float = 1e-5) -> None:
     """Same losses (averaged over the ranks), norms, weights and averages; ranks agree exactly on what they share."""
-    assert ours[0]["sharded"] > 40, "the student's parameters are sharded"
+    assert ours[0]["sharded"] >= 40, "the student's parameters are sharded"
     joint = torch.tensor([rank["losses"] for rank in ours]).mean(0)
     torch.testing.assert_close(joint, torch.tensor(theirs["losses"])[skipped:], rtol=tolerance, atol=1e-6)
     norms = torch.tensor(theirs["norms"])[skipped:]
@@ -116,7 +116,7 @@ def test_the_teacher_is_sharded_and_not_saved(one, two, folder):
     assert_equal(two["taught"], one["taught"])
     for name, value in one["taught"]["teacher"].items():
         assert torch.equal(two["taught"][0]["teacher"][name], value), name
-    assert two["taught"][0]["sharded_teacher"] > 40
+    assert two["taught"][0]["sharded_teacher"] >= 40
     assert not any(key.startswith("velocity.") for key in two["taught"][0]["weights"])
 
 

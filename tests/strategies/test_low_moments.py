@@ -29,5 +29,5 @@ def test_a_sharded_resume_goes_on_bit_for_bit(two):
 def test_the_checkpoint_holds_them_in_bfloat16(two, folder):
     (state,) = read_checkpoint(folder / "half.ckpt")["optimizer_states"]
     moments = [name for name in state["tensors"] if "exp_avg" in name]
-    assert len(moments) > 80
+    assert len(moments) >= 80
     assert {state["tensors"].dtype(name) for name in moments} == {torch.bfloat16}

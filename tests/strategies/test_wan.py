@@ -6,7 +6,7 @@ import pytest
 import torch
 
 STEPS = 3
-TABLES = {f"blocks.{index}.scale_shift_table" for index in range(3)}
+TABLES = {f"blocks.{index}.scale_shift_table" for index in range(2)}
 COMMON = {"steps": STEPS, "objective": "facm", "wan": "one", "validate": False, "lr": 0.02}
 ROUTED = [
     "objective/time=routed",
@@ -16,7 +16,7 @@ ROUTED = [
 ]
 LORA = {**COMMON, "lora": {"rank": 2}}
 BASE = {**LORA, "teacher": "base"}
-EXPERTS = {**COMMON, "wan": "experts", "steps": 6, "overrides": ROUTED}
+EXPERTS = {**COMMON, "wan": "experts", "steps": 4, "overrides": ROUTED}
 
 
 @pytest.fixture(scope="module")
@@ -90,5 +90,5 @@ def test_both_experts_are_trained(training, one):
 
 
 def test_a_frozen_teacher_is_sharded_beside_it(two):
-    assert two["taught"][0]["sharded_teacher"] > 40
+    assert two["taught"][0]["sharded_teacher"] >= 40
     assert all(torch.isfinite(torch.tensor(rank["losses"])).all() for rank in two["taught"])

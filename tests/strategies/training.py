@@ -55,13 +55,13 @@ from flowanchor.strategies.sharding import shard_backbone
 from flowanchor.text.base import Tokens
 
 NETWORK = {
-    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 24, "depth": 3, "num_heads": 2,
+    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 24, "depth": 2, "num_heads": 2,
     "num_classes": 10, "use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True,
     "disable_label_dropout": True,
 }  # fmt: skip
 WAN: dict[str, Any] = {
     "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
-    "num_layers": 3, "freq_dim": 32, "text_dim": 12, "text_len": 6,
+    "num_layers": 2, "freq_dim": 32, "text_dim": 12, "text_len": 6,
 }  # fmt: skip
 CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
@@ -96,7 +96,7 @@ class TwoHeads(IMFDiT):
     """With a velocity head; neither output starts at zero, and no label is ever dropped."""
 
     def __init__(self) -> None:
-        super().__init__(8, 2, 1, 24, 3, 2, 2, num_classes=10, class_dropout_prob=1e-9)
+        super().__init__(8, 2, 1, 24, 2, 2, 1, num_classes=10, class_dropout_prob=1e-9)
 
     def initialise_stage(self, index: int) -> None:
         super().initialise_stage(index)
@@ -351,7 +351,7 @@ def fill(folder: Path, name: str, source: str | None = None) -> dict[str, Any]:
     return {"peak": memory.peak - own, "weights": weights, "kept": memory.alive - own}
 
 
-LARGER = {"depth": 6, "hidden_size": 32}
+LARGER = {"depth": 4, "hidden_size": 32}
 
 
 def main() -> None:
