@@ -10,7 +10,8 @@ PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("pure
 ARGS ?=
 
 # One thread: the networks of the tests are tiny, and threads that wait for each other on shared cores are slow.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+# Bytecode is kept: otherwise every process of the tests would compile their files anew.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 # Test files at the same time; each may start a process or two of its own. WORKERS=0: one after the other, in one process.
 WORKERS ?= 2

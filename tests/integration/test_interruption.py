@@ -210,7 +210,7 @@ def test_a_checkpoint_of_an_earlier_version_is_named_and_not_read(command, tiny,
 DDP, FSDP = ["strategy=ddp"], ["strategy=fsdp_chain_jvp"]
 TWO = [
     "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2", *RUN, "~callbacks.sample_grid",
-    "data.batch_size=50", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=6",
+    "data.batch_size=50", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=6", "optimizer.fused=true",
 ]  # fmt: skip
 TWO = [word for word in TWO if not word.startswith("callbacks.sample_grid.")]
 ALONE, UNWATCHED = ["trainer.devices=1", "data.batch_size=100"], ["~callbacks.rank_watchdog"]

@@ -11,7 +11,7 @@ import torch
 from flowanchor.errors import ConfigError
 from flowanchor.strategies import ChainJVPStrategy
 
-STAGES = 5  # of the network in training.py: embed, three blocks, head
+STAGES = 4  # of the network in training.py: embed, two blocks, head
 PLAIN: dict[str, Any] = {}
 
 

@@ -22,6 +22,7 @@ RUN = [
     "objective=flow_matching", "objective/interval=plain", "trainer.accelerator=cpu", "trainer.val_check_interval=2",
     "trainer.limit_val_batches=1", "log_every_n_steps=1", "callbacks.sample_grid.every_n_steps=100",
     "callbacks.sample_grid.per_class=1", "sampler.steps=1", "callbacks.sample_grid.nfe=[1]", "optimizer.eps=0.1",
+    "optimizer.fused=true",
 ]  # fmt: skip
 SHARDED = ["strategy=fsdp_chain_jvp", "trainer.devices=2", "data.batch_size=16"]
 
