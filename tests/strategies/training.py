@@ -318,14 +318,16 @@ class WholeBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
+        fresh = all(returned.alias_info is None for returned in function._schema.returns)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not isinstance(tensor, DTensor):
-                self._note(tensor.untyped_storage())
+                self._note(tensor.untyped_storage(), fresh)
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage, fresh: bool) -> None:
+        """`fresh`: allocated by this operation, so that it is no file's, which costs a look at all that is mapped."""
         key, size = storage.data_ptr(), storage.nbytes()
-        if not size or key in self._known or is_mapped(key):
+        if not size or key in self._known or not fresh and is_mapped(key):
             return
         self._known.add(key)
         self.alive += size
