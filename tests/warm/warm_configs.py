@@ -7,6 +7,9 @@ start (start.py) knows the files of this checkout before it forks.
 Hydra composes twice per program, first only to see whether `hydra.mode` is set. In tests it is not, unless the command
 line says so (where a file sets it to MULTIRUN, Hydra ends with an AssertionError).
 
+What choices are known is worked out by Hydra for every file with a defaults list; it is only asked for where one of the
+list's entries is an interpolation.
+
 Entry points, through which plugins and callbacks are found, are read once per installed package: there are three
 hundred of them, and a program asks three times.
 """
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal import defaults_list
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -30,6 +34,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 _load = OmegaConf.load
 _get_mode = Hydra.get_mode
+_create_interpolation_map = defaults_list._create_interpolation_map
 _read_entry_points = Distribution.entry_points.fget  # type: ignore[attr-defined]
 _known: dict[str, bytes] = {}
 _installed: dict[str, EntryPoints] = {}
@@ -49,6 +54,11 @@ def _get_mode_if_any(self: Hydra, config_name: str | None, overrides: list[str])
     return _get_mode(self, config_name, overrides) if any("mode" in override for override in overrides) else None
 
 
+def _interpolation_map_if_any(overrides: Any, entries: list[Any], self_added: bool) -> Any:
+    asked = any(entry.is_interpolation() for entry in entries)
+    return _create_interpolation_map(overrides, entries, self_added) if asked else None
+
+
 def _entry_points(package: Distribution) -> Any:
     known = _installed.get(str(package._path)) if isinstance(package, PathDistribution) else None
     return _read_entry_points(package) if known is None else known
@@ -62,6 +72,7 @@ def compose_once() -> None:
     Distribution.entry_points = property(_entry_points)  # type: ignore[method-assign, assignment]
     OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
     Hydra.get_mode = _get_mode_if_any  # type: ignore[method-assign]
+    defaults_list._create_interpolation_map = _interpolation_map_if_any
 
 
 def know_all() -> None:
