@@ -76,7 +76,7 @@ def run(
     )
     trainer = pl.Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        val_check_interval=2,
+        val_check_interval=4,
         enable_model_summary=False, default_root_dir=folder, num_sanity_val_steps=0, check_val_every_n_epoch=None,
         callbacks=[*callbacks, EMA(decay=0.5, sigma_rel=0.2, snapshot_every=3), last, best],
     )  # fmt: skip

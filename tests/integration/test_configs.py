@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,32 @@ OPTIONS = [
     for path in sorted(CONF.rglob("*.yaml"))
     if path.parent != CONF and path.parent.name not in ("hydra", "metric", "format")
 ]
+MANY = ("experiment", "debugging", "launcher", "hparams_search")  # options that set other groups, or Hydra's
+ALONE = [option for option in OPTIONS if option.partition("=")[0] in MANY]
 BESIDE = {"backbone/description": ("backbone=diffusers",)}  # groups of an option that is not the default
+# Composing is what takes long here. Those that are within another group come when that has its default again.
+AFTER = {"objective/": "objective", "jvp/": "jvp", "backbone/": "backbone"}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def _rounds() -> list[list[str]]:
+    """Every option of the other groups once, next to those of as many groups as can be chosen at once."""
+    groups: dict[str, list[list[str]]] = {}
+    for option in OPTIONS:
+        group = option.partition("=")[0]
+        if group not in MANY:
+            groups.setdefault(group, []).append([*BESIDE.get(group, ()), option])
+    for group, choices in groups.items():
+        outer = next((outer for inner, outer in AFTER.items() if group.startswith(inner)), None)
+        choices[:0] = [[] for _ in groups.get(outer, ())]
+    return [[*chain(*found)] for found in zip_longest(*groups.values(), fillvalue=())]
+
+
+ROUNDS = _rounds()
+
+
+def round_of(option: str) -> list[str]:
+    return next(options for options in ROUNDS if option in options) if option not in ALONE else [option]
 
 
 @cache
@@ -51,6 +76,7 @@ def resolved(cfg):
 
 def test_the_config_folder_is_found():
     assert PROGRAMS and "objective=facm" in OPTIONS and "objective/interval=expanded" in OPTIONS
+    assert {*ALONE, *chain(*ROUNDS)} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -58,8 +84,20 @@ def test_every_program_composes(program):
     resolved(compose_job(program))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ALONE)
+def test_every_option_of_many_groups_composes(option):
+    resolved(compose_job("train", option))
+
+
+@pytest.mark.parametrize("options", ROUNDS, ids=" ".join)
+def test_options_of_different_groups_compose_together(options):
+    resolved(compose_job("train", *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", sorted(set(OPTIONS) - set(ALONE)))
 def test_every_option_composes(option):
+    """By itself, beside what is the default."""
     resolved(compose_job("train", *chosen(option)))
 
 
@@ -72,7 +110,7 @@ def test_every_option_builds(group):
     from hydra.utils import instantiate
 
     for option in [o for o in OPTIONS if o.partition("=")[0] == group]:
-        node = OmegaConf.select(compose_job("train", *chosen(option)), group.replace("/", "."))
+        node = OmegaConf.select(compose_job("train", *round_of(option)), group.replace("/", "."))
         if "_target_" not in (node or {}):
             continue  # an option without an object of its own: none, strategy=auto, sampler=from_checkpoint
         try:

@@ -10,7 +10,7 @@ from flowanchor.errors import FlowAnchorError
 RUN = [
     "callbacks=default", "~callbacks.sample_grid", "~callbacks.best", "optimizer.lr=1e-3",
     "trainer.val_check_interval=4", "trainer.limit_val_batches=1", "log_every_n_steps=1",
-    "data.repeat=1", "backbone.disable_label_dropout=false",
+    "data.repeat=1", "backbone.disable_label_dropout=false", "backbone.patch_size=4",
 ]  # fmt: skip
 
 
@@ -19,25 +19,26 @@ def content(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("batch", "stop", "extra"),
+    ("batch", "stops", "extra"),
     [
-        (500, 3, []),  # two batches an epoch: stops inside the second epoch
-        (500, 4, []),  # stops where an epoch ends and a validation falls due
-        (100, 5, ["data.num_workers=1"]),  # inside the first epoch, with a worker that reads ahead
-        (100, 3, ["trainer.accumulate_grad_batches=2"]),
+        # Two batches an epoch: inside the second epoch, and where an epoch ends and a validation falls due.
+        (500, (3, 4), []),
+        (100, (5,), ["data.num_workers=1"]),  # inside the first epoch, with a worker that reads ahead
+        (100, (3,), ["trainer.accumulate_grad_batches=2"]),
     ],
 )
-def test_resumed_equals_uninterrupted(command, tiny, batch, stop, extra, assert_same):
+def test_resumed_equals_uninterrupted(command, tiny, batch, stops, extra, assert_same):
     settings = [*tiny, *RUN, f"data.batch_size={batch}", *extra]
     folder = command("train", *settings, "name=whole", "trainer.max_steps=7")
-    command("train", *settings, "name=parts", f"trainer.max_steps={stop}")
-    assert content(folder, "parts")["global_step"] == stop
-    command("train", *settings, "name=parts", "trainer.max_steps=7")
-    whole, parts = content(folder, "whole"), content(folder, "parts")
-    assert whole["global_step"] == parts["global_step"] == 7
-    for key in ("state_dict", "ema", "optimizer_states"):
-        assert whole[key], key
-        assert_same(whole[key], parts[key], key)
+    for stop in stops:
+        command("train", *settings, f"name=parts{stop}", f"trainer.max_steps={stop}")
+        assert content(folder, f"parts{stop}")["global_step"] == stop
+        command("train", *settings, f"name=parts{stop}", "trainer.max_steps=7")
+        whole, parts = content(folder, "whole"), content(folder, f"parts{stop}")
+        assert whole["global_step"] == parts["global_step"] == 7
+        for key in ("state_dict", "ema", "optimizer_states"):
+            assert whole[key], key
+            assert_same(whole[key], parts[key], key)
     start = content(folder, "whole")["state_dict"]["student.final_layer.linear.weight"]
     assert start.abs().max() > 0, "the run must have trained something"
 

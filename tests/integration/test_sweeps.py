@@ -41,11 +41,13 @@ def test_a_search_minimises_the_distance_at_two_steps(tmp_path):
 
 
 @pytest.mark.cold  # submitit knows a job by the id of the process that it has started
-def test_jobs_as_processes_of_this_machine(tmp_path):
-    done = train(tmp_path, "-m", "launcher=submitit_local", "seed=0,1", "hydra.sweep.dir=sweep")
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.ckpt"))) == 2
-    assert list((tmp_path / "sweep" / ".submitit").iterdir()), "submitit ran them"
+@pytest.mark.parametrize("seeds", [[3], pytest.param([3, 4], marks=pytest.mark.slow)])
+def test_jobs_as_processes_of_this_machine(command, seeds):
+    words = ["launcher=submitit_local", f"seed={','.join(map(str, seeds))}", "hydra.sweep.dir=sweep", *SMALL]
+    folder = command("train", "-m", *words) / "sweep"
+    kept = [yaml.safe_load(path.read_text())["seed"] for path in folder.glob("*/config.yaml")]
+    assert sorted(kept) == seeds and len(list(folder.glob("*/checkpoints/last.ckpt"))) == len(seeds)
+    assert list((folder / ".submitit").iterdir()), "submitit ran them"
 
 
 def test_the_usual_search_fits_every_objective():

@@ -156,7 +156,8 @@ def test_no_floor_without_the_training_data(sources, tmp_path):
 
 
 def test_metric_may_be_a_config(small_metric, digits):
-    config = {"_target_": "flowanchor.plugins.metrics.small.SmallMetric", "cache_dir": small_metric.classifier_dir}
+    settings = {"cache_dir": small_metric.classifier_dir, "steps": small_metric.steps}
+    config = {"_target_": "flowanchor.plugins.metrics.small.SmallMetric", **settings}
     assert Evaluator(config, digits).label == "FD-digits"
 
 

@@ -95,7 +95,8 @@ def test_student_and_base_in_one_set_of_weights(name):
     assert set(projected) == trained
     total = torch.cat([projected[key].flatten() for key in sorted(trained)])
 
-    for key, engine in ENGINES.items():
+    for key in ENGINES if name in ("SD3.5", "FLUX.1") else ("chain", "selective"):
+        engine = ENGINES[key]
         out = engine(student, x, cond, asked)[0]
         with student.without_adapters():  # the teacher, by an engine too, and the student's backward inside
             taught = engine(student, x, cond, asked)[0]
@@ -151,8 +152,8 @@ def test_the_base_of_wan_knows_no_end():
 
 
 def test_compiled_stages_follow_the_switch():
-    student, base = (network.float() for network in three("FLUX.1")[:2])
-    x, t, cond = CASES["FLUX.1"].inputs(torch.float32)
+    student, base = (network.float() for network in three("LTX-Video")[:2])  # blocks of one kind
+    x, t, cond = CASES["LTX-Video"].inputs(torch.float32)
     torch._dynamo.reset()
     with torch.no_grad():
         on, off = student.predict(x, t, cond), base.predict(x, t, cond)

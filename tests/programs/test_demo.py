@@ -171,7 +171,9 @@ def assert_order(calls: list[Any], whole: list[str]) -> None:
     assert titles[0] == whole[0] and titles[-1] == whole[-1] and sorted(titles) == sorted(whole)
 
 
-def test_order_reuse_and_fresh(tmp_path: Path, programs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_reuse_and_fresh(
+    tmp_path: Path, programs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = config(tmp_path, "teacher.steps=30", "student.steps=20")
     demo(cfg)
     midpoint = "evaluation of the teacher by midpoint steps"
@@ -185,6 +187,7 @@ def test_order_reuse_and_fresh(tmp_path: Path, programs: list[Any], capsys: pyte
     assert {"nfe=[1,2,4]", "sampler=consistency"} <= set(arguments[whole[4]])
     assert "met" in capsys.readouterr().out and (tmp_path / "report.html").is_file()
 
+    monkeypatch.setattr(Demo, "assemble", lambda self: [])  # once is enough
     programs.clear()
     demo(cfg)
     assert programs == []  # all of it is finished
@@ -201,7 +204,9 @@ def test_order_reuse_and_fresh(tmp_path: Path, programs: list[Any], capsys: pyte
 def test_quick_demo_leaves_the_long_one_alone(
     tmp_path: Path, programs: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo(config(tmp_path, "teacher.steps=30", "student.steps=20"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Demo, "assemble", lambda self: [])
+        demo(config(tmp_path, "teacher.steps=30", "student.steps=20"))
     before = (tmp_path / "runs/facm/checkpoints/last.ckpt").read_text()
     demo(config(tmp_path, "quick=true"))
     assert (tmp_path / "runs/facm/checkpoints/last.ckpt").read_text() == before

@@ -182,8 +182,8 @@ def test_command_line_errors_are_one_sentence(place, run, arguments, word):
 
 def test_repeats_are_independent_sets_and_their_mean(place, config, report):
     """The first set is that of an evaluation without repeats; the others have seeds of their own."""
-    several = evaluate(config("nfe=[1,3]", "save_samples=true", "repeats=3", "protocol=balanced"), place / "several")
-    for one, mean in zip(report["results"], several["results"], strict=True):
+    several = evaluate(config("nfe=1", "save_samples=true", "repeats=3", "protocol=balanced"), place / "several")
+    for one, mean in zip(report["results"][:1], several["results"], strict=True):
         assert mean["repeats"] == 3 and mean["seeds"][0] == one["seed"] and len(set(mean["seeds"])) == 3
         parts = [json.loads(path.read_text()) for path in sorted((place / "several" / ".evaluation").rglob("*.json"))]
         fds = [part["fd"] for part in parts if part["nfe"] == one["nfe"]]

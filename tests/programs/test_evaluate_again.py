@@ -44,7 +44,7 @@ def settings(place, *overrides):
 def config(place, *overrides):
     prepare()
     with initialize_config_module("flowanchor.conf", version_base="1.3"):
-        return compose("eval", settings(place, "num_samples=620", "nfe=[1,2]", "save_every=60", *overrides))
+        return compose("eval", settings(place, "num_samples=200", "nfe=[1,2]", "save_every=60", *overrides))
 
 
 def numbers(report):
@@ -73,15 +73,15 @@ def looked(monkeypatch):
 
 def test_interrupted_and_run_again(place, looked):
     whole = evaluate(config(place, "save_samples=true"), place / "whole")
-    real = looked["images"] - 2 * 620  # reference and floor
-    looked["images"], looked["stop"] = 0, 500 + 620 + 250  # the floor, the first line, a part of the second
+    real = looked["images"] - 2 * 200  # reference and floor
+    looked["images"], looked["stop"] = 0, 200 + 200 + 130  # the floor, the first line, a part of the second
     with pytest.raises(Cut):
         evaluate(config(place, "save_samples=true"), place / "cut")
     looked["images"], looked["stop"] = 0, None
     report = evaluate(config(place, "save_samples=true"), place / "cut")
     assert numbers(report) == numbers(whole)
-    assert looked["images"] == 500 + 620 - 240, "what was saved is not generated again"
-    assert real == 500 + 1297
+    assert looked["images"] == 200 + 200 - 120, "what was saved is not generated again"
+    assert real == 200 + 1297
     for name in ("nfe1.npz", "nfe2.npz"):
         with np.load(place / "whole" / "samples" / name) as first, np.load(place / "cut" / "samples" / name) as second:
             assert np.array_equal(first["images"], second["images"])
@@ -94,17 +94,17 @@ def test_finished_lines_are_kept_until_they_no_longer_hold(place, looked):
     def generated(*overrides):
         looked["images"] = 0
         report = evaluate(config(place, *overrides), place / "kept")
-        return report, looked["images"] - 500
+        return report, looked["images"] - 200
 
     again, images = generated()
     assert images == 0 and again["results"] == first["results"]
-    assert generated("nfe=[2,3]")[1] == 620  # one more line
-    assert generated("restart=true")[1] == 2 * 620
+    assert generated("nfe=[2,3]")[1] == 200  # one more line
+    assert generated("restart=true")[1] == 2 * 200
     changed, images = generated("seed=1")
-    assert images == 2 * 620 and changed["results"][0]["fd"] != first["results"][0]["fd"]
-    assert generated("save_samples=true", "seed=1", "nfe=1")[1] == 620
+    assert images == 2 * 200 and changed["results"][0]["fd"] != first["results"][0]["fd"]
+    assert generated("save_samples=true", "seed=1", "nfe=1")[1] == 200
     (place / "kept" / "samples" / "nfe1.npz").unlink()
-    assert generated("save_samples=true", "seed=1", "nfe=1")[1] == 620  # its images are gone
+    assert generated("save_samples=true", "seed=1", "nfe=1")[1] == 200  # its images are gone
 
 
 def run(place, folder, *overrides, launcher=()):
@@ -122,7 +122,7 @@ def finish(process):
 
 
 def test_killed_and_run_again_by_two_processes(place):
-    size = ("num_samples=2000", "nfe=20", "save_every=30", "save_samples=true", "protocol=random")
+    size = ("num_samples=800", "nfe=10", "save_every=30", "save_samples=true", "protocol=random")
     whole = run(place, "one", *size)
     killed = run(place, "two", *size)
     latest = time.monotonic() + 240
@@ -138,6 +138,6 @@ def test_killed_and_run_again_by_two_processes(place):
     for first, second in zip(numbers(one), numbers(two), strict=True):
         for key, value in first.items():
             assert second[key] == value or second[key] == pytest.approx(value, rel=1e-9), key
-    with np.load(place / "one" / "samples" / "nfe20.npz") as a, np.load(place / "two" / "samples" / "nfe20.npz") as b:
+    with np.load(place / "one" / "samples" / "nfe10.npz") as a, np.load(place / "two" / "samples" / "nfe10.npz") as b:
         assert np.array_equal(a["images"], b["images"]) and np.array_equal(a["labels"], b["labels"])
     assert len(list((place / "two").rglob("*.npz"))) == 1  # the samples: no parts are left

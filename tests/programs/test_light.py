@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,40 +20,45 @@ _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 save_checkpoint = _module.save_checkpoint
 
-# What a program has imported when its command line is told to be wrong, or when it is done.
+# What one interpreter has imported after each of several command lines, right and wrong ones.
 WATCHED = """
 import json, runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as exit:
-    code = exit.code
-else:
-    code = 0
-heavy = ("torch", "lightning.pytorch", "lightning", "torchmetrics", "transformers", "matplotlib", "diffusers")
-print("WATCHED", json.dumps([code, [name for name in heavy if name in sys.modules]]))
+sys.stderr = sys.stdout
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code
+    else:
+        code = 0
+    from hydra.core.global_hydra import GlobalHydra
+    GlobalHydra.instance().clear()
+    heavy = ("torch", "lightning.pytorch", "lightning", "torchmetrics", "transformers", "matplotlib", "diffusers")
+    print("WATCHED", json.dumps([code, [name for name in heavy if name in sys.modules]]))
 """
 
 
-def watched(folder, program, *words):
-    command = [sys.executable, "-c", WATCHED, str(ROOT / "src" / f"{program}.py"), *words]
+def watched(folder, *lines):
+    """Of each line: its exit code, what of the heavy libraries is imported by then, and what it said."""
+    words = [[str(ROOT / "src" / f"{program}.py"), *rest] for program, *rest in lines]
+    command = [sys.executable, "-c", WATCHED, json.dumps(words)]
     line = "python train.py objective="
     shell = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=os.environ | shell)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("WATCHED"))
-    code, heavy = json.loads(line.removeprefix("WATCHED "))
-    return code, heavy, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = re.split(r"^WATCHED (.*)\n", done.stdout, flags=re.MULTILINE)
+    found = [(*json.loads(watch), said) for said, watch in zip(parts[::2], parts[1::2], strict=False)]
+    assert len(found) == len(lines)
+    return found
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--help"], ["objective=facn"], ["trainer.max_stepz=1"], ["-sc", "query=bash"], ["--version"]],
-    ids=" ".join,
-)
-def test_the_command_line_waits_for_no_library(tmp_path, words):
-    _, heavy, said = watched(tmp_path, "train", *words)
-    assert not heavy and "Traceback" not in said, (heavy, said)
-    assert "query=bash" not in words or "objective=facm" in said
+def test_the_command_line_waits_for_no_library(tmp_path):
+    lines = [["--help"], ["objective=facn"], ["trainer.max_stepz=1"], ["-sc", "query=bash"], ["--version"]]
+    expected = ["backbone", "did you mean facm", "did you mean trainer.max_steps", "objective=facm", "flowanchor"]
+    found = watched(tmp_path, *(["train", *words] for words in lines))
+    for words, sentence, (_, heavy, said) in zip(lines, expected, found, strict=True):
+        assert not heavy and "Traceback" not in said and sentence in said, (words, heavy, said)
 
 
 def test_a_model_that_comes_along_is_drawn_with_little_more_than_torch(tmp_path):
@@ -73,20 +79,13 @@ print("HEAVY", json.dumps([list(images.shape), sorted(sys.modules)]))
 
 def test_programs_that_do_not_train_never_import_lightning(tmp_path):
     run = save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    for program, *words in (
+    scored = ("num_samples=20", "nfe=1", "metric=random", f"metric.cache_dir={tmp_path}", "name=e")
+    lines = (
         ("sample", f"checkpoint={run}", "num_samples=4", "name=s"),
-        (
-            "eval",
-            f"checkpoint={run}",
-            "num_samples=20",
-            "nfe=1",
-            "metric=random",
-            f"metric.cache_dir={tmp_path}",
-            "name=e",
-        ),
+        ("eval", f"checkpoint={run}", *scored),
         ("convert", f"checkpoint={run}", "output=one.safetensors"),
         ("report", f"runs={tmp_path}", "name=r"),  # which finds none
-    ):
-        code, heavy, said = watched(tmp_path, program, *words)
+    )
+    for (program, *_), (code, heavy, said) in zip(lines, watched(tmp_path, *lines), strict=True):
         assert code == (program == "report"), said
         assert not {"lightning", "lightning.pytorch"} & set(heavy), (program, heavy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -61,8 +60,10 @@ DRAW = """
 import json, sys
 import numpy as np
 from diffusers import DiffusionPipeline, WanPipeline
+from diffusers.utils import dynamic_modules_utils
 
 task = json.loads(sys.stdin.read())
+dynamic_modules_utils.HF_MODULES_CACHE = task["modules"]  # where diffusers copies a pipeline's own code
 found = {}
 for name, folder in task["folders"].items():
     loader = WanPipeline if name == "plain" else DiffusionPipeline
@@ -129,11 +130,9 @@ def drawn(folder):
         "folders": {name: str(folder / name) for name in STUDENTS},
         "steps": {name: steps_of(name) for name in STUDENTS},
         "prompts": PROMPTS, "frames": FRAMES, "seed": SEED, "first": FIRST, "output": str(folder / "drawn.npz"),
+        "modules": str(folder / "hub"),
     }  # fmt: skip
-    environment = {**os.environ, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRAW], input=json.dumps(task), env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", DRAW], input=json.dumps(task), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(folder / "drawn.npz")
 
