@@ -50,12 +50,12 @@ def test_the_second_moment_falls_again():
     """Rounded to the nearest it would stay: a step of beta2 = 0.999 is less than bfloat16 can tell apart."""
     p = nn.Parameter(torch.zeros(4096))
     optimizer = AdamWBF16([p], lr=0.0)
-    for size, steps in ((1.0, 3000), (0.0, 1000)):
+    for size, steps in ((1.0, 1000), (0.0, 500)):
         p.grad = torch.full_like(p, size)
         for _ in range(steps):
             optimizer.step()
     second = optimizer.state[p]["exp_avg_sq"].float()
-    wanted = (1 - 0.999**3000) * 0.999**1000
+    wanted = (1 - 0.999**1000) * 0.999**500
     assert second.mean() == pytest.approx(wanted, rel=0.01)
     stuck = torch.tensor(1.0).bfloat16()
     assert stuck * 0.999 == stuck, "what it would be without"

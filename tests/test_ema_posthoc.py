@@ -28,10 +28,11 @@ def trajectory(t: int) -> torch.Tensor:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("run")
     averages = {s: torch.zeros(6, dtype=torch.float64) for s in (0.05, 0.08, 0.1, 0.15, 0.2)}
+    profiles = {s: Profile(sigma_rel=s) for s in averages}
     for t in range(1, STEPS + 1):
         value = trajectory(t)
         for s, average in averages.items():
-            average.lerp_(value, 1 - Profile(sigma_rel=s).beta(t))
+            average.lerp_(value, 1 - profiles[s].beta(t))
         if t % EVERY == 0:
             for s in (0.05, 0.1):
                 state = {"w": averages[s], "table": torch.tensor([t], dtype=torch.int64)}

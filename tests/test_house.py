@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ IMPORTS_A_PLUGIN = {"testing/objective.py": "tries an objective on a small netwo
 FAMILIES = re.compile(r"(?<![a-z])(wan|lightningdit|vavae|umt5|sit|dit)(?![a-z])", re.IGNORECASE)
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def options() -> list[Path]:
     return sorted((ROOT / "conf").glob("*/**/*.yaml"))
 
@@ -67,7 +73,7 @@ def trunk() -> list[Path]:
 def test_the_trunk_imports_no_plugin():
     found = set()
     for file in trunk():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if any(name.startswith("flowanchor.plugins") for name in names):
@@ -81,7 +87,7 @@ def test_the_trunk_names_no_family():
     for file in trunk():
         if file.relative_to(TRUNK).as_posix() in (*IMPORTS_A_PLUGIN, "base/moved.py"):  # moved: a table of old names
             continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = parsed(file)
         for node in ast.walk(tree):
             words = []
             if isinstance(node, ast.Name):
@@ -123,7 +129,7 @@ def test_the_ground_stands_on_nothing(structure):
     for module, file in known.items():
         room = module.split(".")[1] if module.count(".") else ""
         if room in allowed:
-            used = structure.imports(ast.parse(file.read_text(encoding="utf-8")), module, known)
+            used = structure.imports(parsed(file), module, known)
             assert {name.split(".")[1] for name, _ in used} <= allowed[room], module
 
 

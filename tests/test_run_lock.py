@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 
@@ -58,14 +59,18 @@ def test_a_second_one_is_told_who_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "frozen"])
-@pytest.mark.cold
 def test_a_process_of_this_machine_is_looked_at(tmp_path, kill):
     """Not its beats: a frozen one still holds its folder; a killed one never does, though it be a zombie."""
-    code = f"import time; from flowanchor.run_lock import RunLock; RunLock({str(tmp_path)!r}).take(); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code])
+
+    def hold() -> None:
+        RunLock(tmp_path).take()
+        time.sleep(60)
+
+    child = get_context("fork").Process(target=hold, daemon=True)
+    child.start()
     while _read(tmp_path / LOCK) is None:
         time.sleep(0.05)
-    child.send_signal(signal.SIGKILL if kill else signal.SIGSTOP)
+    os.kill(child.pid, signal.SIGKILL if kill else signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, (os.WEXITED if kill else os.WSTOPPED) | os.WNOWAIT)  # it stays a zombie
     try:
         if kill:
@@ -76,7 +81,7 @@ def test_a_process_of_this_machine_is_looked_at(tmp_path, kill):
                 RunLock(tmp_path).take()
     finally:
         child.kill()
-        child.wait()
+        child.join()
 
 
 def test_a_number_that_another_process_has_by_now(tmp_path):

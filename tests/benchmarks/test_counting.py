@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from counting import LiveBytes, allocator_peak
 from workloads import engine_step
 
-SIZE = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}
+SIZE = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2}
 KB = 1000 * 4  # a thousand float32
 
 

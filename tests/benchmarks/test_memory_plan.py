@@ -12,11 +12,18 @@ import torch
 
 import memory_plan
 from flowanchor.jvp.attention import resolve
-from flowanchor.plugins.backbones.lightningdit import LightningDiT
-from memory_plan import SMALL, Checked, check, check_table, configured, plan_one, section
+from memory_plan import SMALL, Case, Checked, check, check_table, configured, plan_one, section
 from planning import ENGINES, Plan, Setting, lasting, networks, plan
 
 LEAN = "Chain(recompute)"
+
+
+def of(case: Case, **size) -> Case:
+    """With a smaller network."""
+    return replace(case, size={**case.size, **size})
+
+
+DIT, WAN = of(SMALL[0], depth=2), of(SMALL[1], num_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +36,19 @@ def _quiet():
 @cache
 def planned(engine):
     """From one run of a step, for two processes and for eight."""
-    return plan_one(SMALL[1], engine, (2, 8))
+    return plan_one(WAN, engine, (2, 8))
+
+
+@cache
+def small_dit(depth):
+    """Of one of four processes, in float32."""
+    return plan(of(SMALL[0], depth=depth).build, ENGINES[LEAN](resolve("auto")), Setting(1, low_precision=False), 4)
 
 
 def test_what_lasts_is_shared_out_and_what_a_sample_needs_is_not():
     two, eight = planned(LEAN).values()
     with torch.device("meta"):
-        parameters = sum(p.nbytes for p in SMALL[1].build().parameters())
+        parameters = sum(p.nbytes for p in WAN.build().parameters())
     for found, processes in ((two, 2), (eight, 8)):
         # FSDP2 pads a dimension that the processes do not divide.
         assert found.parts["parameters"] == pytest.approx(parameters / processes, rel=0.05)
@@ -59,7 +72,7 @@ def test_a_teacher_in_bfloat16_and_low_moments_take_half():
 
 
 def test_what_lasts_can_be_counted_anew_without_a_step(monkeypatch):
-    case = SMALL[1]
+    case = WAN
     found = {case.name: {LEAN: {str(world): asdict(one) for world, one in planned(LEAN).items()}}}
     wanted = copy.deepcopy(found)
     for one in found[case.name][LEAN].values():
@@ -71,39 +84,32 @@ def test_what_lasts_can_be_counted_anew_without_a_step(monkeypatch):
 
 @pytest.mark.parametrize("engine", [LEAN, pytest.param("Chain(recompute=False)", marks=pytest.mark.slow)])
 def test_one_run_tells_of_any_number_of_processes(engine):
-    derived, run = planned(engine)[8], plan_one(SMALL[1], engine, (8,))[8]
+    derived, run = planned(engine)[8], plan_one(WAN, engine, (8,))[8]
     assert derived.step_peak == pytest.approx(run.step_peak, rel=0.02)
     assert derived.parts == pytest.approx(run.parts, rel=0.02, abs=0.02 * run.step_peak)
     assert derived.communication == pytest.approx(run.communication, rel=0.05)  # padding
 
 
 def test_a_block_more_keeps_one_input_of_each_branch():
-    setting = Setting(batch=1, low_precision=False, teacher=False)
-    kept = [
-        plan(
-            lambda depth=depth: LightningDiT(**{**SMALL[0].size, "depth": depth}),
-            ENGINES[LEAN](resolve("auto")), setting, 2,
-        ).parts["kept for backward"]
-        for depth in (2, 3)
-    ]  # fmt: skip
+    kept = [small_dit(depth).parts["kept for backward"] for depth in (1, 2)]
     tokens = 16 * 16 * 96 * 4  # rows x columns x width, float32
     assert kept[1] - kept[0] == pytest.approx(2 * tokens, rel=0.1)  # anchor and shortcut
 
 
 def test_collectives_are_counted():
     with torch.device("meta"):
-        network = SMALL[0].build()
+        network = DIT.build()
     parameters = sum(p.nbytes for p in network.parameters())
-    planned = plan(SMALL[0].build, ENGINES[LEAN](resolve("auto")), Setting(1, low_precision=False), 4)
+    planned = small_dit(2)
     # Teacher, forward and backward gather everything once; each process lacks three quarters. Root and head stay whole.
     assert planned.communication["all_gather"] == pytest.approx(3 * 0.75 * parameters, rel=0.05)
     assert planned.communication["reduce_scatter"] == pytest.approx(0.75 * parameters, rel=0.05)
 
 
 def test_the_plan_is_what_two_processes_allocate():
-    dit = replace(SMALL[0], precisions=(False,))
+    dit = replace(DIT, precisions=(False,))
     found = []
-    for engine, case in ((LEAN, SMALL[1]), ("Chain(recompute=False)", dit)):
+    for engine, case in ((LEAN, of(WAN, num_layers=2)), ("Chain(recompute=False)", dit)):
         (one,) = check([engine], (2,), [case], rounds=1)
         if abs(one.error) > 0.1:  # a collective that ended late: the least of several rounds counts
             (one,) = check([engine], (2,), [case])

@@ -122,7 +122,7 @@ def samples() -> Callable[..., list[tuple[int, bool]]]:
 
 
 @pytest.fixture(
-    scope="session", params=[pytest.param(0.3, id="some"), pytest.param(1.0, id="all", marks=pytest.mark.slow)]
+    scope="session", params=[pytest.param(0.15, id="some"), pytest.param(1.0, id="all", marks=pytest.mark.slow)]
 )
 def hostile(request: pytest.FixtureRequest) -> ModuleType:
     """Runs readers on files of strangers (hostile.py): all that were made by hand, and so many that chance damaged."""

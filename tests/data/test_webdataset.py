@@ -68,6 +68,7 @@ def test_epochs_differ_and_leave_out_others(write_tars, samples):
     assert 0.3 < np.mean(coins) < 0.7
 
 
+WHOLE: dict[int, list] = {}  # three epochs, by the number of workers
 MORE = [pytest.param(done, workers, marks=pytest.mark.slow) for workers in (1, 2) for done in (1, 8)]
 
 
@@ -76,7 +77,10 @@ MORE = [pytest.param(done, workers, marks=pytest.mark.slow) for workers in (1, 2
 )
 def test_resumed_it_goes_on_with_the_same_batches(write_tars, samples, workers, done):
     folder = write_tars(COUNTS)
-    whole = [samples(b) for e in range(3) for b in epoch(module(folder, done=8 * e, num_workers=workers))]
+    if workers not in WHOLE:
+        epochs = [epoch(module(folder, done=8 * e, num_workers=workers)) for e in range(3)]
+        WHOLE[workers] = [samples(batch) for batches in epochs for batch in batches]
+    whole = WHOLE[workers]
     resumed = [samples(b) for b in epoch(module(folder, done=done, num_workers=workers))]
     assert resumed == whole[done : done + 8]
 

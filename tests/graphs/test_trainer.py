@@ -44,7 +44,7 @@ def both(folder: Path, forms: int = 1, **settings: Any) -> tuple[dict[str, Any],
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective(tmp_path: Path, name: str) -> None:
     forms = {"alpha_flow": 3, "warm-up": 2}.get(name, 1)
-    both(tmp_path, forms=forms, goal=OBJECTIVES[name], steps=5 if forms == 1 else 11)
+    both(tmp_path, forms=forms, goal=OBJECTIVES[name], steps={1: 4, 2: 8}.get(forms, 11))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,16 @@ def test_low_precision(tmp_path: Path, precision: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["facm", "warm-up"])
 def test_accumulation(tmp_path: Path, name: str) -> None:
-    both(tmp_path, forms=1 + (name == "warm-up"), goal=OBJECTIVES[name], accumulate_grad_batches=2, steps=7)
+    goal, forms = OBJECTIVES[name], 1
+    if name == "warm-up":
+        goal, forms = (*goal, "objective.anchor_warmup_steps=2"), 2
+    both(tmp_path, forms=forms, goal=goal, accumulate_grad_batches=2, steps=2 + 2 * forms)
 
 
 def test_guided_teachers(tmp_path: Path) -> None:
     frozen = CheckpointVelocity.of_network(backbone(), Guidance(1.75, 0.125, 0.9))
-    both(tmp_path, velocity=frozen, steps=5)
-    both(tmp_path, velocity=SelfVelocity(1.75), steps=5)
+    both(tmp_path, velocity=frozen, steps=4)
+    both(tmp_path, velocity=SelfVelocity(1.75), steps=4)
 
 
 def test_the_step_keeps_the_rules_of_a_capture(tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ class Meddle(pl.Callback):
     ids=["grid", "weights", "mode", "gradients"],
 )  # fmt: skip
 def test_what_others_do_between_steps(tmp_path: Path, callback: pl.Callback, forms: int) -> None:
-    both(tmp_path, forms=forms, callbacks=[callback], steps=8)
+    both(tmp_path, forms=forms, callbacks=[callback], steps=7)
 
 
 def test_resume(tmp_path: Path) -> None:
@@ -219,9 +222,10 @@ def test_compiled_blocks_in_a_graph(tmp_path: Path, recompute: bool | str) -> No
     """The compiled dual pass among them; equal to the same without a graph."""
     settings: dict[str, Any] = {"compile_options": {"backend": "eager"}}
     runs = [
-        fit(tmp_path, graphs, engine=Chain(recompute=recompute), module_settings=settings) for graphs in (False, True)
+        fit(tmp_path, graphs, engine=Chain(recompute=recompute), module_settings=settings, steps=4)
+        for graphs in (False, True)
     ]
-    assert runs[1]["captured"] == 1 and runs[1]["replayed"] == 4
+    assert runs[1]["captured"] == 1 and runs[1]["replayed"] == 2
     assert_equal_runs(*runs)
 
 
@@ -233,10 +237,10 @@ def test_a_capture_that_fails(
     def refuse(self: Any, function: Any) -> Any:
         raise CaptureError("PyTorch could not capture it (out of memory).")
 
-    eager = fit(tmp_path, False)
+    eager = fit(tmp_path, False, steps=4)
     monkeypatch.setattr(StandIn, "capture", refuse)
-    auto = fit(tmp_path, True, module_settings={"cuda_graph": "auto"})
+    auto = fit(tmp_path, True, steps=4, module_settings={"cuda_graph": "auto"})
     assert caplog.text.count("without a CUDA graph, because PyTorch could not capture it (out of memory).") == 1
     assert_equal_runs(eager, auto)
     with pytest.raises(ConfigError, match="cuda_graph=true cannot be, because PyTorch could not capture it"):
-        fit(tmp_path, True)
+        fit(tmp_path, True, steps=4)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowanchor.errors import ConfigError
 from flowanchor.jvp.attention import Auto, Math, Streaming, Triton, intercept, resolve
 
-SHAPES = [(1, 1, 1, 1, 4), (2, 3, 7, 5, 8), (1, 2, 33, 50, 72), (2, 1, 64, 64, 16), (1, 1, 20, 3, 128)]
+from .interpreted import interpreted
+
+SHAPES = [(1, 1, 1, 1, 4), (2, 3, 7, 5, 8), (1, 2, 17, 26, 72), (2, 1, 32, 32, 16), (1, 1, 20, 3, 128)]
 WHICH = [(True, True, True), (True, False, False), (False, True, True), (False, False, True), (False, True, False)]
 
 
@@ -182,7 +182,7 @@ def test_under_autocast_it_is_low_precision_as_elsewhere():
 
 # ----------------------------------------------------------------------------------------------------------- triton
 
-INTERPRETED = """
+EVERY_CASE = """
 import json, sys
 import torch
 from flowanchor.jvp.attention import Math, Triton
@@ -209,17 +209,12 @@ print(json.dumps(found))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton has wheels for Linux only")
 def test_the_kernel_under_tritons_interpreter():
     pytest.importorskip("triton")
-    shapes = [(1, 2, 70, 50, 72), (2, 1, 33, 40, 128), (1, 1, 40, 20, 96), (1, 1, 5, 9, 8), (1, 1, 17, 33, 256)]
+    shapes = [(2, 1, 33, 40, 128), (1, 1, 40, 20, 96), (1, 1, 5, 9, 8), (1, 1, 17, 33, 256)]
     cases = [(shape, which, "float32") for shape in shapes for which in WHICH[:4]]
+    cases += [((1, 2, 70, 50, 72), which, "float32") for which in (WHICH[0], WHICH[2])]
     cases += [((1, 2, 21, 37, d), WHICH[0], "float32") for d in (48, 64, 80, 88, 112, 160)]
     cases += [((1, 2, 40, 70, d), WHICH[0], kind) for d in (72, 128) for kind in ("bfloat16", "float16")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED, json.dumps(cases)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parent
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = interpreted(EVERY_CASE, json.dumps(cases), Path(__file__).parent)
     assert len(found) == len(cases)
     limits = {"float32": 1e-6, "bfloat16": 0.02, "float16": 0.003}
     for case, error in found.items():

@@ -30,6 +30,25 @@ ENGINES = {
 JOINT = ["chain", "selective", "graph"]
 
 
+class Layer(nn.Module):
+    """A small block."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(16, 16), dropout
+
+    def forward(self, tokens, context):
+        c = context.carried[0][:, :1]
+        return tokens + functional.dropout(torch.tanh(self.layer(tokens + c)), self.dropout, self.training)
+
+
+def small(kind: type[CrossNet] = CrossNet, dropout: float = 0.0, depth: int = 2) -> CrossNet:
+    """With two of them."""
+    network = kind(depth=0)
+    network.blocks = nn.ModuleList(Layer(dropout) for _ in range(depth))
+    return network
+
+
 class Ends(CrossNet):
     """Dropout in `embed` and in the head as well."""
 
@@ -42,9 +61,8 @@ class Ends(CrossNet):
         return functional.dropout(super().head(tokens, context), 0.3, self.training)
 
 
-def drawing(draw: Any) -> CrossNet:
+def drawing(draw: Any, network: CrossNet) -> CrossNet:
     """A network whose first block keeps a random share of what it adds."""
-    network = CrossNet()
     block = network.blocks[0]
     forward = block.forward
     block.forward = lambda tokens, context: tokens + draw(tokens) * (forward(tokens, context) - tokens)
@@ -53,9 +71,9 @@ def drawing(draw: Any) -> CrossNet:
 
 NETWORKS = {
     "blocks": lambda: CrossNet(dropout=0.5),
-    "everywhere": lambda: Ends(dropout=0.5),
-    "python": lambda: drawing(lambda tokens: random.choice([0.2, 1.0, 1.8])),
-    "numpy": lambda: drawing(lambda tokens: torch.from_numpy(np.random.rand(*tokens.shape)).to(tokens.dtype)),
+    "everywhere": lambda: small(Ends, 0.5),
+    "python": lambda: drawing(lambda tokens: random.choice([0.2, 1.0, 1.8]), small()),
+    "numpy": lambda: drawing(lambda tokens: torch.from_numpy(np.random.rand(*tokens.shape)).to(tokens.dtype), small()),
 }
 
 
@@ -123,6 +141,11 @@ def is_one_function(engine: Any, network: nn.Module, joint: bool, tolerance: flo
 
 
 WAYS = [*((name, False) for name in ENGINES), *((name, True) for name in JOINT)]
+EAGER = [  # dropout everywhere says all that dropout in the blocks does
+    pytest.param(*way, kind, False, marks=[pytest.mark.slow] if kind == "blocks" else [])
+    for way in WAYS
+    for kind in NETWORKS
+]
 COMPILED = [  # every way and every kind of network; all of both in `make test-slow`
     pytest.param(*way, kind, True, marks=[] if way == ("chain", True) or kind == "blocks" else [pytest.mark.slow])
     for way in WAYS
@@ -130,7 +153,7 @@ COMPILED = [  # every way and every kind of network; all of both in `make test-s
 ]
 
 
-@pytest.mark.parametrize("name, joint, kind, compiled", [*((*w, k, False) for w in WAYS for k in NETWORKS), *COMPILED])
+@pytest.mark.parametrize("name, joint, kind, compiled", [*EAGER, *COMPILED])
 def test_one_draw_for_prediction_tangent_and_gradient(name, joint, kind, compiled):
     torch.manual_seed(0)
     network = NETWORKS[kind]().double().train()
@@ -141,7 +164,7 @@ def test_one_draw_for_prediction_tangent_and_gradient(name, joint, kind, compile
 
 def test_a_pass_draws_as_often_as_it_is_long():
     """Every engine leaves the generator where one eager pass leaves it, and evaluation draws nothing."""
-    network, after = Ends(dropout=0.5).double().train(), set()
+    network, after = small(Ends, 0.5).double().train(), set()
     for engine in ENGINES.values():
         torch.manual_seed(3)
         ask_one(engine, network, **inputs(network))
@@ -155,32 +178,20 @@ def test_a_pass_draws_as_often_as_it_is_long():
 @pytest.mark.parametrize("engine", [Chain(), Chain("selective"), Chain(False), TwoPass()], ids=repr)
 def test_a_generator_of_its_own_is_refused(engine):
     own = torch.Generator().manual_seed(0)
-    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=own)).double()
+    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=own), CrossNet()).double()
     with pytest.raises(
         ConfigError, match=r"^The stage blocks.0 \(CrossBlock\) draws from a generator of its own, which"
     ):
         ask_one(engine, network, **inputs(network))
     default = torch.default_generator
-    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=default)).double()
+    network = drawing(lambda tokens: torch.rand(tokens.shape, dtype=tokens.dtype, generator=default), small()).double()
     is_one_function(engine, network, False)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 16)
-
-    def forward(self, tokens, context):
-        c = context.carried[0][:, :1]
-        return tokens + functional.dropout(torch.tanh(self.layer(tokens + c)), 0.5, self.training)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, joint", [("chain", True), ("selective", True), ("two_pass_checkpoint", False)])
 def test_with_inductor(name, joint):
     torch.manual_seed(0)
-    network = CrossNet()
-    network.blocks = nn.ModuleList([Layer()])
-    network = network.double().train()
+    network = small(dropout=0.5, depth=1).double().train()
     compile_blocks(network)
     is_one_function(ENGINES[name], network, joint)

@@ -8,7 +8,9 @@ while they run, compiled code less; attention's tangent counts as its outputs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -35,12 +37,23 @@ class ShapesOnly(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+@contextmanager
+def _cache(known: dict[Any, Any]) -> Iterator[None]:
+    """PyTorch's cache of fake tensors, which a process shares: after another run it may hold views that are dual
+    numbers."""
+    shared, FakeTensorMode.cache = FakeTensorMode.cache, known
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache = shared
+
+
 class StepOfShapes:
     """A training step of copies without values, which can be run again and again."""
 
     def __init__(self, student: Backbone, objective: Objective, velocity: VelocityField) -> None:
         self.mode = ShapesOnly(allow_non_fake_inputs=True)
-        self.mode.cache_enabled = False  # of another run in this process it may hold views that are dual numbers
+        self.known: dict[Any, Any] = {}  # what operators make of which shapes
         self.originals = student, objective, velocity
         plain = self._stand_ins()
         with FakeCopyMode(self.mode):
@@ -94,7 +107,7 @@ class StepOfShapes:
         self.objective.at_step(step)
         self.student.at_times(on_host)  # whose values decide, as whether a teacher's guidance reaches any of them
         self.velocity.at_times(on_host)
-        with Surroundings.here(device, others=True), self.mode:
+        with Surroundings.here(device, others=True), _cache(self.known), self.mode:
             self._place(device)
             batch, noise, times = tree_map(self._without_values, (batch, noise, times))
             with Traceable(), LiveBytes() as counter:
