@@ -36,7 +36,7 @@ from flowanchor.ema import EMA
 from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
-from flowanchor.optimizers import AdamWBF16
+from flowanchor.optimizers import AdamW8bit, AdamWBF16
 from flowanchor.plugins.backbones.imf_dit import IMFDiT
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
@@ -67,6 +67,7 @@ CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
     "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
 }
+OPTIMIZERS: dict[str, Any] = {"float32": torch.optim.AdamW, "bfloat16": AdamWBF16, "8 bits": AdamW8bit}
 WAN_TARGET = {"_target_": "flowanchor.plugins.backbones.wan.Wan"}
 
 
@@ -218,7 +219,8 @@ def fit(
     lr: float = 0.1,
     compiled: bool = False,
     counted: bool = False,
-    low_moments: bool = False,
+    moments: str = "float32",
+    width: int = 24,
     recompute: bool | str = True,
     rooms: list[int] | None = None,
     predicts: str = "v",
@@ -234,7 +236,9 @@ def fit(
     if objective is not None:
         loss = composed(objective, overrides)
     told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
-    student = network(deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts)
+    student = network(
+        deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts, hidden_size=width
+    )
     if start is not None:
         initialise_student(student, start)
     velocity: Any = DataVelocity()
@@ -246,7 +250,7 @@ def fit(
     options = {"backend": "eager", "fullgraph": True} if compiled else None
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(recompute),
-        lambda parameters: (AdamWBF16 if low_moments else torch.optim.AdamW)(parameters, lr=lr, eps=0.1), seed=3,
+        lambda parameters: OPTIMIZERS[moments](parameters, lr=lr, eps=0.1), seed=3,
         config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
         compile_options=options,
     )  # fmt: skip
