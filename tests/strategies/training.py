@@ -25,10 +25,11 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from flowanchor.checkpoints import initialise_student
+from flowanchor.checkpoints.frozen_base import keep_base
 from flowanchor.checkpoints.lightning import RunCheckpointIO
 from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
@@ -51,6 +52,7 @@ from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.programs.launch import prepare
 from flowanchor.strategies import ChainJVPStrategy
+from flowanchor.strategies.replicas import ReplicasStrategy
 from flowanchor.strategies.sharding import shard_backbone
 from flowanchor.text.base import Tokens
 
@@ -193,7 +195,11 @@ def _configuration(name: str, *overrides: str) -> Any:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    elif is_traceable_wrapper_subclass(tensor):
+        tensor = tensor.dequantize()
+    return tensor.detach().cpu().clone()
 
 
 def fit(
@@ -215,6 +221,7 @@ def fit(
     overrides: list[str] | None = None,
     wan: str = "",
     lora: dict[str, Any] | None = None,
+    base: str = "float32",
     precision: str = "32-true",
     lr: float = 0.1,
     compiled: bool = False,
@@ -241,6 +248,7 @@ def fit(
     )
     if start is not None:
         initialise_student(student, start)
+    keep_base(student, base, low_precision=False)
     velocity: Any = DataVelocity()
     if teacher == "base":
         velocity = BaseVelocity()
@@ -258,7 +266,7 @@ def fit(
         module.memory = Room(rooms[int(os.environ.get("RANK", 0))])
     data = (Captions if wan else DigitsDataModule)(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)
-    strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else "ddp" if ddp else "auto"
+    strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else ReplicasStrategy() if ddp else "auto"
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         strategy=strategy, precision=precision, accumulate_grad_batches=accumulate,
