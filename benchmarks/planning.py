@@ -28,7 +28,7 @@ from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, Full, TwoPass
 from flowanchor.jvp.attention import AttentionTangent
 from flowanchor.jvp.memory_plan import ShapesOnly
-from flowanchor.optimizers.adamw_bf16 import LARGEST
+from flowanchor.optimizers import AdamWBF16
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
 from flowanchor.plugins.backbones.wan_experts import WanExperts
@@ -206,7 +206,7 @@ def plans(make: Callable[[], Backbone], engine: Any, setting: Setting, worlds: S
             "gathered stages": sharding - reduced[moment],
         }
         # After the backward pass AdamW's multi-tensor form needs one more copy of what is stepped.
-        beside = min(4 * stepped, 16 * LARGEST) if setting.low_moments else stepped
+        beside = min(4 * stepped, 16 * AdamWBF16.together) if setting.low_moments else stepped
         update = {"gradients": stepped, "optimizer's temporary": beside}
         most = max(backward, update, key=lambda parts: sum(parts.values()))
         received = {kind: round((world - 1) / world * size) for kind, size in sent.bytes.items()}

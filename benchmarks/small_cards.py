@@ -53,6 +53,7 @@ CARDS = (24, 48, 80)  # GB
 MARGIN = 0.1  # of a card: the CUDA context, fragmentation
 BASES = ("float32", "bfloat16", "int8")  # float8 takes what int8 takes
 GB = 1e9
+SCALE = 4 + 1  # bytes per row of a quantised weight: its scale, the zero point that torchao keeps beside it
 TRAINED = 4 * (1 + 1 + 2 + 1)  # bytes per value of an adapter: itself, its gradient, two moments, one average
 
 
@@ -137,7 +138,7 @@ def lasting(network: Backbone, base: str) -> dict[str, int]:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 one_byte = module in quantised and name == "weight"
-                scales = parameter.shape[0] * parameter.element_size() if one_byte else 0
+                scales = parameter.shape[0] * SCALE if one_byte else 0
                 frozen += parameter.numel() * (1 if one_byte else parameter.element_size()) + scales
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
@@ -148,11 +149,6 @@ def quantisable(network: Backbone) -> set[nn.Module]:
     """The layers whose weights `base_dtype=int8` keeps in eight bits."""
     blocks = [inner for stage in network.stage_modules()[1:-1] for part in stage for inner in part.modules()]
     return {one for one in blocks if isinstance(one, nn.Linear) and not one.weight.requires_grad}
-
-
-def in_the_clear(network: Backbone) -> int:
-    """Bytes of the largest of these weights as plain numbers, which a product makes of it for a moment."""
-    return max(one.weight.numel() * one.weight.element_size() for one in quantisable(network))
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
@@ -209,21 +205,21 @@ def plan(case: Case) -> dict[str, Any]:
     store_low(network, torch.bfloat16, frozen=True)
     for base in ("bfloat16", "int8"):
         parts[base] = lasting(network, base)
-    step = step_of_depth(case, len(network.stage_modules()) - 2)
+    steps = {base: step_of_depth(case, len(network.stage_modules()) - 2, base) for base in ("bfloat16", "int8")}
     for base, found in parts.items():
-        found["step"] = step + (in_the_clear(network) if base == "int8" else 0)
+        found["step"] = steps.get(base, steps["bfloat16"])  # autocast casts float32
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return {"parameters": whole, "trained": trained, "parts": parts}
 
 
-def step_of_depth(case: Case, blocks: int, counted: tuple[int, int] = (2, 4)) -> int:
+def step_of_depth(case: Case, blocks: int, base: str = "bfloat16", counted: tuple[int, int] = (2, 4)) -> int:
     """What a step of so many blocks takes. Chain-JVP keeps the same of each block, and works on one at a time: counted
     at two depths, the rest lies on the line through both."""
     found = []
     for each in counted:
         with torch.device("meta"):
             network = case.with_blocks(each).build()
-        store_low(network, torch.bfloat16, frozen=True)
+        keep_base(network, base, low_precision=True)
         with_values(network)
         found.append((len(network.stage_modules()) - 2, step_peak(network, case.text, True, Opaque(resolve("auto")))))
     (few, low), (many, high) = found
@@ -262,9 +258,8 @@ def check(case: Case, base: str) -> Checked:
     shapes = deepcopy(network)
     if low:
         store_low(shapes, torch.bfloat16, frozen=True)
-    clear = in_the_clear(shapes) if base == "int8" else 0
-    planned = sum(lasting(shapes, base).values()), step_peak(shapes, case.text, low, resolve("auto")) + clear
     keep_base(network, base, low_precision=low)
+    planned = sum(lasting(shapes, base).values()), step_peak(network, case.text, low, resolve("auto"))
     ours, batch = objective(), batch_of_one(network, case.text)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, foreach=False)

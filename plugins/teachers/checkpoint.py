@@ -59,6 +59,7 @@ class CheckpointVelocity(VelocityField):
             model.interval if ask == "anchor" else None,
         )
         self.path = model.path
+        self.any_length = "text_len" not in model.config.get("backbone", {})  # a stock transformer says none
         self.low = keeps_low(dtype, precision)
         if self.low:
             store_low(self.network, torch.bfloat16)
@@ -75,7 +76,7 @@ class CheckpointVelocity(VelocityField):
         torch.nn.Module.__init__(self)
         self.network = network.eval().requires_grad_(False)
         self.guidance = guidance
-        self.low = False
+        self.low = self.any_length = False
         self.asked_interval = interval
         self.path = ""
         self._reached: bool | None = None  # whether guidance reaches a time of the batch, once the host was told them
@@ -103,7 +104,10 @@ class CheckpointVelocity(VelocityField):
         return torch.autocast(device, torch.bfloat16, cache_enabled=False) if self.low else nullcontext()
 
     def check(self, student: Backbone) -> None:
-        """Raise `CheckpointError` where teacher and student do not speak of the same samples."""
+        """Raise `CheckpointError` where teacher and student do not speak of the same samples.
+
+        A teacher whose folder says nothing of the length of texts reads them as far as the student does.
+        """
         told = [(network.sample_shape, network.conditioning.described()) for network in (self.network, student)]
         (their_shape, theirs), (our_shape, ours) = told
         if their_shape[:1] != our_shape[:1] or not self.network.any_size and their_shape != our_shape:
@@ -113,7 +117,10 @@ class CheckpointVelocity(VelocityField):
                 f"The teacher {self.path} was trained on {theirs}, this student has {ours}: choose the data and the "
                 "backbone.in_channels/input_size/num_classes that the teacher was trained with."
             )
-        lengths = [one.longest for one in (self.network.conditioning, student.conditioning) if isinstance(one, Text)]
+        texts = [one for one in (self.network.conditioning, student.conditioning) if isinstance(one, Text)]
+        if len(texts) == 2 and self.any_length:
+            texts[0].longest = dict(texts[1].longest)
+        lengths = [one.longest for one in texts]
         if len(lengths) == 2 and lengths[0] != lengths[1]:
             read = [" and ".join(f"{length} {name}" for name, length in one.items()) for one in lengths]
             rank_zero_warn(

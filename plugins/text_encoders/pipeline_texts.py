@@ -7,6 +7,7 @@ return belongs to a text. Sources: `diffusers.pipelines`, the classes named belo
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from flowanchor.base.plain import read_json
@@ -201,15 +203,37 @@ class Sana(PipelineTexts):
 
 
 class PixArt(PipelineTexts):
-    """T5 under a mask. Captions are not cleaned of addresses and markup, which needs packages beside diffusers."""
+    """T5 under a mask, of captions that the pipeline cleans of addresses, markup and broken letters.
+
+    That needs beautifulsoup4 and ftfy. Without them captions are read as they are, in small letters, with a warning, as
+    the pipeline reads them then; the encoder's fingerprint tells which.
+    """
 
     stock = "PixArtSigmaPipeline"
     parts = {"tokenizer": T5, "text_encoder": ("T5EncoderModel",)}
     length = 300
 
     def encode(self, pipeline: Any, prompt: str, length: int, device: torch.device) -> MaskedTokens:
-        tokens, mask, *_ = pipeline.encode_prompt(prompt, False, device=device, max_sequence_length=length)
+        tokens, mask, *_ = pipeline.encode_prompt(
+            prompt, False, device=device, max_sequence_length=length, clean_caption=_can_clean()
+        )
         return _text(tokens[0], mask[0])
+
+    def told(self, index: Mapping[str, Any]) -> str:
+        return "cleaned" if _can_clean() else ""
+
+    def build(self, index: Mapping[str, Any], folder: Path, parts: Mapping[str, Any]) -> Any:
+        if not _can_clean():
+            warnings.warn(
+                f"{self.stock} cleans captions of addresses and markup, and what it needs for that is not here: "
+                "pip install 'flowanchor[wan]' (beautifulsoup4, ftfy). They are read as they are.",
+                stacklevel=2,
+            )
+        return super().build(index, folder, parts)
+
+
+def _can_clean() -> bool:
+    return bool(is_bs4_available() and is_ftfy_available())
 
 
 class PixArtAlpha(PixArt):

@@ -32,7 +32,7 @@ from flowanchor.jvp.compiled import compile_blocks
 from flowanchor.jvp.full import Full
 from flowanchor.jvp.stages import is_sharded
 from flowanchor.jvp.surroundings import Surroundings
-from flowanchor.optimizer_settings import fused_on_cuda, with_own_settings
+from flowanchor.optimizer_settings import fused_on_cuda, kept_bytes, with_own_settings
 from flowanchor.parts import Described, build_network, configuration
 from flowanchor.plain_network import PlainNetwork
 from flowanchor.recompute import Lasting, Memory, RecomputeChoice, memory_of
@@ -280,7 +280,8 @@ class FlowModule(pl.LightningModule):
         gradients, held = _own_bytes(trained), _own_bytes([*self.parameters(), *self.buffers()])
         fresh = not any(optimizer.state for optimizer in self.trainer.optimizers)
         width = 2 if is_low(self.trainer.precision) else 4
-        lasting = Lasting(held, gradients, 2 * gradients * fresh, width if sharded else None)
+        moments = kept_bytes(self.make_optimizer, [local(p.detach()) for p in trained]) if fresh else 0
+        lasting = Lasting(held, gradients, moments, width if sharded else None)
         memory = self.memory or memory_of(device, self.trainer.num_devices)
         choice.plan(memory, lasting, batch, noise, times, on_host, self.trainer.global_step)
         choice.settle(self._most, None if sharded else lambda: self._try_step(batch, noise, times))

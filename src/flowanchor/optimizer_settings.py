@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from flowanchor.errors import CheckpointError, ConfigError
 
 Make = Callable[..., torch.optim.Optimizer]
+LARGE = 4096  # values of a parameter, from which on every optimizer treats it as a large one
 
 
 def fused_on_cuda(make: Make, device: torch.device, scaled: bool) -> Make:
@@ -63,3 +66,28 @@ def with_own_settings(optimizer: torch.optim.Optimizer, kept: Container[str] = (
 
     optimizer.register_load_state_dict_pre_hook(load)
     return optimizer
+
+
+def kept_bytes(make: Make, parameters: Iterable[Tensor]) -> int:
+    """Bytes that an optimizer keeps of parameters from step to step, beside counters.
+
+    It is asked: a step is made of stand-ins on the CPU that have fewer rows (entries of the first dimension), with
+    which its state grows. Of sharded parameters give this process' parts.
+    """
+    shapes: Counter[tuple[tuple[int, ...], torch.dtype]] = Counter()  # of a stand-in -> how many rows it stands for
+    for p in parameters:
+        rows, *rest = p.shape or (1,)
+        if p.numel():
+            few = min(rows, -(-LARGE * rows // p.numel()))
+            shapes[(few, *rest), p.dtype] += rows
+    stand_ins = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
+    if not stand_ins:
+        return 0
+    with torch.random.fork_rng(devices=[]):
+        optimizer = make(stand_ins)
+        for p in stand_ins:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    sizes = (sum(v.nbytes for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.ndim) for p in stand_ins)
+    rows_of = zip(stand_ins, shapes.values(), strict=True)
+    return sum(size * rows // p.shape[0] for size, (p, rows) in zip(sizes, rows_of, strict=True))

@@ -26,7 +26,7 @@ def test_what_lasts_by_hand():
     weights = 4 * sum(a * b for a, b in layers)
     assert sum(one.weight.numel() for one in quantisable(network)) == weights
     whole, low = lasting(network, "float32"), lasting(network, "int8")
-    assert whole["base"] - low["base"] == 3 * weights - 4 * 4 * sum(a for a, _ in layers)
+    assert whole["base"] - low["base"] == 3 * weights - 4 * 5 * sum(a for a, _ in layers)
     assert whole["adapters"] == low["adapters"] == TRAINED * 4 * sum(8 * (a + b) for a, b in layers)
     assert not any(isinstance(one, nn.Linear) and one.weight.requires_grad for one in quantisable(network))
 
@@ -41,9 +41,11 @@ def test_a_deeper_network_lies_on_the_line():
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_is_measured():
-    found = check(SMALL[0], "bfloat16")
-    assert abs(found.error) < 0.1 and min(found.planned) > 0
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_the_plan_is_what_is_measured(base):
+    found = check(SMALL[0], base)
+    for planned, measured in zip(found.planned, found.measured, strict=True):
+        assert planned == pytest.approx(measured, rel=0.05)
 
 
 def test_a_card_keeps_a_tenth():
@@ -51,7 +53,7 @@ def test_a_card_keeps_a_tenth():
 
 
 def test_the_record():
-    """All networks, each as large as published; nothing further from measurement than a tenth."""
+    """All networks, each as large as published; nothing further from measurement than a twentieth."""
     record = json.loads(RECORD.read_text())
     published = {case.name: case.parameters for case in CASES}
     assert set(record["plans"]) == set(published)
@@ -60,4 +62,4 @@ def test_the_record():
         parts = found["parts"]
         assert parts["float32"]["base"] > 1.8 * parts["bfloat16"]["base"] > 2.5 * parts["int8"]["base"]
     for one in record["check"]:
-        assert sum(one["planned"]) == pytest.approx(sum(one["measured"]), rel=0.1), one
+        assert sum(one["planned"]) == pytest.approx(sum(one["measured"]), rel=0.05), one

@@ -31,6 +31,7 @@ from flowanchor.interfaces import Backbone, Batch, ObjectiveResult, TangentEngin
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, compile_blocks, compiled_forms, compiled_replay
 from flowanchor.jvp.attention import Math, Streaming
 from flowanchor.jvp.compatibility import check
+from flowanchor.plugins.backbones.diffusers.network import DiffusersTransformer
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.objectives.anchors.flow_matching import FlowMatchingAnchor
 from flowanchor.plugins.objectives.composed import ComposedObjective
@@ -39,6 +40,7 @@ from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShort
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.strategies.sharding import shard_backbone
+from flowanchor.text.base import PooledTokens
 
 WORLD, BATCH = 2, 8
 ENGINES = {
@@ -47,6 +49,11 @@ ENGINES = {
     "full": ("off", "on"),
     "finite_difference": ("off", "on"),
 }
+SD3 = {
+    "sample_size": 4, "patch_size": 2, "in_channels": 3, "out_channels": 3, "num_layers": 2, "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 16, "pooled_projection_dim": 8,
+    "pos_embed_max_size": 4, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+}  # fmt: skip
 SPREADS = ("plain", "DDP", "FSDP2", "FSDP2 + bf16")
 ATTENTION = {"math": Math(), "streaming": Streaming(tile_queries=2, tile_keys=3)}  # several tiles for 4 tokens
 
@@ -60,6 +67,7 @@ class Cell:
     checkpointing: str
     attention: str
     compiled: bool
+    network: str = "lightningdit"
 
     def make_engine(self) -> TangentEngine:
         attention, on = ATTENTION[self.attention], self.checkpointing == "on"
@@ -78,6 +86,10 @@ CELLS = [
     for compiled, spread in itertools.product((False, True), SPREADS)
     for engine, modes in ENGINES.items()
     for checkpointing, attention in itertools.product(modes, ATTENTION)
+] + [
+    Cell("chain", spread, checkpointing, "math", False, "sd3")
+    for spread in ("plain", "DDP", "FSDP2")
+    for checkpointing in ENGINES["chain"]
 ]
 
 
@@ -91,24 +103,32 @@ class Step(nn.Module):
         self.objective = ComposedObjective(ExpandedInterval(), ArctanLogNormal(), anchor, shortcut)
 
     def forward(self, engine: TangentEngine, samples: slice) -> tuple[Tensor, ObjectiveResult]:
-        x1, noise, t, labels = (tensor[samples] for tensor in _inputs())
-        result = self.objective(self.student, Batch(x1, labels), DataVelocity(), engine, noise, t)
+        x1, noise, t, labels, *text = (tensor[samples] for tensor in _inputs())
+        cond = PooledTokens(*text) if isinstance(self.student, DiffusersTransformer) else labels
+        result = self.objective(self.student, Batch(x1, cond), DataVelocity(), engine, noise, t)
         return result.loss, result
 
 
 @cache
-def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs() -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(0)
     x1, noise = torch.randn(2, BATCH, 3, 4, 4, generator=draw)
-    return x1, noise, torch.rand(BATCH, generator=draw), torch.randint(0, 5, (BATCH,), generator=draw)
+    t, labels = torch.rand(BATCH, generator=draw), torch.randint(0, 5, (BATCH,), generator=draw)
+    return x1, noise, t, labels, torch.randn(BATCH, 5, 8, generator=draw), torch.randn(BATCH, 8, generator=draw)
 
 
-def network() -> LightningDiT:
+def network(name: str) -> Backbone:
     torch.manual_seed(0)
+    if name == "sd3":
+        return _drawn(DiffusersTransformer("SD3Transformer2DModel", SD3, height=4, width=4, text_len=5))
     switches = {"use_qknorm": True, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
     made = LightningDiT(
         4, 2, 3, hidden_size=16, depth=2, num_heads=2, num_classes=5, disable_label_dropout=True, **switches
     )
+    return _drawn(made)
+
+
+def _drawn(made: Backbone) -> Backbone:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.2)  # nothing starts at zero, where a wrong tangent would not show
     return made
@@ -124,8 +144,8 @@ class Outcome(dict[str, Tensor]):
 class Spread:
     """One network, spread as its name says, compiled or not; every cell that fits runs on it."""
 
-    def __init__(self, spread: str, compiled: bool) -> None:
-        student = network()
+    def __init__(self, name: str, spread: str, compiled: bool) -> None:
+        student = network(name)
         self.low, self.joint = spread.endswith("bf16"), spread != "plain"
         self.step: nn.Module = Step(student)
         self.names = [name for name, p in student.named_parameters() if p.requires_grad]
@@ -206,18 +226,18 @@ def main() -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 8
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=WORLD)
-    made = Spread("plain", compiled=False)
-    wanted = {False: made.run(Full("math")), True: made.run(Full("math"), whole=True)}
+    made = {name: Spread(name, "plain", compiled=False) for name in ("lightningdit", "sd3")}
+    wanted = {(name, whole): made[name].run(Full("math"), whole) for name in made for whole in (False, True)}
     found: list[dict[str, Any]] = []
-    for (spread, _), group in itertools.groupby(CELLS, key=lambda cell: (cell.spread, cell.compiled)):
-        cells = list(group)
+    for (name, spread, compiled), group in itertools.groupby(CELLS, lambda c: (c.network, c.spread, c.compiled)):
         if spread == "DDP":  # follows "plain"
-            made.replicate()
+            made[name].replicate()
         else:
             torch._dynamo.reset()
-            made = Spread(spread, cells[0].compiled)
-        mine = cells if made.joint else cells[int(rank) :: WORLD]
-        found += [visit(cell, made, wanted[made.joint]) for cell in mine]
+            made[name] = Spread(name, spread, compiled)
+        cells, joint = list(group), made[name].joint
+        mine = cells if joint else cells[int(rank) :: WORLD]
+        found += [visit(cell, made[name], wanted[name, joint]) for cell in mine]
     Path(result).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

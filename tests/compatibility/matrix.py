@@ -109,8 +109,9 @@ def render(cells: list[Outcome]) -> str:
         tangent = max(cell["errors"]["tangent"] for cell in found)
         return f"tangent to {figure(tangent, found[0]['spread'].endswith('bf16'))}"
 
-    def entry(row: tuple[str, str], spread: str) -> str:
-        here = words([c for c in cells if (c["engine"], c["checkpointing"], c["spread"]) == (*row, spread)])
+    def entry(network: str, row: tuple[str, str], spread: str) -> str:
+        keys = ("network", "engine", "checkpointing", "spread")
+        here = words([cell for cell in cells if tuple(map(cell.get, keys)) == (network, *row, spread)])
         if len(here) == 1:
             return short(*next(iter(here.items())))
         return "; ".join(
@@ -119,10 +120,18 @@ def render(cells: list[Outcome]) -> str:
             for said, found in here.items()
         )
 
-    lines = [f"| {name} | {' | '.join(entry(row, spread) for spread in SPREADS)} |" for row, name in ROWS.items()]
-    table = "\n".join([f"| setting | {' | '.join(SPREADS)} |", "|---" * (1 + len(SPREADS)) + "|", *lines])
+    def table(network: str) -> str:
+        """Of the settings and spreads that there are of a network."""
+        own = [cell for cell in cells if cell["network"] == network]
+        spreads = [spread for spread in SPREADS if any(cell["spread"] == spread for cell in own)]
+        rows = [row for row in ROWS if any((cell["engine"], cell["checkpointing"]) == row for cell in own)]
+        lines = [f"| {ROWS[row]} | {' | '.join(entry(network, row, spread) for spread in spreads)} |" for row in rows]
+        return "\n".join([f"| setting | {' | '.join(spreads)} |", "|---" * (1 + len(spreads)) + "|", *lines])
+
+    main = [cell for cell in cells if cell["network"] == "lightningdit"]
     return TEXT.format(
-        count=len(cells), possible=sum(cell["verdict"] == "yes" for cell in cells), table=table,
+        count=len(main), possible=sum(cell["verdict"] == "yes" for cell in main), table=table("lightningdit"),
+        stock=table("sd3"),
         refusals="\n".join(f"- ({letter}) {sentence}" for sentence, letter in letters.items()),
         version=torch.__version__.split("+")[0], exact=figure(EXACT, False),
         fd=figure(ALLOWED["finite_difference"]["tangent"], False), low=figure(ALLOWED["bf16"]["tangent"], True),
@@ -170,6 +179,13 @@ Such a choice is refused with that sentence before training starts.
 - The network here is told one time. One that is told the end of an average too (`objective/interval=auxiliary`, `span`,
   `decoupled`, `gated`) has tests of its own: every engine against `jvp=full` and central differences, each part of a
   decoupled one compiled, two processes under FSDP2 against one.
+
+## A transformer of diffusers
+
+The same step of a small network of SD 3.5's class (`backbone=diffusers`), with `math` and eager; the others of its kind
+have [tests of their own](add_a_diffusers_model.md#proven).
+
+{stock}
 
 ## On a GPU
 

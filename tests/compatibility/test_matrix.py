@@ -26,17 +26,21 @@ def impossible(engine: str, spread: str, checkpointing: str) -> bool:
 
 
 def test_every_cell_is_visited_once(cells):
-    visited = [tuple(c[k] for k in ("engine", "spread", "checkpointing", "attention", "compiled")) for c in cells]
+    keys = ("network", "engine", "spread", "checkpointing", "attention", "compiled")
+    visited = [tuple(cell[key] for key in keys) for cell in cells]
     wanted = [
-        (engine, *rest)
+        ("lightningdit", engine, *rest)
         for engine in ENGINES
         for rest in itertools.product(
             SPREADS, CHECKPOINTING.get(engine, ("off", "on")), ("math", "streaming"), (False, True)
         )
     ]
     assert len(wanted) == 4 * 4 * 2 * 2 * 2 + 16  # and `selective`
+    wanted += [
+        ("sd3", "chain", *rest, "math", False) for rest in itertools.product(SPREADS[:3], CHECKPOINTING["chain"])
+    ]
     assert sorted(visited) == sorted(wanted)
-    assert {cell[::2][:2] for cell in visited} == set(ROWS)
+    assert {cell[1:5:2] for cell in visited} == set(ROWS)
 
 
 @pytest.mark.parametrize("spread", SPREADS)

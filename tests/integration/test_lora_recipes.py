@@ -111,10 +111,21 @@ def base_dtype(recipe: str) -> str:
 def pictures(folder: Path) -> None:
     folder.mkdir()
     rows = []
-    for number, word in enumerate(("red", "blue", "green", "grey")):
-        Image.new("RGB", (64, 64), (60 * number, 0, 99)).save(folder / f"{number}.png")
+    for number, word in enumerate(("red", "blue", "green", "grey", "pink", "white")):
+        Image.new("RGB", (64, 64), (40 * number, 0, 99)).save(folder / f"{number}.png")
         rows.append(json.dumps({"file": f"{number}.png", "caption": f"a {word} square"}))
     (folder / "captions.jsonl").write_text("\n".join(rows))
+
+
+def check_evaluation(command: Any, folder: Path) -> None:
+    """By a network of random weights, which needs no download: two steps, and the pictures that taught it."""
+    command(
+        "evaluate", "checkpoint=outputs/train/run", "nfe=[2]", "num_samples=6", "batch_size=3", "device=cpu",
+        "metric=random", "metric.cache_dir=cache", "reference=images", "prompts=images/captions.jsonl",
+        "hydra.run.dir=measured",
+    )  # fmt: skip
+    (found,) = json.loads((folder / "measured" / "metrics.json").read_text())["results"]
+    assert (found["nfe"], found["n"]) == (2, 6) and found["fd"] > 0
 
 
 def check_lora(file: Path, prefixes: tuple[str, ...]) -> None:
@@ -128,7 +139,7 @@ def check_lora(file: Path, prefixes: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PIPELINES)
 def test_from_pictures_to_a_lora(recipe, command, tmp_path):
-    """Encoded by the pipeline's own parts, two steps, a third after a stop, drawn by a prompt, exported."""
+    """Encoded by the pipeline's own parts, two steps, a third after a stop, drawn by a prompt, measured, exported."""
     stock, parts = PIPELINES[recipe]
     folder = write_pipeline(stock, tmp_path / "pipeline")
     torch.manual_seed(1)
@@ -157,13 +168,14 @@ def test_from_pictures_to_a_lora(recipe, command, tmp_path):
     )  # fmt: skip
     with Image.open(tmp_path / "drawn" / "grid.png") as image:
         assert image.width >= 2 * 64
+    check_evaluation(command, tmp_path)
     command("convert", "checkpoint=outputs/train/run", "output=lora", "format=lora", "steps=4")
     check_lora(next((tmp_path / "lora").glob("*.safetensors")), ("transformer.",))
 
 
 @pytest.mark.slow
 def test_wan_with_an_end_time(command, tmp_path):
-    """Adapters and the embedder of the end; the exported pipeline is AnyFlow's."""
+    """Adapters and the embedder of the end; what it is exported as: tests/plugins/formats/test_anyflow_pipeline.py."""
     folder = tmp_path / "pipeline"
     torch.manual_seed(1)
     sizes = {"num_layers": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16, "text_dim": 384}
@@ -194,3 +206,4 @@ def test_wan_with_an_end_time(command, tmp_path):
         "hydra.run.dir=drawn",
     )  # fmt: skip
     assert (tmp_path / "drawn" / "grid.png").is_file()
+    check_evaluation(command, tmp_path)

@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ from safetensors.torch import load_file
 
 from flowanchor.checkpoints import load_model
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.interfaces import Backbone
+from flowanchor.plugins.backbones.diffusers.network import DiffusersTransformer
+from flowanchor.plugins.objectives.intervals.plain import PlainInterval
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+from flowanchor.text.base import Tokens
 
 SIZES = {
     "in_channels": 3, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -101,6 +108,28 @@ def test_distilled_resumed_and_sampled(place, run):
     assert load_model("stock").backbone.network.config.num_layers == SIZES["num_layers"]
     with pytest.raises(SystemExit):
         run("convert", "checkpoint=digits", "output=other", "format=transformer")
+
+
+@pytest.mark.filterwarnings("error:The teacher")
+def test_a_stock_teacher_reads_texts_as_far_as_the_student(place):
+    """Its folder says of no length: with the student's weights it gives the student's answer."""
+    student = initialised(place / "flux2", text_len=16)
+    teacher = CheckpointVelocity(str(place / "flux2"), guidance_scale=1.0)
+    torch.manual_seed(0)
+    x, t, text = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8]), Tokens(torch.randn(2, 16, 384))
+    with torch.no_grad():
+        wanted = student.predict(x, t, text)
+        apart = teacher(x, t, text, x, student, PlainInterval()) - wanted
+        assert apart.norm() > 1e-3 * wanted.norm(), "512 tokens, most of them zeros"
+        teacher.check(student)
+        assert torch.equal(teacher(x, t, text, x, student, PlainInterval()), wanted)
+
+
+def initialised(folder: Path, **settings: Any) -> Backbone:
+    stock = load_model(folder).backbone
+    student = DiffusersTransformer("Flux2Transformer2DModel", SIZES, **settings)
+    student.load_state_dict(stock.state_dict())
+    return student.eval()
 
 
 def test_a_lora_of_it_taught_by_its_base(place, run):

@@ -16,6 +16,7 @@ ROUTED = [
 ]
 LORA = {**COMMON, "lora": {"rank": 2}}
 BASE = {**LORA, "teacher": "base"}
+QUANTISED = {**BASE, "base": "int8"}
 EXPERTS = {**COMMON, "wan": "experts", "steps": 4, "overrides": ROUTED}
 
 
@@ -25,6 +26,7 @@ def one(training, folder):
         "exact": training.fit(folder, "one", **COMMON, batch=32, save=True),
         "lora": training.fit(folder, "lora", **LORA, start=str(folder / "one.ckpt"), batch=32),
         "base": training.fit(folder, "base", **BASE, start=str(folder / "one.ckpt"), batch=32),
+        "quantised": training.fit(folder, "quantised", **QUANTISED, start=str(folder / "one.ckpt"), batch=32),
         "experts": training.fit(folder, "experts", **EXPERTS, batch=32),
         "low": training.fit(folder, "low", **COMMON, batch=32, precision="bf16-mixed"),
     }
@@ -41,6 +43,7 @@ def two(torchrun, one, folder):
         {"name": "compiled", **EXPERTS, "batch": 16, "sharded": {}, "compiled": True},
         {"name": "lora", **LORA, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
         {"name": "base", **BASE, "start": str(folder / "one.ckpt"), "batch": 16, "sharded": {}},
+        {"name": "quantised", **QUANTISED, "start": str(folder / "one.ckpt"), "batch": 16, "ddp": True},
         {"name": "low", **rest, "sharded": {}, "precision": "bf16-mixed", "save": True},
         {"name": "taught", **rest, "sharded": {}, "teacher": str(folder / "one.ckpt")},
     )
@@ -55,6 +58,7 @@ def two(torchrun, one, folder):
         ("compiled", "experts"),
         ("lora", "lora"),
         ("base", "base"),
+        ("quantised", "quantised"),
     ],
 )
 def test_two_processes_equal_one(one, two, way, alone):

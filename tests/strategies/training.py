@@ -25,10 +25,11 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from flowanchor.checkpoints import initialise_student
+from flowanchor.checkpoints.frozen_base import keep_base
 from flowanchor.checkpoints.lightning import RunCheckpointIO
 from flowanchor.data.lightning import LightningData
 from flowanchor.deferred import defer_loading, materialise, parameters_on_meta
@@ -36,7 +37,7 @@ from flowanchor.ema import EMA
 from flowanchor.interfaces import Batch
 from flowanchor.jvp import Chain
 from flowanchor.module import FlowModule
-from flowanchor.optimizers import AdamWBF16
+from flowanchor.optimizers import AdamW8bit, AdamWBF16
 from flowanchor.plugins.backbones.imf_dit import IMFDiT
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
 from flowanchor.plugins.backbones.wan import Wan
@@ -51,6 +52,7 @@ from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.data import DataVelocity
 from flowanchor.programs.launch import prepare
 from flowanchor.strategies import ChainJVPStrategy
+from flowanchor.strategies.replicas import ReplicasStrategy
 from flowanchor.strategies.sharding import shard_backbone
 from flowanchor.text.base import Tokens
 
@@ -66,6 +68,11 @@ WAN: dict[str, Any] = {
 CONFIG = {
     "backbone": {"_target_": "flowanchor.plugins.backbones.lightningdit.LightningDiT", **NETWORK},
     "objective": {"interval": {"_target_": "flowanchor.plugins.objectives.intervals.expanded.ExpandedInterval"}},
+}
+OPTIMIZERS: dict[str, Any] = {
+    "float32": partial(torch.optim.AdamW, fused=True),  # one operation, through DTensor's dispatcher, for all
+    "bfloat16": AdamWBF16,
+    "8 bits": AdamW8bit,
 }
 WAN_TARGET = {"_target_": "flowanchor.plugins.backbones.wan.Wan"}
 
@@ -192,7 +199,11 @@ def _configuration(name: str, *overrides: str) -> Any:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    elif is_traceable_wrapper_subclass(tensor):
+        tensor = tensor.dequantize()
+    return tensor.detach().cpu().clone()
 
 
 def fit(
@@ -214,11 +225,13 @@ def fit(
     overrides: list[str] | None = None,
     wan: str = "",
     lora: dict[str, Any] | None = None,
+    base: str = "float32",
     precision: str = "32-true",
     lr: float = 0.1,
     compiled: bool = False,
     counted: bool = False,
-    low_moments: bool = False,
+    moments: str = "float32",
+    width: int = 24,
     recompute: bool | str = True,
     rooms: list[int] | None = None,
     predicts: str = "v",
@@ -234,9 +247,12 @@ def fit(
     if objective is not None:
         loss = composed(objective, overrides)
     told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
-    student = network(deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts)
+    student = network(
+        deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts, hidden_size=width
+    )
     if start is not None:
         initialise_student(student, start)
+    keep_base(student, base, low_precision=False)
     velocity: Any = DataVelocity()
     if teacher == "base":
         velocity = BaseVelocity()
@@ -246,7 +262,7 @@ def fit(
     options = {"backend": "eager", "fullgraph": True} if compiled else None
     module = FlowModule(
         student, Weighted() if weighted else loss, velocity, Chain(recompute),
-        partial(AdamWBF16 if low_moments else partial(torch.optim.AdamW, fused=True), lr=lr, eps=0.1), seed=3,
+        lambda parameters: OPTIMIZERS[moments](parameters, lr=lr, eps=0.1), seed=3,
         config={**CONFIG, "backbone": {**WAN_TARGET, **WAN, "lora": lora}, "initialise_from": start} if wan else CONFIG,
         compile_options=options,
     )  # fmt: skip
@@ -254,7 +270,7 @@ def fit(
         module.memory = Room(rooms[int(os.environ.get("RANK", 0))])
     data = (Captions if wan else DigitsDataModule)(batch_size=batch)
     record, ema = Record(), EMA(sigma_rel=0.2, decay=0.5)
-    strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else "ddp" if ddp else "auto"
+    strategy: Any = ChainJVPStrategy(**sharded) if sharded is not None else ReplicasStrategy() if ddp else "auto"
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         strategy=strategy, precision=precision, accumulate_grad_batches=accumulate,

@@ -10,6 +10,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as BytesToText
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -96,6 +99,31 @@ def gemma() -> Any:
     return transformers.Gemma2Model(transformers.Gemma2Config(**{**LANGUAGE, "vocab_size": 40}))
 
 
+def mistral3() -> Any:
+    """As deep as the layers that are read: 10, 20, 30."""
+    vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(**{**LANGUAGE, "num_hidden_layers": 31}),
+            vision_config=transformers.PixtralVisionConfig(**vision, head_dim=8, image_size=16, patch_size=8),
+        )
+    )
+
+
+def pixtral_processor() -> Any:
+    """A tokenizer of bytes, which fills up from the left, beside a processor of images."""
+    special = ["<pad>", "<s>", "</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    vocabulary = {piece: number for number, piece in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    bytewise = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer, bytewise.decoder = ByteLevel(add_prefix_space=False), BytesToText()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
+        additional_special_tokens=special[3:], model_max_length=4096,
+    )  # fmt: skip
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 16}, patch_size={"height": 8, "width": 8})
+    return transformers.PixtralProcessor(images, tokenizer, patch_size=8, chat_template=CHAT)
+
+
 def sd3() -> dict[str, Any]:
     projected = transformers.CLIPTextModelWithProjection
     return {
@@ -122,12 +150,14 @@ def hunyuan() -> dict[str, Any]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusion3Pipeline": sd3,
     "FluxPipeline": flux,
+    "Flux2Pipeline": lambda: {"tokenizer": pixtral_processor(), "text_encoder": mistral3()},
     "Flux2KleinPipeline": lambda: {"tokenizer": qwen_tokenizer(), "text_encoder": qwen3(layers=28)},
     "ZImagePipeline": lambda: {"tokenizer": qwen_tokenizer(), "text_encoder": qwen3(transformers.Qwen3Model)},
     "QwenImagePipeline": lambda: {"tokenizer": qwen_tokenizer(), "text_encoder": qwen25_vl()},
     "Krea2Pipeline": lambda: {"tokenizer": qwen_tokenizer(), "text_encoder": qwen3_vl()},
     "SanaPipeline": lambda: {"tokenizer": gemma_tokenizer(), "text_encoder": gemma()},
     "PixArtSigmaPipeline": lambda: {"tokenizer": t5_tokenizer(), "text_encoder": t5()},
+    "PixArtAlphaPipeline": lambda: {"tokenizer": t5_tokenizer(), "text_encoder": t5()},
     "LTXPipeline": lambda: {"tokenizer": t5_tokenizer(), "text_encoder": t5()},
     "HunyuanVideo15Pipeline": hunyuan,
 }

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flowanchor.errors import CheckpointError, ConfigError
+from flowanchor.plugins.text_encoders import pipeline_texts
 from flowanchor.plugins.text_encoders.pipeline import PipelineEncoder
 from flowanchor.plugins.text_encoders.pipeline_texts import KNOWN
 from flowanchor.text.base import KINDS
@@ -51,7 +52,7 @@ def asked(stock: str, pipeline: Any, prompt: str) -> tuple[dict[str, torch.Tenso
     if stock == "FluxPipeline":
         found = dict(zip(("tokens", "pooled"), pipeline.encode_prompt(prompt, prompt)[:2], strict=True))
         return found, found
-    if stock == "Flux2KleinPipeline":
+    if stock in ("Flux2Pipeline", "Flux2KleinPipeline"):
         found = {"tokens": pipeline.encode_prompt(prompt)[0]}
         return found, found
     if stock == "ZImagePipeline":
@@ -65,6 +66,8 @@ def asked(stock: str, pipeline: Any, prompt: str) -> tuple[dict[str, torch.Tenso
         mask = torch.ones(tokens.shape[:2]) if mask is None else mask
         return {"tokens": tokens, "mask": mask}, {"tokens": tokens, "mask": mask}
     given = {"complex_human_instruction": sana_instruction(pipeline)} if stock == "SanaPipeline" else {}
+    if stock.startswith("PixArt"):
+        given = {"clean_caption": inspect.signature(type(pipeline).__call__).parameters["clean_caption"].default}
     tokens, mask, no_tokens, no_mask = pipeline.encode_prompt(prompt, negative_prompt=prompt, **given)
     return {"tokens": tokens, "mask": mask}, {"tokens": no_tokens, "mask": no_mask}
 
@@ -119,6 +122,37 @@ def test_texts_are_the_pipelines_own(stock, folders):
                     assert getattr(ours, name).shape == theirs[name].shape[1:]
     alike = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True)]
     assert not alike[0]
+
+
+WRITTEN = "<b>Two&nbsp;birds</b> see https://a.example/b.png by @you #12345 JPEG"
+
+
+@pytest.mark.parametrize("stock", ["PixArtSigmaPipeline", "PixArtAlphaPipeline"])
+@torch.no_grad()
+def test_pixart_cleans_captions(stock, folders):
+    """As its pipeline does unless told otherwise: another text than that of the caption as it is."""
+    pipeline = stock_pipeline(stock, folders(stock))
+    found = PipelineEncoder(str(folders(stock)), dtype="float32").encode([WRITTEN])[0]
+    theirs, _ = asked(stock, pipeline, WRITTEN)
+    assert torch.equal(found.tokens, theirs["tokens"][0][theirs["mask"][0].bool()])
+    raw, mask, *_ = pipeline.encode_prompt(WRITTEN, False, clean_caption=False)
+    assert len(found.tokens) < int(mask.sum())
+    plain, mask, *_ = pipeline.encode_prompt("two birds see by", False, clean_caption=False)
+    assert torch.equal(found.tokens, plain[0][mask[0].bool()])
+
+
+@torch.no_grad()
+def test_pixart_without_what_cleans(folders, monkeypatch):
+    folder = str(folders("PixArtSigmaPipeline"))
+    cleaned = PipelineEncoder(folder, dtype="float32").fingerprint()
+    for module in ("diffusers.utils", "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma"):
+        monkeypatch.setattr(f"{module}.is_bs4_available", lambda: False)
+    monkeypatch.setattr(pipeline_texts, "is_bs4_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"cleans captions .*: pip install 'flowanchor\[wan\]'"):
+        encoder = PipelineEncoder(folder, dtype="float32")
+    theirs, _ = asked("PixArtSigmaPipeline", stock_pipeline("PixArtSigmaPipeline", Path(folder)), WRITTEN)
+    assert torch.equal(encoder.encode([WRITTEN])[0].tokens, theirs["tokens"][0][theirs["mask"][0].bool()])
+    assert encoder.fingerprint() != cleaned
 
 
 @torch.no_grad()
@@ -219,4 +253,4 @@ def test_a_folder_that_is_no_pipeline(folders):
 
 
 def test_all_that_are_known_are_in_this_diffusers():
-    assert set(PARTS) <= set(KNOWN) <= set(dir(diffusers))
+    assert set(PARTS) == set(KNOWN) <= set(dir(diffusers))

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
@@ -48,6 +50,31 @@ def _cache(known: dict[Any, Any]) -> Iterator[None]:
         FakeTensorMode.cache = shared
 
 
+class InTheClear(TorchFunctionMode):
+    """Within it, products of some weights take what those of quantised weights take (torchao, weight-only).
+
+    Each product makes plain numbers of the weight, in the type of the other factor, of which autocast makes its own; a
+    graph through it keeps these. The scales come after it.
+    """
+
+    def __init__(self, quantised: set[int]) -> None:
+        super().__init__()
+        self.quantised = quantised  # by id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(id(one) in self.quantised for one in args[:2]):
+            return func(*args, **kwargs)
+        if func is functional.linear:
+            x, weight, bias = (*args, *kwargs.values(), None)[:3]
+            out = functional.linear(x, weight.to(x.dtype, copy=True))
+            out = out * out.new_empty(out.shape[-1])
+            return (out if bias is None else out.add_(bias)).to(x.dtype)
+        if func in (torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__):
+            args = [one.clone() if id(one) in self.quantised else one for one in args]
+        return func(*args, **kwargs)
+
+
 class StepOfShapes:
     """A training step of copies without values, which can be run again and again."""
 
@@ -56,19 +83,19 @@ class StepOfShapes:
         self.known: dict[Any, Any] = {}  # what operators make of which shapes
         self.originals = student, objective, velocity
         plain = self._stand_ins()
+        self.quantised = {id(one) for one in plain.values()}
         with FakeCopyMode(self.mode):
             self.student, self.objective, self.velocity = copy.deepcopy(self.originals, plain)
         self.device: torch.device | None = None  # where they are taken to be
         take_as_seen(self.student)
 
     def _stand_ins(self) -> dict[int, Any]:
-        """Plain weights for quantised ones, by what `deepcopy` asks for: a product makes these of them for a moment.
+        """Plain weights for quantised ones, by what `deepcopy` asks for; products take them as `InTheClear` says.
 
         They are not looked at themselves: a module that moves to a device exchanges them, which nobody may refer to.
         """
         parameters = (parameter for network in self.originals for parameter in network.parameters())
         quantised = {id(p): p for p in parameters if is_traceable_wrapper_subclass(p)}
-        self.in_the_clear = max((p.numel() * p.element_size() for p in quantised.values()), default=0)
         with torch.device("meta"):
             made = {key: torch.empty(p.shape, dtype=p.dtype) for key, p in quantised.items()}
         return {key: nn.Parameter(self.mode.from_tensor(one), requires_grad=False) for key, one in made.items()}
@@ -94,7 +121,7 @@ class StepOfShapes:
             kind = batch.x1.device.type
             autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             run = partial(self._peak, engine, autocast, batch, noise, times, on_host, step)
-            return thread.submit(copy_context().run, run).result() + self.in_the_clear
+            return thread.submit(copy_context().run, run).result()
 
     def _peak(
         self, engine: TangentEngine, autocast: torch.autocast, batch: Batch, noise: Tensor, times: DrawnTimes,
@@ -110,7 +137,7 @@ class StepOfShapes:
         with Surroundings.here(device, others=True), _cache(self.known), self.mode:
             self._place(device)
             batch, noise, times = tree_map(self._without_values, (batch, noise, times))
-            with Traceable(), LiveBytes() as counter:
+            with Traceable(), LiveBytes() as counter, InTheClear(self.quantised):
                 with autocast:
                     loss = self.objective(self.student, batch, self.velocity, engine, noise, *times).loss
                 loss.backward()  # outside of autocast, as a step's own
@@ -126,6 +153,8 @@ class StepOfShapes:
             for name, old in module._parameters.items():
                 if old is not None and id(old) not in made:
                     made[id(old)] = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
+                    if id(old) in self.quantised:
+                        self.quantised.add(id(made[id(old)]))
                     if old.requires_grad:
                         made[id(old)].register_post_accumulate_grad_hook(_drop)
                 module._parameters[name] = None if old is None else made[id(old)]

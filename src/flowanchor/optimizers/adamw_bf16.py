@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowanchor.errors import ConfigError
+from flowanchor.optimizers.low_moments import LowMoments, State
 from flowanchor.weights import local
 
-LARGEST = 1 << 26  # values that are updated together: what the update needs for itself is 16 bytes for each
 DISCARDED = 1 << 16  # bfloat16 keeps the upper half of a float32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamWBF16(torch.optim.Optimizer):
+class AdamWBF16(LowMoments):
     """AdamW (arXiv 1711.05101) with both moments in bfloat16; weights, gradients and arithmetic stay as they are.
 
     The first moment is rounded to the nearest value. The second one moves by `1 - beta2` of itself in a step, which
@@ -30,64 +26,19 @@ class AdamWBF16(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        wrong = [name for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)) if value < 0]
-        if wrong or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(
-                f"optimizer.{(wrong or ['betas'])[0]} is out of range: rates, eps and weight_decay are at least 0, "
-                "and betas lie between 0 and 1."
-            )
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.register_load_state_dict_post_hook(_as_stored)
+    def begin(self, p: Tensor) -> State:
+        return {name: torch.zeros_like(p, dtype=torch.bfloat16) for name in MOMENTS}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for number, group in enumerate(self.param_groups):
-            trained = [p for p in group["params"] if p.grad is not None]
-            for p in trained:
-                if not self.state[p]:
-                    moments = {name: torch.zeros_like(p, dtype=torch.bfloat16) for name in MOMENTS}
-                    self.state[p].update(step=torch.zeros(()), **moments)
-                self.state[p]["step"] += 1
-            for chunk, together in enumerate(_chunks(trained)):
-                self._update(group, together, (number, chunk))
-        return loss
+    def read(self, states: list[State]) -> tuple[list[Tensor], list[Tensor]]:
+        first, second = ([local(state[name]).float() for state in states] for name in MOMENTS)
+        return first, second
 
-    def _update(self, group: dict[str, Any], trained: list[Any], place: tuple[int, int]) -> None:
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        steps = [float(self.state[p]["step"]) for p in trained]  # counters of the host
-        values = [local(p) for p in trained]
-        gradients = [local(p.grad).float() for p in trained]
-        kept = [[local(self.state[p][name]) for p in trained] for name in MOMENTS]
-        first, second = ([moment.float() for moment in moments] for moments in kept)
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+    def keep(self, states: list[State], first: list[Tensor], second: list[Tensor], place: tuple[int, ...]) -> None:
+        kept = [[local(state[name]) for state in states] for name in MOMENTS]
         torch._foreach_copy_(kept[0], first)
-        generator = torch.Generator(values[0].device).manual_seed(_seed(int(steps[0]), *place))
+        generator = torch.Generator(first[0].device).manual_seed(_seed(*place))
         for stored, exact in zip(kept[1], second, strict=True):
             stored.copy_(rounded_at_random(exact, generator))
-
-        sizes = [lr / (1 - beta1**step) for step in steps]
-        torch._foreach_sqrt_(second)
-        torch._foreach_div_(second, [(1 - beta2**step) ** 0.5 for step in steps])
-        torch._foreach_add_(second, group["eps"])
-        torch._foreach_div_(first, second)
-        torch._foreach_mul_(first, sizes)
-        torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-        torch._foreach_sub_(values, first)
 
 
 def rounded_at_random(exact: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -106,25 +57,3 @@ def rounded_at_random(exact: Tensor, generator: torch.Generator | None = None) -
 def _seed(*numbers: int) -> int:
     """One seed of several numbers, mixed: a CPU's generator looks at 32 bits of it alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _chunks(parameters: list[Any]) -> Iterator[list[Any]]:
-    """Parameters in their order, so many together that their values are few."""
-    together: list[Any] = []
-    held = 0
-    for p in parameters:
-        size = local(p).numel()
-        if together and held + size > LARGEST:
-            yield together
-            together, held = [], 0
-        together.append(p)
-        held += size
-    if together:
-        yield together
-
-
-def _as_stored(optimizer: torch.optim.Optimizer) -> None:
-    """PyTorch gives a loaded state the type of its parameter; moments go back to theirs, which loses nothing."""
-    for state in optimizer.state.values():
-        for name in MOMENTS:
-            state[name] = state[name].to(torch.bfloat16)

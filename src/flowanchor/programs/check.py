@@ -31,6 +31,7 @@ from flowanchor.jvp.attention.operator import Opaque
 from flowanchor.jvp.chain import Chain
 from flowanchor.jvp.compatibility import is_low
 from flowanchor.jvp.memory_plan import StepOfShapes
+from flowanchor.optimizer_settings import kept_bytes
 from flowanchor.programs.composing import compose
 from flowanchor.programs.launch import LIBRARY_WARNINGS
 from flowanchor.recompute import FORMS, HostMemory
@@ -194,12 +195,12 @@ def _is_there(key: str, value: str) -> bool:
 def _memory(cfg: DictConfig, student: Backbone, objective: Objective) -> Iterator[str]:
     """Bytes of one process that is not sharded."""
     velocity, note = _velocity(cfg)
-    batch_size = int(cfg.data.batch_size)
+    batch_size, make = int(cfg.data.batch_size), instantiate(cfg.optimizer, _convert_="all")
     parts = {
         "weights": _bytes(student),
         "teacher": _bytes(velocity),
         "gradients": _bytes(student, trained=True),
-        "optimizer": round(_moments(cfg) * sum(p.numel() for p in student.parameters() if p.requires_grad)),
+        "optimizer": kept_bytes(make, (p for p in student.parameters() if p.requires_grad)),
         "averages": _averages(cfg) * 4 * sum(p.numel() for p in student.parameters()),
     }
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
@@ -277,16 +278,6 @@ def _condition(student: Backbone, size: int) -> Any:
         longest = type(null)(*fields)
         return conditioning.batch([longest] * size)
     return torch.zeros(size, dtype=torch.int64) if conditioning.classes else None
-
-
-def _moments(cfg: DictConfig) -> float:
-    """Bytes per trained value that the optimizer keeps: those of a step on a few values."""
-    values = nn.Parameter(torch.zeros(4096, 1))
-    optimizer = instantiate(cfg.optimizer, _convert_="all")([values])
-    values.grad = torch.ones_like(values)
-    optimizer.step()
-    kept = (state for states in optimizer.state.values() for state in states.values() if isinstance(state, Tensor))
-    return sum(state.nbytes for state in kept if state.numel() > 1) / values.numel()
 
 
 def _averages(cfg: DictConfig) -> int:

@@ -275,10 +275,16 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any])
     for key in tensors:
         index, _, name = key.partition("/")
         p, shape = parameters[int(index)], shape_of(tensors, key)
-        # What has the shape of its parameter is sharded like it; what is left are counters.
-        dtype = dtype_of(tensors, key)
-        like = shape == p.shape
-        targets[key] = torch.empty_like(p.detach(), dtype=dtype) if like else torch.empty(shape, dtype=dtype)
+        targets[key] = _empty_beside(p, shape, dtype_of(tensors, key))
         state.setdefault(int(index), {})[name] = targets[key]
     copy_weights(tensors, targets)
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
+
+
+def _empty_beside(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What has the shape of its parameter, or as many rows, is sharded like it; what is left are counters."""
+    if shape == p.shape:
+        return torch.empty_like(p.detach(), dtype=dtype)
+    if isinstance(p, DTensor) and shape[:1] == p.shape[:1]:
+        return torch.distributed.tensor.empty(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
+    return torch.empty(shape, dtype=dtype)
