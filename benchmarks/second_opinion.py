@@ -37,6 +37,7 @@ from flowanchor.base.typed import instantiate
 from flowanchor.checkpoints import load_model
 from flowanchor.data.base import FlowDataModule
 from flowanchor.generation.generator import Generator
+from flowanchor.generation.samplers import build_sampler
 from flowanchor.metrics.evaluator import Evaluator
 from flowanchor.metrics.reference_base import Reference
 
@@ -129,8 +130,7 @@ class Eyes:
     def drawn(self, run: Path, case: Case, seed: int) -> Tensor:
         """Images of balanced classes, uint8 [N, C, H, W]."""
         model = load_model(run)
-        typed = case.words != ("sampler=from_checkpoint",)
-        sampler = instantiate(compose(*case.words).sampler, _convert_="all") if typed else model.sampler
+        sampler = build_sampler(compose(*case.words, program="eval").sampler, model)
         generator = Generator(model.backbone, model.interval, sampler.with_nfe(case.calls), self.codec)
         request = model.backbone.conditioning.request(self.samples, None, None, None, "balanced", seed)
         return torch.cat([chunk.permute(0, 3, 1, 2) for chunk in generator.draw(request, seed, 250)])
