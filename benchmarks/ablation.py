@@ -32,8 +32,10 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 
 from harness import RESULTS, ROOT, machine, markdown, refresh, write_json
+from pictures import FOLDER, keep
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -327,9 +329,14 @@ def main() -> None:
     if arguments.relatives:
         refresh(ROOT / "docs" / "results" / "ablation.md", "relatives table", text)
         return
-    runs = {row.name: [f["curves"] for f in record["runs"] if f["row"] == row.name] for row in rows}
-    ablation_figure(runs).savefig(ROOT / "docs" / "images" / "ablation.png", dpi=110)
+    keep(figure_of(record), FOLDER / "ablation.png")
     refresh(ROOT / "docs" / "results" / "ablation.md", "ablation table", text)
+
+
+def figure_of(record: dict[str, Any]) -> Figure:
+    """Loss and tangent of every objective that was measured."""
+    names = [row.name for row in ROWS if row.name in record["cpu_seconds"]]
+    return ablation_figure({name: [run["curves"] for run in record["runs"] if run["row"] == name] for name in names})
 
 
 def page(rows: tuple[Row, ...], record: dict[str, Any], budget: int) -> str:

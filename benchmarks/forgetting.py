@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from harness import RESULTS, ROOT, markdown, refresh
+from pictures import FOLDER, keep
 from short_runs import Judge, Record, finite, fit, measured_by, quiet, spread
 
 sys.path.insert(0, str(ROOT / "src"))
@@ -39,7 +40,6 @@ from flowanchor.metrics.flow_error import TIMES, Probe, teacher_network
 
 RECORD = RESULTS / "forgetting.json"
 PAGE = ROOT / "docs" / "results" / "forgetting.md"
-FIGURE = ROOT / "docs" / "images" / "forgetting.png"
 SEEDS = (0, 1, 2)
 TEACHER = ROOT / "src" / "flowanchor" / "shipped" / "digits_teacher"  # of the recipe experiment=digits_teacher
 STEPS, BATCH, EVERY = 100, 32, 25
@@ -235,7 +235,7 @@ def main() -> None:
 def show(content: Mapping[str, Any]) -> None:
     text = page(content)
     print(text)
-    figure(content).savefig(FIGURE, dpi=110)
+    keep(figure(content), FOLDER / "forgetting.png")
     refresh(PAGE, "forgetting table", text)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from harness import ROOT, machine, write_json
+from harness import ROOT, commit, machine, write_json
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -138,7 +138,7 @@ class Record:
     """Rows in a file, written after each."""
 
     def __init__(self, path: Path, about: Mapping[str, Any], quick: bool = False) -> None:
-        self.path = path
+        self.path, self.commit = path, commit()
         self.content: dict[str, Any] = {"machine": machine(), "about": dict(about), "rows": []}
         if path.is_file() and not quick:
             kept = json.loads(path.read_text())
@@ -152,7 +152,9 @@ class Record:
         return next((row for row in rows if all(row.get(key) == value for key, value in what.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.content["rows"].append(finite(row))
+        """With the commit beside it where that is no longer the record's."""
+        later = {} if self.commit == self.content["machine"]["commit"] else {"commit": self.commit}
+        self.content["rows"].append({**finite(row), **later})
         self.save()
 
     def save(self) -> None:
@@ -182,9 +184,10 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
 def measured_by(content: Mapping[str, Any], command: str) -> str:
     """Who measured it: the last sentence under a table."""
     about = content["machine"]
+    later = dict.fromkeys(row["commit"] for row in content["rows"] if "commit" in row)
     return (
         f"`{command}` on {about['cpu']}, {about['cores']} cores, one thread, torch {about['torch']}, {about['date']}, "
-        f"commit {about['commit']}."
+        f"commit {about['commit']}{''.join(f', later rows {one}' for one in later)}."
     )
 
 

@@ -29,6 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from harness import RESULTS, ROOT, markdown, refresh
+from pictures import FOLDER, keep
 from short_runs import TEACHERS, Judge, Record, finite, fit, measured_by, quiet, spread
 
 sys.path.insert(0, str(ROOT / "src"))
@@ -327,7 +328,7 @@ def show(content: Mapping[str, Any]) -> None:
     data = content["about"]["data"]
     text = page(content, cells(data))
     print(text)
-    picture(content, cells(data)).savefig(ROOT / "docs" / "images" / f"stability_{data}.png", dpi=110)
+    keep(picture(content, cells(data)), FOLDER / f"stability_{data}.png")
     refresh(PAGE, f"stability on {data}", text)
 
 

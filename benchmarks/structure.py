@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # From the ground up. A file belongs to the first room whose prefix it has; what is not listed stands at the top.
 ROOMS = [
@@ -215,12 +216,12 @@ def moving(root: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def draw(root: Path, picture: Path) -> None:
+def figure_of(root: Path) -> Any:
     """The rooms, each above what it stands on, and the imports between them; red: one that points up."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # The counts, which tests want, do without matplotlib.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     known = files(root)
     arrows: dict[tuple[int, int], int] = {}
@@ -230,10 +231,12 @@ def draw(root: Path, picture: Path) -> None:
             pair = room(name), room(target)
             if pair[0] != pair[1]:
                 arrows[pair] = arrows.get(pair, 0) + 1
-    figure, axes = plt.subplots(figsize=(8, 9))
+    figure = Figure(figsize=(6.4, 7.13))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
     for level, (title, folders) in enumerate(ROOMS):
         inside = ", ".join(folder.removeprefix("flowanchor.") for folder in folders if folder in known)
-        axes.add_patch(plt.Rectangle((0, level - 0.3), 5, 0.6, facecolor="#eef3f8", edgecolor="#5b7c99"))
+        axes.add_patch(Rectangle((0, level - 0.3), 5, 0.6, facecolor="#eef3f8", edgecolor="#5b7c99"))
         axes.text(0.1, level + 0.06, f"{title}", weight="bold", va="center")
         axes.text(
             0.1,
@@ -254,19 +257,20 @@ def draw(root: Path, picture: Path) -> None:
     axes.set_xlim(-1.2, 8)
     axes.set_ylim(-0.6, len(ROOMS) - 0.4)
     axes.axis("off")
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--still", action="store_true", help="without running anything")
-    parser.add_argument("--draw", type=Path, help="a picture of the rooms and their imports (PNG or SVG), nothing else")
+    parser.add_argument("--draw", type=Path, help="a picture of the rooms and their imports (PNG), nothing else")
     chosen = parser.parse_args()
     root = chosen.root.resolve()
     if chosen.draw is not None:
-        draw(root, chosen.draw)
+        from pictures import keep  # matplotlib again
+
+        keep(figure_of(root), chosen.draw)
         return
     found = still(root)
     if not chosen.still:

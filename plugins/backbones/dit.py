@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flowanchor.base.broadcast import like
@@ -18,6 +20,10 @@ class DiT(SiT):
     """
 
     predictions = ("v",)  # the noise, that is, whose velocity has a conversion of its own
+
+    def meaning(self) -> dict[str, Any]:
+        """Its weights have SiT's names and shapes, and predict the noise of DiT's levels."""
+        return {**super().meaning(), "": "dit"}
 
     def embed(self, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> tuple[Tensor, StageContext]:
         """x [B, C, H, W], t [B] in [0, 2], labels [B], r [B] -> tokens [B, N, D] and the context (c, x, physical t)."""

@@ -11,6 +11,7 @@ copy of `e_t`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -62,6 +63,12 @@ class EndTime:
     def needs_embedder(self) -> bool:
         """Whether there is a second embedder."""
         return self.way in ("auxiliary", "gated")
+
+    def meaning(self) -> dict[str, Any]:
+        """What the weights of a second embedder mean (`Backbone.meaning`). Those of a decoupled network answer alike
+        wherever `r = t`, however its blocks are divided: any network may start from them."""
+        gate = {"end_time_gate": self.gate} if self.way == "gated" else {}
+        return {"end_time": self.way, **gate} if self.needs_embedder else {}
 
     def embedded(self, at_t: Tensor, at_r: Tensor) -> Tensor:
         """What both embedders say, [B, D] each -> [B, D]; where they say the same, gated is exactly that."""

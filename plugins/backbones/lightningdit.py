@@ -112,6 +112,7 @@ class LightningDiT(Backbone):
         null = class_dropout_prob > 0
         if num_classes:
             self.conditioning = Classes(num_classes, null, 0.0 if disable_label_dropout else class_dropout_prob)
+        self._meaning = {"": "sit", "time_scale": float(time_scale), "num_heads": num_heads, "pixel_norm": pixel_norm}
         self.told_end = EndTime.of(end_time, end_time_split, end_time_gate, depth, auxiliary_time_cond)
         self.end_time, self.takes_end_time = self.told_end.way, self.told_end.way is not None
         self.takes_guidance = guidance_cond
@@ -150,6 +151,10 @@ class LightningDiT(Backbone):
             raise ConfigError(f"Unknown {cls.__name__} preset '{preset}': choose one of {', '.join(cls.presets)}.")
         chosen = {name: value for name, value in settings.items() if value is not None}
         return cls(**{**cls.presets[preset], **chosen})
+
+    def meaning(self) -> dict[str, Any]:
+        """SiT is this network with all switches off; only then do their weights fit each other."""
+        return {**super().meaning(), **self._meaning, **self.told_end.meaning()}
 
     # ----------------------------------------------------------------------------------------------------- stages
 

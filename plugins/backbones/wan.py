@@ -163,6 +163,12 @@ class Wan(Backbone):
             cast(WanBlock, block).adapters = layers
         self.initialise()
 
+    def meaning(self) -> dict[str, Any]:
+        return {
+            **super().meaning(), **self.told_end.meaning(),
+            "num_attention_heads": self.settings["num_attention_heads"], "eps": self.settings["eps"],
+        }  # fmt: skip
+
     @classmethod
     def from_preset(cls, preset: str, **settings: Any) -> Wan:
         """A size by name (`nano`, `1.3B`, `5B`, `A14B`); any setting that is not None replaces the preset's value."""

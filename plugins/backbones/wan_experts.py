@@ -101,6 +101,9 @@ class WanExperts(Backbone):
     def whole_parameters(self) -> list[nn.Parameter]:
         return [*self.high.whole_parameters(), *self.low.whole_parameters()]
 
+    def meaning(self) -> dict[str, Any]:
+        return self.high.meaning()
+
     def copies(self) -> dict[str, str]:
         experts = (("high", self.high), ("low", self.low))
         return {f"{part}.{name}": f"{part}.{of}" for part, expert in experts for name, of in expert.copies().items()}

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from flowanchor.base.stock_folder import without_code
 from flowanchor.data.base import FlowDataModule
 from flowanchor.errors import CheckpointError, ConfigError
 from flowanchor.metrics.base import Metric
-from flowanchor.plugins.metrics.stock_network import StockExtractor, read_stock
+from flowanchor.plugins.metrics.stock_network import StockExtractor, read_stock, resized
 
 EXTRACTOR = "flowanchor-dinov2"
 LAYER = "cls"
@@ -67,9 +65,8 @@ class Dinov2(nn.Module):
 
 def prepared(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> [B, 3, 224, 224]: bicubic with antialiasing, in 8 bits as Pillow has it, normalised."""
-    small = resize(images, [SIDE, SIDE], interpolation=InterpolationMode.BICUBIC, antialias=True)
     mean, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, SPREAD))
-    return (small.float() / 255 - mean) / spread
+    return (resized(images, SIDE).float() / 255 - mean) / spread
 
 
 class Dinov2Extractor(StockExtractor):

@@ -1,4 +1,4 @@
-"""Networks of transformers as extractors of features: read from a local folder, in torch-fidelity's clothes."""
+"""Networks of other libraries as extractors of features, in torch-fidelity's clothes; transformers' from a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from flowanchor.errors import CheckpointError
 
@@ -35,6 +37,11 @@ def read_stock(kind: Any, folder: Path, what: str, *beside: Any) -> tuple[Any, .
     if missing:
         raise CheckpointError(f"{folder} is no {what}: it lacks {', '.join(missing[:3])}.")
     return network.eval().requires_grad_(False), *others
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """uint8 [B, C, H, W] -> uint8 [B, C, side, side]: bicubic with antialiasing, in 8 bits as Pillow has it."""
+    return resize(images, [side, side], interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 class StockExtractor(FeatureExtractorBase):

@@ -123,6 +123,14 @@ class Backbone(StagedWeights, ABC):
         """
         return set(), {}
 
+    def meaning(self) -> dict[str, Any]:
+        """Settings that say what its weights mean and that their shapes do not show, by their names under `backbone.`.
+
+        A student starts from weights only where both networks agree on every setting that both name. A subclass adds
+        its own: how many heads share a layer, what times are multiplied by. An empty name is the option's own.
+        """
+        return {"predicts": self.predicts}
+
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
         """A region in which answers begin that are those of the frozen weights alone (`borrowed`), which know no `r`.

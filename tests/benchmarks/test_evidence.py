@@ -161,6 +161,7 @@ def test_what_a_run_takes():
 def test_slopes_are_those_of_powers_and_stand_beside_what_they_were_drawn_through():
     assert growth.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
     assert growth.slope([10, 20], [5, 20]) == pytest.approx(2)
+    assert growth.off([1, 2, 4], [1, 2, 8]) == pytest.approx(2 ** (1 / 3))  # by hand: 0, 1, 3 beside -1/6 + 1.5 x
     rows = [
         {"part": "cost", "what": what, "value": value, "cpu_seconds": value / 10, "bytes": 1e6 * value**2}
         for what, values in growth.COSTS.items()
@@ -168,9 +169,23 @@ def test_slopes_are_those_of_powers_and_stand_beside_what_they_were_drawn_throug
     ]
     quality = {"part": "quality", "what": "steps", "value": 25, "parameters": 1234, "teacher": 2.0}
     rows += [{**quality, "seed": seed, "student": fd} for seed, fd in enumerate((3.0, 5.0))]
-    text = growth.page({**forgotten(), "about": {"rounds": growth.ROUNDS}, "rows": rows})
-    assert "| depth | 2, 4, 8, 16 | 0.20, 0.40, 0.80, 1.60 | 1.00 | 4, 16, 64, 256 | 2.00 |" in text
+    usual = {**quality, "what": "batch", "value": growth.BATCH, "seed": 0, "student": 7.0, "commit": "def"}
+    text = growth.page({**forgotten(), "about": {"rounds": growth.ROUNDS}, "rows": [*rows, usual]})
+    assert "| depth | 2, 4, 8, 16 | 0.20, 0.40, 0.80, 1.60 | 1.00 (x1.00) | 4, 16, 64, 256 | 2.00 (x1.00) |" in text
     assert "| steps | 25 | 1,234 | 2.00 | 4.00 ± 1.41 |" in text
+    for crossing in (f"batch | {growth.BATCH}", f"steps | {growth.STEPS}", f"hidden_size | {growth.WIDTH}"):
+        assert f"| {crossing} | 1,234 | 2.00 | 7.00 |" in text
+    assert text.endswith("commit abc, later rows def.")
+
+
+def test_many_tokens_show_where_their_line_bends():
+    rows = [
+        {"part": "long", "value": value, "cpu_seconds": seconds, "bytes": 1e6 * value}
+        for value, seconds in ((64, 1.0), (256, 4.0), (1024, 64.0))
+    ]
+    cells = growth.cost_row("tokens", rows)  # exponents of 2 by hand: 0, 2, 6 over 6, 8, 10: slope 1.5, off by 2^(2/3)
+    assert cells == ["tokens", "64, 256, 1,024", "1.00, 4.00, 64.00", "1.50 (x1.59)", "64, 256, 1024", "1.00 (x1.00)"]
+    assert "slopes are 1.00, 2.00 in seconds and 1.00, 1.00 in bytes" in growth.steps_of(rows)
 
 
 def test_a_step_costs_more_where_it_is_deeper():

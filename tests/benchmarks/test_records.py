@@ -131,15 +131,18 @@ def test_every_record_names_its_machine_and_shows_up_somewhere(path):
     assert path.stem in {record for _, _, record, _ in BLOCKS} or path.stem.startswith("gpu_")
 
 
-@pytest.mark.parametrize("name", ["forgetting", *(f"stability_{data}" for data in stability.STEPS)])
+@pytest.mark.parametrize("name", ["forgetting", "growth", *(f"stability_{data}" for data in stability.STEPS)])
 def test_what_is_claimed_has_a_command_a_commit_seeds_and_a_spread(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         pytest.skip("not measured")
     page = next(block(page, title) for page, title, record, _ in BLOCKS if record == name)
     record = json.loads(path.read_text())
+    commit = r"[0-9a-f]{7,}\+?"
     assert re.search(
-        r"`python benchmarks/\w+\.py[^`]*` on .+, torch [\d.]+\S*, \d{4}-\d\d-\d\d, commit [0-9a-f]{7,}\+?\.$", page
+        r"`python benchmarks/\w+\.py[^`]*` on .+, torch [\d.]+\S*, \d{4}-\d\d-\d\d, "
+        rf"commit {commit}(, later rows {commit})*\.$",
+        page,
     )
     assert f"{len(record['about']['seeds'])} seeds" in page and " ± " in page
-    assert {row["seed"] for row in record["rows"]} == set(record["about"]["seeds"])
+    assert {row["seed"] for row in record["rows"] if "seed" in row} == set(record["about"]["seeds"])

@@ -104,7 +104,10 @@ CASES = [
         "Unknown option 'facn' for objective: did you mean facm. The options are alpha_flow, dmf, facm, ",
     ),
     ([*TRAIN, "backbone=zebra"], "Unknown option 'zebra' for backbone: choose one of .*lightningdit"),
-    ([*EVAL, "metric=fid"], "Unknown option 'fid' for metric: choose one of dinov2, inception, random, small"),
+    (
+        [*EVAL, "metric=fid"],
+        "Unknown option 'fid' for metric: choose one of dinov2, efficientnet, inception, random, small",
+    ),
     ([*TRAIN, "teacher=null"], "teacher=null chooses no option: write teacher=OPTION"),
     ([*TRAIN, "~objective"], "cannot do without objective: leave out ~objective"),
     ([*TRAIN, "backbone._target_=nowhere.Net"], "backbone._target_ names nowhere.Net, which cannot be .*install"),

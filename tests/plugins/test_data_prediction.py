@@ -236,5 +236,5 @@ def test_from_training_to_a_published_folder(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(words[0], monkeypatch, *words[1:])
         assert told in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ConfigError, match="predicts v, and a network of backbone.predicts=x cannot start"):
+    with pytest.raises(ConfigError, match="has backbone.predicts=v, and a network of backbone.predicts=x cannot"):
         initialise_student(model.backbone, "of_velocities")

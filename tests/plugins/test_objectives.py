@@ -325,3 +325,29 @@ def test_the_anchor_is_asked_with_the_first_question_that_carries_gradient():
     assert objective(spy, batch, DataVelocity(), engine, noise, t).loss.requires_grad
     anchor, plain, moving = (True, False), (False, False), (False, True)
     assert calls == [[anchor], [plain], [anchor, moving], [plain]]  # the first: F(x, t, t), told as the anchor is
+
+
+def test_the_cosine_from_nothing_is_steep_finite_and_gone_when_clipped():
+    """By hand: the gradient at F = 0 is -v / (|v| 1e-8), over the places; clipped, it is one step along v."""
+    anchor = FlowMatchingAnchor(cosine="channel")
+    velocity = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    prediction = torch.zeros_like(velocity, requires_grad=True)
+    anchor.loss(prediction, velocity, torch.rand(1)).loss.sum().backward()
+    direction = velocity / velocity.norm(dim=1, keepdim=True)
+    expected = -direction * 1e8 / 4 - 2 * velocity / velocity.numel()
+    torch.testing.assert_close(prediction.grad, expected, rtol=1e-9, atol=0)
+    torch.nn.utils.clip_grad_norm_([prediction], 1.0)
+    torch.testing.assert_close(prediction.grad, -direction / 2, rtol=1e-6, atol=1e-7)  # four places of length 1
+
+
+@pytest.mark.parametrize(("beta", "steps"), [(0.95, 640), (0.99, 3100)])
+def test_without_clipping_adam_remembers_the_first_step(beta, steps):
+    """What docs/objectives.md says of a parameter whose gradient is 1e8 once and 1 from then on."""
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, beta), weight_decay=0.0)
+    slow = 0
+    for step in range(2 * steps):
+        before, parameter.grad = parameter.item(), torch.full_like(parameter, 1e8 if step == 0 else 1.0)
+        optimizer.step()
+        slow += step > 9 and before - parameter.item() < 0.5  # the first mean is forgotten by then
+    assert slow + 9 == pytest.approx(steps, rel=0.02)

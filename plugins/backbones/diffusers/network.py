@@ -40,6 +40,9 @@ from flowanchor.plugins.backbones.lora import (
 from flowanchor.plugins.backbones.lora_files import factors
 from flowanchor.velocity import from_data, known_prediction, with_sample
 
+# Of the arguments of diffusers' classes: none of these shows in the shapes of weights.
+WITHIN_LAYERS = ("heads", "head_dim", "rope", "theta", "eps", "activation", "scale", "flip_sin_to_cos")
+
 
 class DiffusersTransformer(Backbone):
     """Velocity network on samples [B, C, h, w], or [B, C, f, h, w] of a video; an image network takes one frame, too.
@@ -144,6 +147,15 @@ class DiffusersTransformer(Backbone):
         self.embed_adapters, *inner, self.head_adapters = stage_adapters(self.stage_modules())
         for link, layers in zip(self.blocks, inner, strict=True):
             cast(Link, link).adapters = layers
+
+    def meaning(self) -> dict[str, Any]:
+        """With the settings of the stock class whose names say that they count or scale something within a layer."""
+        told = {
+            f"settings.{name}": list(value) if isinstance(value, tuple) else value
+            for name, value in self.network.config.items()
+            if any(word in name for word in WITHIN_LAYERS) and not name.startswith("max_")
+        }
+        return {**super().meaning(), **self.told_end.meaning(), **told}
 
     def borrowed(self) -> set[str]:
         """With adapters: everything that they stand beside."""

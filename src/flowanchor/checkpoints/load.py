@@ -169,7 +169,7 @@ def initialise_student(
     `path`: a checkpoint, or one for each part of a network of parts (`{high: PATH, low: PATH}` for two experts).
     `config`: of the run, which may merge a LoRA into them (`base_lora`).
     """
-    weights, source = weights_at(path, ema, backbone.predicts)
+    weights, source = weights_at(path, ema, backbone)
     weights = with_base_lora(backbone, weights, config or {})
     copies = backbone.copies()
     load_weights(backbone, Copied(weights, copies) if copies else weights, source, _may_lack(backbone))

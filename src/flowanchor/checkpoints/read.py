@@ -17,9 +17,11 @@ from flowanchor.checkpoints.find import find_checkpoint
 from flowanchor.checkpoints.format import Choices
 from flowanchor.checkpoints.formats import in_place
 from flowanchor.checkpoints.huggingface import read_safetensors
+from flowanchor.checkpoints.meaning import check_meaning
 from flowanchor.checkpoints.sharded_folder import is_sharded
 from flowanchor.ema_posthoc import Owner, synthesise
-from flowanchor.errors import CheckpointError, ConfigError, FlowAnchorError
+from flowanchor.errors import CheckpointError, FlowAnchorError
+from flowanchor.interfaces import Backbone
 from flowanchor.weights import Joined, Renamed
 
 
@@ -103,23 +105,18 @@ def select_weights(content: dict[str, Any], ema: str | None, file: Path) -> tupl
 
 
 def weights_at(
-    path: str | Path | Mapping[str, str], ema: str | None = None, predicts: str | None = None
+    path: str | Path | Mapping[str, str], ema: str | None = None, student: Backbone | None = None
 ) -> tuple[Mapping[str, Tensor], str]:
     """The weights of a checkpoint, or of one for each part, and how to call them in a message.
 
-    `predicts`: what they must predict (`Backbone.predicts`); raises `ConfigError` for weights of the other kind.
+    `student`: who takes them; raises `ConfigError` where they mean something else to it (`Backbone.meaning`).
     """
     paths = {f"{part}.": where for part, where in path.items()} if isinstance(path, Mapping) else {"": path}
     files = {prefix: find_checkpoint(where) for prefix, where in paths.items()}
     parts = {}
     for prefix, file in files.items():
         content = read_checkpoint(file)
-        theirs = (content["flowanchor"]["config"].get("backbone") or {}).get("predicts") or "v"
-        if predicts not in (None, theirs):
-            raise ConfigError(
-                f"{file} predicts {theirs}, and a network of backbone.predicts={predicts} cannot start from its "
-                f"weights: set backbone.predicts={theirs}, or initialise_from=null. As a teacher it may be of either "
-                "kind."
-            )
         parts[prefix] = select_weights(content, ema, file)[1]
+        if student is not None:
+            check_meaning(student, content["flowanchor"]["config"].get("backbone") or {}, parts[prefix], file)
     return parts[""] if "" in parts else Joined(parts), " and ".join(map(str, files.values()))
