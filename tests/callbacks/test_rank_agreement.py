@@ -247,7 +247,8 @@ def test_it_is_on_in_a_training_run(tmp_path, meddled):
     command = [
         sys.executable, str(ROOT / "src" / "train.py"), "backbone.depth=1", "backbone.hidden_size=16",
         "backbone.num_heads=2", "logger=none", "data.batch_size=16", "strategy=ddp", "trainer.devices=2",
-        "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.limit_val_batches=0", "~callbacks.sample_grid",
+        "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.limit_val_batches=0", "~callbacks.sample_grid",
+        "objective=flow_matching", "ema=none",
         *(["+callbacks.meddle._target_=meddle.Meddle"] if meddled else []),
     ]  # fmt: skip
     paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))

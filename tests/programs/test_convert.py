@@ -50,11 +50,22 @@ def convert(runs, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("source", ["run", "run/checkpoints/last.ckpt", "sharded.ckpt"])
-@pytest.mark.parametrize("ema", [None, "power_0.05", "none", "posthoc:0.15"])
+@pytest.mark.parametrize(
+    ("ema", "source"),
+    [
+        (None, "run"), ("power_0.05", "run"), ("none", "run"), ("posthoc:0.15", "run"),
+        (None, "run/checkpoints/last.ckpt"), ("posthoc:0.15", "run/checkpoints/last.ckpt"),
+        ("power_0.05", "sharded.ckpt"), ("none", "sharded.ckpt"),
+        *(
+            pytest.param(ema, source, marks=pytest.mark.slow)
+            for ema, source in (
+                ("power_0.05", "run/checkpoints/last.ckpt"), ("none", "run/checkpoints/last.ckpt"),
+                (None, "sharded.ckpt"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_the_file_opens_as_the_checkpoint_does(convert, runs, source, ema):
-    if ema == "posthoc:0.15" and source == "sharded.ckpt":
-        pytest.skip("the snapshots lie in the run folder")
     chosen = [] if ema is None else [f"ema_profile={ema}"]
     folder = convert("consolidate", f"checkpoint={{runs}}/{source}", "output=new/student.safetensors", *chosen)
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -18,18 +19,23 @@ from flowanchor.text.base import Tokens
 BOUNDED = {"overrides": ["objective.shortcut.boundaries=[0.125]"], "objective": "facm", "wan": "one", "validate": False}
 
 
-@pytest.fixture
-def runs(training, tmp_path):
+@pytest.fixture(scope="module")
+def trained(training, tmp_path_factory):
     """Two short runs whose checkpoints say what they were trained with."""
-    paths = {}
+    folder = tmp_path_factory.mktemp("trained")
     for number, name in enumerate(("high", "low")):
-        training.fit(tmp_path, name, 1 + number, 8, save=True, **BOUNDED)
-        path = tmp_path / f"{name}.ckpt"
+        training.fit(folder, name, 1 + number, 8, save=True, **BOUNDED)
+        path = folder / f"{name}.ckpt"
         content = torch.load(path, weights_only=True)
         content["flowanchor"]["config"]["objective"]["shortcut"] = {"boundaries": [0.125]}
         torch.save(content, path)
-        paths[name] = str(path)
-    return paths
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """Copies of their checkpoints."""
+    return {name: str(shutil.copy(trained / f"{name}.ckpt", tmp_path)) for name in ("high", "low")}
 
 
 def test_each_expert_answers_its_times(runs, tmp_path):
