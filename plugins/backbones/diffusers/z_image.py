@@ -48,7 +48,7 @@ class ZImage(Description):
 
     def inputs(self, network: Any, x: Tensor, t: Tensor, cond: MaskedTokens) -> dict[str, Any]:
         """Each text in its own length: the network fills them up itself."""
-        texts = [tokens[mask] for tokens, mask in zip(cond.tokens, cond.mask, strict=True)]
+        texts = [tokens[mask.nonzero()[:, 0]] for tokens, mask in zip(cond.tokens, cond.mask, strict=True)]
         return {"x": list(x[:, :, None].unbind()), "t": t, "cap_feats": texts}
 
     def head(self, network: Any, tokens: Tensor, values: Mapping[str, Any], shape: Sequence[int]) -> Tensor:

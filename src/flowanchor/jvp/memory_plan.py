@@ -8,7 +8,7 @@ while they run, compiled code less; attention's tangent counts as its outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flowanchor.interfaces import Backbone, Batch, DrawnTimes, Objective, TangentEngine, VelocityField
 from flowanchor.jvp.compiled_dual import Traceable
@@ -31,11 +31,20 @@ from flowanchor.jvp.watch import take_as_seen
 
 
 class ShapesOnly(FakeTensorMode):
-    """Tensors without values. Real ones may still be compared: the engines look whether random numbers were drawn."""
+    """Tensors without values. Real ones may still be compared: the engines look whether random numbers were drawn.
+
+    Truth values of a batch (masks) stay real while they are looked at, put side by side or moved: which tokens are text
+    decides the shapes of what follows. What combines them to something larger makes no values any more.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.equal.default and not any(isinstance(a, FakeTensor) for a in args):
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.equal and not any(isinstance(a, FakeTensor) for a in args):
             return func(*args)
+        if packet in _LOOKS:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if given and all(one.dtype == torch.bool and not isinstance(one, FakeTensor) for one in given):
+                return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -50,6 +59,15 @@ def _cache(known: dict[Any, Any]) -> Iterator[None]:
         FakeTensorMode.cache = shared
 
 
+_LOOKS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "alias", "all", "cat", "clone", "constant_pad_nd", "detach", "expand", "is_nonzero", "nonzero", "select",
+        "slice", "stack", "sum", "unbind", "unsqueeze", "view", "where", "_local_scalar_dense", "_to_copy",
+    )
+}  # fmt: skip
+
+
 class InTheClear(TorchFunctionMode):
     """Within it, products of some weights take what those of quantised weights take (torchao, weight-only).
 
@@ -57,7 +75,7 @@ class InTheClear(TorchFunctionMode):
     graph through it keeps these. The scales come after it.
     """
 
-    def __init__(self, quantised: set[int]) -> None:
+    def __init__(self, quantised: Container[int]) -> None:
         super().__init__()
         self.quantised = quantised  # by id
 
@@ -83,9 +101,10 @@ class StepOfShapes:
         self.known: dict[Any, Any] = {}  # what operators make of which shapes
         self.originals = student, objective, velocity
         plain = self._stand_ins()
-        self.quantised = {id(one) for one in plain.values()}
+        self.quantised = {id(one): one for one in plain.values()}
+        buffers = {id(b): b for network in self.originals for b in network.buffers() if b.dtype == torch.bool}
         with FakeCopyMode(self.mode):
-            self.student, self.objective, self.velocity = copy.deepcopy(self.originals, plain)
+            self.student, self.objective, self.velocity = copy.deepcopy(self.originals, plain | buffers)
         self.device: torch.device | None = None  # where they are taken to be
         take_as_seen(self.student)
 
@@ -149,23 +168,29 @@ class StepOfShapes:
             return
         self.device = device
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+        quantised = {}
         for module in {m: None for network in self.copies() for m in network.modules()}:
             for name, old in module._parameters.items():
                 if old is not None and id(old) not in made:
                     made[id(old)] = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
                     if id(old) in self.quantised:
-                        self.quantised.add(id(made[id(old)]))
+                        quantised[id(made[id(old)])] = made[id(old)]
                     if old.requires_grad:
                         made[id(old)].register_post_accumulate_grad_hook(_drop)
                 module._parameters[name] = None if old is None else made[id(old)]
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)
+                if buffer is not None:
+                    told = buffer.dtype == torch.bool
+                    module._buffers[name] = buffer.to(device) if told else torch.empty_like(buffer, device=device)
+        self.quantised = quantised
 
     def copies(self) -> tuple[Backbone, Objective, VelocityField]:
         return self.student, self.objective, self.velocity
 
     def _without_values(self, leaf: Any) -> Any:
-        return self.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf
+        """Beside truth values, which are few."""
+        without = isinstance(leaf, Tensor) and leaf.dtype != torch.bool
+        return self.mode.from_tensor(leaf) if without else leaf
 
 
 def _drop(parameter: Tensor) -> None:
