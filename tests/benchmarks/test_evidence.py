@@ -13,6 +13,7 @@ import torch
 import forgetting
 import gpu_evidence
 import growth
+import second_opinion
 import short_runs
 import stability
 import what_it_takes
@@ -186,6 +187,38 @@ def test_many_tokens_show_where_their_line_bends():
     cells = growth.cost_row("tokens", rows)  # exponents of 2 by hand: 0, 2, 6 over 6, 8, 10: slope 1.5, off by 2^(2/3)
     assert cells == ["tokens", "64, 256, 1,024", "1.00, 4.00, 64.00", "1.50 (x1.59)", "64, 256, 1024", "1.00 (x1.00)"]
     assert "slopes are 1.00, 2.00 in seconds and 1.00, 1.00 in bytes" in growth.steps_of(rows)
+
+
+def opinions(*values):
+    """Three seeds of a line: distances of the one metric, of the other."""
+    return [{"small": small, "efficientnet": other} for small, other in values]
+
+
+def test_two_representations_agree_where_both_say_the_same():
+    lines = {
+        "a": opinions((1, 10), (2, 20), (3, 30)),
+        "b": opinions((2, 11), (3, 21), (4, 31)),  # behind a for both
+        "c": opinions((3, 9), (4, 19), (5, 29)),  # the last for the one and the first for the other
+        "d": opinions((9, 12), (3, 22), (4, 32)),  # the one cannot tell it from b, and c only by its mean
+    }
+    tau, told, alike, every = second_opinion.agreement(lines)
+    # By hand: means 2, 3, 4, 5.33 and 20, 21, 19, 22; ab ad bd cd agree, ac bc do not: (4 - 2) / 6.
+    assert tau == pytest.approx(1 / 3)
+    assert (told, alike, every) == (4, 2, 6)  # ab, ac, ad, bc; of these ab, ad
+
+
+def test_the_page_of_a_second_opinion_shows_whole_lines():
+    rows = [
+        {"data": "digits", "case": name, "calls": 2, "seed": seed, "fd": {"small": fd + seed, "efficientnet": 9.0 - fd}}
+        for name, fd in (("best", 1.0), ("worst", 3.0))
+        for seed in (0, 1)
+    ]
+    rows += [{**rows[0], "case": "half"}, {"data": "digits", "case": "held-out images", "fd": rows[0]["fd"]}]
+    about = {"samples": 5, "reference": 7, "seeds": [0, 1]}
+    text = second_opinion.page({**forgotten(), "about": about, "rows": rows})
+    assert "| best | 2 | 1.50 ± 0.71 | 8.00 ± 0.00 | 1 | 2 |" in text and "half" not in text
+    assert "| held-out images |  | 1.00 | 8.00 |  |  |" in text
+    assert "tau of the means: -1.00. Of 1 pairs of lines both metrics tell 1 apart" in text and "order 0 of" in text
 
 
 def test_a_step_costs_more_where_it_is_deeper():

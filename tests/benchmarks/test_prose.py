@@ -114,3 +114,29 @@ def test_what_is_said_of_forgetting():
     assert all(0.7 < run[last] / run[25] < 1.2 for run in curve("MeanFlow without r = t")), "stays where it is"
     assert all(0.85 < run[last] / run[25] < 1 for run in curve("FACM, plain interval"))
     assert all(run[last] < 0.6 * run[25] for name in ("FACM", "FACM, auxiliary interval") for run in curve(name))
+
+
+def test_what_is_said_of_a_second_opinion():
+    content = json.loads((ROOT / "benchmarks" / "results" / "second_opinion.json").read_text())
+    metrics, text = ("small", "efficientnet"), said("second_opinion")
+    floor = next(row["fd"] for row in content["rows"] if row["case"] == "held-out images")
+    assert f"(held-out images, {floor['small']:.2f})" in text and f"floor of {floor['efficientnet']:.2f}" in text
+
+    def line(name):
+        return [row["fd"] for row in rows("second_opinion", data="digits", case=name, calls=2) if "seed" in row]
+
+    def ahead(one, other):
+        """By metric: in every seed, in none, or None."""
+        verdicts = [{a[m] < b[m] for a, b in zip(line(one), line(other), strict=True)} for m in metrics]
+        return [verdict.pop() if len(verdict) == 1 else None for verdict in verdicts]
+
+    facm, student, meanflow = "FACM, expanded interval", "FACM student, jumps", "MeanFlow, r = t share 0.75"
+    teacher = "its teacher, midpoint"
+    for one in (facm, student):
+        assert ahead(one, meanflow) == [True, False] and ahead(one, teacher) == [None, True]
+    for one in (facm, student, meanflow):
+        for other in ("iMF whole: guidance as an input, no velocity head", "iMF whole, without adaptive weight"):
+            assert ahead(one, other) == [True, True]
+    for one, times in ((student, 4), (teacher, 5)):
+        means = [statistics.fmean(fd[m] for fd in line(one)) / floor[m] for m in metrics]
+        assert means[0] < 1.2 and round(means[1]) == times

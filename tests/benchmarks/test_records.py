@@ -23,6 +23,7 @@ import growth
 import lora_digits
 import memory_plan
 import samplers
+import second_opinion
 import small_cards
 import stability
 import teacher
@@ -85,6 +86,7 @@ BLOCKS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/memory.md", "memory check", "memory_plan",
      lambda record: memory_plan.check_table([memory_plan.Checked(**one) for one in record["check"]])),
     *([("docs/results/growth.md", "growth", "growth", growth.page)] if growth.RECORD.is_file() else []),
+    ("docs/results/second_opinion.md", "second opinion", "second_opinion", second_opinion.page),
     ("docs/results/what_it_takes.md", "what it takes", "what_it_takes", taken),
     ("docs/memory.md", "small cards", "small_cards", lambda record: small_cards.table(record["plans"])),
     ("docs/memory.md", "small cards check", "small_cards",
@@ -131,7 +133,9 @@ def test_every_record_names_its_machine_and_shows_up_somewhere(path):
     assert path.stem in {record for _, _, record, _ in BLOCKS} or path.stem.startswith("gpu_")
 
 
-@pytest.mark.parametrize("name", ["forgetting", "growth", *(f"stability_{data}" for data in stability.STEPS)])
+@pytest.mark.parametrize(
+    "name", ["forgetting", "growth", "second_opinion", *(f"stability_{data}" for data in stability.STEPS)]
+)
 def test_what_is_claimed_has_a_command_a_commit_seeds_and_a_spread(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
