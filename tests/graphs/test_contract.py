@@ -45,7 +45,7 @@ def test_every_objective_keeps_it(name: str) -> None:
         pytest.param(
             name,
             network,
-            marks=[] if name == "facm" or network != "sit" and name in ("alpha_flow", "imf") else [pytest.mark.slow],
+            marks=[] if name == "facm" or network == "wan" and name in ("alpha_flow", "imf") else [pytest.mark.slow],
         )
         for name in NAMES
         for network in ("sit", "dit", "wan")

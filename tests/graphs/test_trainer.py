@@ -33,6 +33,11 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 }
 
 
+def slowly(*elsewhere: Any) -> Any:
+    """For `make test-slow`: check_objective holds these steps against their replays already (test_contract.py)."""
+    return pytest.param(*elsewhere, marks=pytest.mark.slow)
+
+
 def both(folder: Path, forms: int = 1, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     eager = fit(folder, False, **settings)
     graphed = fit(folder, True, **settings)
@@ -41,7 +46,9 @@ def both(folder: Path, forms: int = 1, **settings: Any) -> tuple[dict[str, Any],
     return eager, graphed
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", ["facm", "alpha_flow", "warm-up", *map(slowly, ("meanflow", "imf", "scm")), "flow_matching"]
+)
 def test_every_objective(tmp_path: Path, name: str) -> None:
     forms = {"alpha_flow": 3, "warm-up": 2}.get(name, 1)
     both(tmp_path, forms=forms, goal=OBJECTIVES[name], steps={1: 4, 2: 8}.get(forms, 11))
@@ -49,14 +56,14 @@ def test_every_objective(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    [Chain(False), Chain("selective"), Full(), TwoPass(), TwoPass(checkpoint=True), FiniteDifference()],
+    [Chain(False), Chain("selective"), slowly(Full()), slowly(TwoPass()), TwoPass(checkpoint=True), FiniteDifference()],
     ids=repr,
 )
 def test_every_engine(tmp_path: Path, engine: Any) -> None:
     both(tmp_path, engine=engine, steps=4)
 
 
-@pytest.mark.parametrize("name", ["sit", "dit", "wan"])
+@pytest.mark.parametrize("name", [slowly("sit"), slowly("dit"), "wan"])
 def test_every_backbone(tmp_path: Path, name: str) -> None:
     both(tmp_path, network=name, steps=4)
 
@@ -66,8 +73,15 @@ def test_two_experts_are_two_graphs(tmp_path: Path) -> None:
     both(tmp_path, forms=2, network="wan_experts", goal=goal, steps=12)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("name", ["facm", "alpha_flow"])
+@pytest.mark.parametrize(
+    "precision, name",
+    [
+        ("bf16-true", "facm"),
+        ("bf16-mixed", "alpha_flow"),
+        pytest.param("bf16-mixed", "facm", marks=pytest.mark.slow),
+        pytest.param("bf16-true", "alpha_flow", marks=pytest.mark.slow),
+    ],
+)
 def test_low_precision(tmp_path: Path, precision: Any, name: str) -> None:
     both(tmp_path, goal=OBJECTIVES[name], precision=precision, steps=4)
 
@@ -217,7 +231,7 @@ def test_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not run["module"].graphed and "CUDA graph" not in caplog.text
 
 
-@pytest.mark.parametrize("recompute", [True, "selective", False])
+@pytest.mark.parametrize("recompute", [True, pytest.param("selective", marks=pytest.mark.slow), False])
 def test_compiled_blocks_in_a_graph(tmp_path: Path, recompute: bool | str) -> None:
     """The compiled dual pass among them; equal to the same without a graph."""
     settings: dict[str, Any] = {"compile_options": {"backend": "eager"}}
