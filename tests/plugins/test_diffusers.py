@@ -21,7 +21,7 @@ from flowanchor.deferred import materialise, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Batch, Question
 from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks
-from flowanchor.jvp.memory_plan import StepOfShapes
+from flowanchor.jvp.memory_plan import ShapesOnly, StepOfShapes
 from flowanchor.plugins.backbones.diffusers import network as adapter
 from flowanchor.plugins.backbones.diffusers.description import description_of
 from flowanchor.plugins.backbones.diffusers.exactness import exact
@@ -408,7 +408,15 @@ def test_compiled_blocks_answer_the_same(name):
 MASKED = ["Z-Image, padded", "Qwen-Image, padded", "Krea 2, padded", "Sana", "LTX-Video"]
 
 
-@pytest.mark.parametrize("name", [MASKED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MASKED[1:])])
+def test_a_plan_knows_how_long_a_text_is():
+    mask = torch.tensor([True, True, False, True, False])
+    with ShapesOnly(allow_non_fake_inputs=True) as mode:
+        tokens = mode.from_tensor(torch.randn(5, 24))
+        assert tokens[mask.nonzero()[:, 0]].shape == (3, 24) and not bool(mask.all()) and bool(mask[:2].all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKED)
 def test_a_step_under_masks_can_be_planned(name):
     """As jvp.recompute=auto asks; the teacher's null text has a mask of its own. Two samples take more than one."""
     network, goal = (
