@@ -130,11 +130,13 @@ def test_what_is_said_of_a_second_opinion():
         verdicts = [{a[m] < b[m] for a, b in zip(line(one), line(other), strict=True)} for m in metrics]
         return [verdict.pop() if len(verdict) == 1 else None for verdict in verdicts]
 
-    facm, student, meanflow = "FACM, expanded interval", "FACM student, jumps", "MeanFlow, r = t share 0.75"
-    teacher = "its teacher, midpoint"
+    facm, student, teacher = "FACM, expanded interval", "FACM student, jumps", "its teacher, midpoint"
+    relatives = ("MeanFlow, r = t share 0.75", "alpha-Flow")
     for one in (facm, student):
-        assert ahead(one, meanflow) == [True, False] and ahead(one, teacher) == [None, True]
-    for one in (facm, student, meanflow):
+        assert ahead(one, teacher) == [None, True]
+        assert all(ahead(one, other) == [True, False] for other in relatives)
+    for one in (facm, student, *relatives):
+        assert ahead(one, teacher)[1] is True
         for other in ("iMF whole: guidance as an input, no velocity head", "iMF whole, without adaptive weight"):
             assert ahead(one, other) == [True, True]
     for one, times in ((student, 4), (teacher, 5)):
