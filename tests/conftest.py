@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "cold: starts fresh interpreters, not forks of one that has imported the libraries"
     )
     load("warm_configs", HERE / "warm" / "warm_configs.py").compose_once()
+    load("cheaper", HERE / "warm" / "cheaper.py").make_cheaper()
     # Otherwise each process that compiles starts others, for kernels of GPUs.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if not torch.cuda.is_available():

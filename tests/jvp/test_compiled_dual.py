@@ -13,6 +13,7 @@ from torch.nn import functional
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Question
 from flowanchor.jvp import Chain, Full, TwoPass, compile_blocks, compiled_forms
+from flowanchor.jvp.compiled import choices
 from flowanchor.plugins.backbones.dit import DiT
 from flowanchor.plugins.backbones.sit import SiT
 from flowanchor.text.base import Tokens
@@ -89,10 +90,18 @@ def forms():
 GRAPHS = {"chain": 1, "selective": 3, "graph": 2, "two_pass": 1}  # a tangent pass; one that records, one that replays
 
 
+def compile_duals(network, backend="eager"):
+    """The blocks' ordinary passes, of which test_engines.py and the compatibility matrix tell, stay eager."""
+    compile_blocks(network, backend=backend)
+    for block in network.blocks:
+        for part in choices(block):
+            part.forward.compiled = part.forward.eager
+
+
 def compare(engine, network, given, limit, backend="eager", compiled=(1, 0)):
     """By the graphs as they were traced; `aot_eager` takes them apart as inductor does, for as long again."""
     wanted = answer(engine, network, given)
-    compile_blocks(network, backend=backend)
+    compile_duals(network, backend)
     for _ in range(2):  # the first walk of a joint step is watched, and runs eagerly
         found = answer(engine, network, given)
     for a, b in zip(found, wanted, strict=True):
@@ -136,10 +145,7 @@ def test_two_experts(name):
     given = inputs(network) | {"cond": Tokens(torch.randn(3, 4, 5, dtype=torch.float64))}
     sides = {"high": 0.5 * given["t"], "low": 0.5 + 0.5 * given["t"]}  # noise is 1 - t
     wanted = {side: answer(Full(), network, given | {"t": t}) for side, t in sides.items()}
-    compile_blocks(network, backend="eager")
-    for part in network.blocks:
-        for block in part.choices:
-            block.forward.compiled = block.forward.eager  # the ordinary passes are not what is tested
+    compile_duals(network)
     for _ in range(2):  # the first walk is watched, and runs eagerly
         for side, t in sides.items():
             for a, b in zip(answer(ENGINES[name], network, given | {"t": t}), wanted[side], strict=True):
@@ -168,7 +174,7 @@ def test_with_inductor(kind):
 
 def test_shapes_settings_and_modes_have_graphs_of_their_own():
     network, given = made("released")
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     answer(Chain(), network, given)
     for batch in (3, 2, 3):
         some = {name: value[:batch] for name, value in given.items()}
@@ -185,7 +191,7 @@ def test_shapes_settings_and_modes_have_graphs_of_their_own():
 
 def test_a_weight_that_is_replaced_is_seen():
     network, given = made("released")
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     for _ in range(2):
         answer(Chain(), network, given)
     weight = network.blocks[1].attn.qkv
@@ -199,7 +205,7 @@ def test_a_weight_that_is_replaced_is_seen():
 def test_the_number_of_graphs_is_bounded(monkeypatch):
     monkeypatch.setattr(compiled_forms, "FORMS", 1)
     network, given = made("released")
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     some = {name: value[:2] for name, value in given.items()}
     wanted = answer(Chain(), made("released")[0], some)
     for _ in range(2):
@@ -230,7 +236,7 @@ def test_a_sharded_network(name, mesh):
     network, given = made("released", torch.float32)
     whole, _ = made("released", torch.float32)
     shard_backbone(network, mesh)
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     for _ in range(3):
         found, wanted = (answer(ENGINES[name], part, given) for part in (network, whole))
         for a, b in zip(found, wanted, strict=True):
@@ -273,7 +279,7 @@ def drawn(x):
 def test_random_numbers(deed):
     """Silently: the random numbers of the walk are those of an eager one."""
     network, given = made(odd(deed))
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     compare_with, _ = made(odd(deed))
     for engine in (Chain(), TwoPass()):
         for other in (network, compare_with):
@@ -301,10 +307,8 @@ def test_what_cannot_be_traced(deed, why):
     """Eagerly after one warning, and dual numbers can be made afterwards."""
     network, given = made(odd(deed))
     wanted = answer(Chain(), network, given)
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     torch._dynamo.reset()
-    for part in network.blocks:
-        part.forward.compiled = part.forward.eager  # the ordinary passes are not what is tested
     with pytest.warns(UserWarning, match=f"(?s)tangent pass of blocks.0 .*not compiled: .*({why})") as said:
         found = answer(Chain(), network, given)
         answer(Chain(), network, given)
@@ -319,9 +323,7 @@ def test_what_cannot_be_compiled():
 
     network, given = made("released")
     wanted = answer(Chain(), network, given)
-    compile_blocks(network, backend=broken)
-    for part in network.blocks:
-        part.forward.compiled = part.forward.eager
+    compile_duals(network, broken)
     with pytest.warns(UserWarning, match="(?s)not compiled.*no compiler here"):
         found = answer(Chain(), network, given)
     assert relative(found[1], wanted[1]) == 0 and forms() == (0, 1)
@@ -339,7 +341,7 @@ def test_a_block_that_keeps_something():
         return forward(x)
 
     block.forward = counted
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     with pytest.warns(UserWarning, match="blocks.0 .*it changes attributes of its modules"):
         found = ask_one(TwoPass(), network, **given)
     assert relative(found.tangent, wanted[1]) <= 1e-12 and block.seen.sum().isfinite()
@@ -350,7 +352,7 @@ def test_a_block_that_keeps_something():
 
 def test_hooks_are_called():
     network, given = made("released")
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     calls = []
     network.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     answer(Chain(), network, given)
@@ -369,7 +371,7 @@ def test_a_fault_of_the_stage_is_named():
     with torch.no_grad():
         ask_one(TwoPass(), network, **given)  # watched
     network.blocks[0].forward = in_place
-    compile_blocks(network, backend="eager")
+    compile_duals(network)
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=r"blocks.0 \(CrossBlock\) changes its input"):
         warnings.simplefilter("error")
         ask_one(TwoPass(), network, **given)

@@ -23,7 +23,7 @@ from flowanchor.text.base import Tokens
 
 SMALL = {
     "in_channels": 1, "height": 8, "width": 8, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48,
-    "num_layers": 3, "freq_dim": 32, "text_dim": 12, "text_len": 6,
+    "num_layers": 2, "freq_dim": 32, "text_dim": 12, "text_len": 6,
 }  # fmt: skip
 
 START = {

@@ -65,7 +65,7 @@ def test_what_does_not_fit(runs):
     torch.save(content, runs["high"])
     with pytest.raises(CheckpointError, match=r"boundaries=\[\] and \[0.125\]: both need the same"):
         join_experts(runs)
-    content["flowanchor"]["config"]["backbone"]["num_layers"] = 2
+    content["flowanchor"]["config"]["backbone"]["num_layers"] = 3
     torch.save(content, runs["high"])
     with pytest.raises(CheckpointError, match=r"different networks \(num_layers\)"):
         join_experts(runs)
