@@ -231,7 +231,9 @@ def test_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not run["module"].graphed and "CUDA graph" not in caplog.text
 
 
-@pytest.mark.parametrize("recompute", [True, pytest.param("selective", marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "recompute", [True, *(pytest.param(way, marks=pytest.mark.slow) for way in ("selective", False))]
+)
 def test_compiled_blocks_in_a_graph(tmp_path: Path, recompute: bool | str) -> None:
     """The compiled dual pass among them; equal to the same without a graph."""
     settings: dict[str, Any] = {"compile_options": {"backend": "eager"}}

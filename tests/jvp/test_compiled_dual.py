@@ -228,7 +228,10 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["chain", "selective", "graph", "two_pass"])
+# The others too, in two processes: tests/compatibility.
+@pytest.mark.parametrize(
+    "name", ["chain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("selective", "graph", "two_pass"))]
+)
 def test_a_sharded_network(name, mesh):
     """The whole parameters of a unit are other tensors in each step: they are inputs of the graph."""
     from flowanchor.strategies.sharding import shard_backbone

@@ -1,4 +1,4 @@
-"""A program for one of N gloo processes: four FACM steps with a guided teacher, sharded, written down as JSON.
+"""A program for one of N gloo processes: a few FACM steps with a guided teacher, sharded, written down as JSON.
 
     python sharded_steps.py RANK WORLD STORE RESULT SETTINGS
 
@@ -32,7 +32,7 @@ from flowanchor.plugins.objectives.shortcuts.consistency import ConsistencyShort
 from flowanchor.plugins.objectives.times.arctan_lognormal import ArctanLogNormal
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 
-BATCH = 8
+BATCH, STEPS = 8, 2
 
 
 def network(seed: int) -> LightningDiT:
@@ -112,12 +112,12 @@ def run(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, first = [], {}
     held = WholeBytes(student, teacher)
-    for step in range(settings.get("steps", 4)):
+    for step in range(STEPS):
         draw = torch.Generator().manual_seed(step)
         x1, noise = torch.randn(2, BATCH, 3, 4, 4, generator=draw)
         t, labels = torch.rand(BATCH, generator=draw), torch.randint(0, 5, (BATCH,), generator=draw)
         batch = Batch(x1[mine], labels[mine])
-        counting = step == settings.get("steps", 4) - 1 and world > 1
+        counting = step == STEPS - 1 and world > 1  # FSDP2 learns the order of its stages in the first
         with torch.autocast("cpu", torch.bfloat16, enabled=low), held if counting else nullcontext():
             result = objective(student, batch, velocity, engine, noise[mine], t[mine])
             result.loss.backward()

@@ -141,10 +141,16 @@ class Devices(TorchDispatchMode):
 
 
 # Wan in float32 is left out: diffusers writes its rotary positions in place, where tensors without values lose their
-# device; and DiT, which reads its noise from a table of numpy.
+# device; and DiT, which reads its noise from a table of numpy. Both experts are Wan.
 @pytest.mark.parametrize(
     ("network", "low"),
-    [("LightningDiT", False), ("LightningDiT", True), ("SiT", True), ("Wan", True), ("WanExperts", True)],
+    [
+        ("LightningDiT", False),
+        pytest.param("LightningDiT", True, marks=pytest.mark.slow),
+        ("SiT", True),
+        pytest.param("Wan", True, marks=pytest.mark.slow),
+        ("WanExperts", True),
+    ],
 )
 def test_a_sharded_forward_stays_on_its_device(network, low, monkeypatch):
     """FSDP2's own branch for GPUs, and every operator of teacher, anchor and shortcut on one device."""

@@ -152,7 +152,7 @@ class Experts(WanExperts):
     """Two of them; the boundary in the middle, so that a few steps ask both."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(boundary=0.5, preset="nano", **{**settings, "num_layers": 2})
+        super().__init__(boundary=0.5, preset="nano", **settings)
 
     def initialise_stage(self, index: int) -> None:
         super().initialise_stage(index)
@@ -177,7 +177,7 @@ def network(
         if heads:
             return TwoHeads()
         if wan:
-            return {"one": WanNetwork, "experts": Experts}[wan](**WAN, lora=lora)
+            return {"one": WanNetwork, "experts": Experts}[wan](**{**WAN, **settings}, lora=lora)
         return Network(**{**NETWORK, **settings})
 
 
@@ -235,21 +235,22 @@ def fit(
     recompute: bool | str = True,
     rooms: list[int] | None = None,
     predicts: str = "v",
+    layers: int = 2,
 ) -> dict[str, Any]:
     """Train; `sharded` are the arguments of the strategy, None trains in one ordinary process (or those of DDP).
 
     `teacher`: a checkpoint, or `base`: of the adapters.
     `objective`: by the name of its option, on a network with a second time embedder (imf_whole: with two heads).
-    `counted`: its communication.
+    `counted`: its communication. `validate`: with averaged weights, and tell what those are.
+    `layers`: of Wan.
     """
     deferred = sharded is not None
     loss: Any = ComposedObjective(ExpandedInterval(), Uniform(), FlowMatchingAnchor())
     if objective is not None:
         loss = composed(objective, overrides)
     told = (loss.interval.end_time or "auxiliary") if objective is not None and loss.interval.needs_end_time else None
-    student = network(
-        deferred, wan, lora, objective == "imf_whole", end_time=told, predicts=predicts, hidden_size=width
-    )
+    shape = {"num_layers": layers} if wan else {"end_time": told, "predicts": predicts, "hidden_size": width}
+    student = network(deferred, wan, lora, objective == "imf_whole", **shape)
     if start is not None:
         initialise_student(student, start)
     keep_base(student, base, low_precision=False)
@@ -292,7 +293,7 @@ def fit(
         "validation": record.validation,
         "weights": {key: whole(v) for key, v in module.state_dict().items() if not key.startswith("velocity.")},
         "teacher": {key: whole(v) for key, v in velocity.state_dict().items()},
-        "ema": {profile: ema.averages(module, profile) for profile in ema.profiles},
+        "ema": {profile: ema.averages(module, profile) for profile in ema.profiles if validate},
         "communication": communication.counts,
         "sharded": sum(isinstance(p, DTensor) for p in student.parameters()),
         "plain": [name for name, p in student.named_parameters() if not isinstance(p, DTensor)],
