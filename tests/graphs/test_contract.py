@@ -37,15 +37,18 @@ def test_every_objective_keeps_it(name: str) -> None:
     assert phases == (["flow", "discrete", "tangent"] if name == "alpha_flow" else [None])
 
 
+QUICK = [("facm", "dit"), ("facm", "wan"), ("alpha_flow", "wan"), ("imf", "wan")]
+
+
 @pytest.mark.parametrize(
     "name, network",
     [
         # An objective keeps it above, a network in what one asks of it: here with all of the engines, and with phases.
-        # A DiT is a SiT that does more: that SiT's trunk keeps the contract by itself, one objective says.
+        # A DiT is a SiT that does more.
         pytest.param(
             name,
             network,
-            marks=[] if name == "facm" or network == "wan" and name in ("alpha_flow", "imf") else [pytest.mark.slow],
+            marks=[] if (name, network) in QUICK else [pytest.mark.slow],
         )
         for name in NAMES
         for network in ("sit", "dit", "wan")

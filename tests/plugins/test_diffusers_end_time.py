@@ -48,7 +48,12 @@ def test_it_starts_as_its_base_wherever_the_end_is_the_time(name, way):
 
 @pytest.mark.parametrize(
     "name, way",
-    [(name, WAYS[number % 3]) for number, name in enumerate(NAMES)] + [("SD3.5", "gated"), ("FLUX.1", "auxiliary")],
+    [
+        ("SD3.5", "gated"),
+        ("FLUX.1", "auxiliary"),
+        ("Z-Image", "decoupled"),
+        *(pytest.param(name, WAYS[number % 3], marks=pytest.mark.slow) for number, name in enumerate(NAMES)),
+    ],
 )
 def test_derivatives_with_the_end(name, way):
     """Along x, t and r at once, against central differences; gradients of two engines; beside adapters."""

@@ -28,6 +28,7 @@ from flowanchor.text.base import Tokens
 from flowanchor.weights import copy_weights
 
 from .diffusers_cases import CASES
+from .some import one_of_each_kind
 
 LORA = {"rank": 3, "alpha": 6}
 WAN = {
@@ -69,7 +70,7 @@ def gradient(network, out, weight):
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-@every
+@pytest.mark.parametrize("name", one_of_each_kind(NAMES))
 def test_student_and_base_in_one_set_of_weights(name):
     """Values, tangents and gradients of both, whatever the flags say while a stage runs again."""
     student, base, dense = three(name)

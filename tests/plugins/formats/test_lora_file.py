@@ -28,6 +28,7 @@ from flowanchor.plugins.samplers.consistency import ConsistencySampler
 from flowanchor.text.base import Tokens
 
 from ..diffusers_cases import CASES, LENGTH, PACK, UNPACK
+from ..some import one_of_each_kind
 
 LORA = {"rank": 4, "alpha": 8, "targets": None}
 WAN = {
@@ -86,9 +87,21 @@ def loaded(pipeline, stock, folder):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["SD3", "SD3.5", "FLUX.1", "FLUX.1 dev", "FLUX.2", "Qwen-Image", "Z-Image", "Sana", "LTX-Video", "Krea 2"]
-)
+READ_BY_STOCK = [
+    "SD3",
+    "SD3.5",
+    "FLUX.1",
+    "FLUX.1 dev",
+    "FLUX.2",
+    "Qwen-Image",
+    "Z-Image",
+    "Sana",
+    "LTX-Video",
+    "Krea 2",
+]
+
+
+@pytest.mark.parametrize("name", one_of_each_kind(READ_BY_STOCK))
 def test_stock_diffusers_answers_as_the_student(name, tmp_path):
     network, backbone = student(name)
     said = LoraFile().write(described(network, backbone), tmp_path / "lora")
@@ -162,8 +175,19 @@ def pipeline_of(name, stock):
     return made
 
 
-@pytest.mark.parametrize("name", ["SD3.5", "FLUX.1 dev"])
-@pytest.mark.parametrize("steps, shift", [(1, 0.0), (2, 0.0), (2, 0.4), (4, 0.0), (4, 1 / 3)])
+@pytest.mark.parametrize(
+    "name, steps, shift",
+    [
+        ("SD3.5", 1, 0.0),
+        ("SD3.5", 4, 1 / 3),
+        ("FLUX.1 dev", 2, 0.4),
+        *(
+            pytest.param(name, steps, shift, marks=pytest.mark.slow)
+            for name, others in (("SD3.5", ((2, 0.4),)), ("FLUX.1 dev", ((1, 0.0), (4, 1 / 3))))
+            for steps, shift in (*others, (2, 0.0), (4, 0.0))
+        ),
+    ],
+)
 def test_the_stock_pipeline_draws_the_students_images(name, steps, shift, tmp_path):
     network, backbone = student(name)
     LoraFile(steps=steps).write(described(network, backbone, timestep_shift=shift), tmp_path / "lora")
