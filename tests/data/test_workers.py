@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,9 +32,9 @@ class Batches(Dataset):
         return self[indices[0]]
 
 
-def loaders(workers: int):
-    yield in_order(Batches(), workers)
-    yield iter(BatchLoader(Batches(), batch_sampler=[[0], [1], [2]], num_workers=workers))
+def loaders(workers: int, data: type[Dataset] = Batches):
+    yield in_order(data(), workers)
+    yield iter(BatchLoader(data(), batch_sampler=[[0], [1], [2]], num_workers=workers))
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -56,6 +58,28 @@ def test_a_worker_without_shared_memory_is_a_sentence(monkeypatch, number):
             list(loader)
     for loader in loaders(0):
         assert len(list(loader)) == 3
+
+
+class Bad(Batches):
+    def __getitem__(self, index):
+        raise DataError("This one cannot be read.")
+
+
+def lasting(data: type[Dataset]):
+    loader = BatchLoader(data(), batch_sampler=[[0], [1], [2]], num_workers=2, persistent_workers=True)
+    yield from loader
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_an_error_leaves_no_worker_behind(way):
+    """Not even for the garbage collector, which would have the loader wait five seconds for each of them."""
+    gc.disable()
+    try:
+        with pytest.raises(DataError, match="This one"):
+            list([*loaders(2, Bad), lasting(Bad)][way])
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_bus_error_is_the_same_sentence():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from flowanchor.base.rank_zero import rank_zero_warn
 from flowanchor.data.workers import Telling, arriving, as_it_is
-from flowanchor.errors import ConfigError, DataError
+from flowanchor.errors import ConfigError, DataError, FlowAnchorError
 
 
 class EpochBatchSampler(Sampler[list[int]]):
@@ -139,7 +139,11 @@ class BatchLoader(DataLoader):
         super().__init__(Telling(dataset), collate_fn=as_it_is, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from arriving(super().__iter__())
+        try:
+            yield from arriving(super().__iter__())
+        except FlowAnchorError:
+            self._iterator = None  # and with it its workers, which would wait for another pass
+            raise
 
 
 class ResumableLoader(BatchLoader):

@@ -52,11 +52,19 @@ def shared(batch: Made) -> Made:
 
 
 def arriving(batches: Iterable[Any]) -> Iterator[Any]:
-    """What workers have made; raises what they could not make."""
+    """What workers have made; raises what they could not make, when they have been ended.
+
+    The error holds this frame, and so must the frame hold neither the error nor the loader's iterator: PyTorch waits
+    five seconds for each worker whose queue was taken apart before it by the garbage collector.
+    """
     try:
         for batch in batches:
             if isinstance(batch, Failed):
-                raise batch.error
+                error, batch, batches = batch.error, None, ()
+                try:
+                    raise error
+                finally:
+                    del error
             yield batch
     except RuntimeError as error:
         if "Bus error" in str(error):  # memory that was promised, and is not there
