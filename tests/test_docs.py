@@ -252,7 +252,8 @@ def short(words: list[str]) -> list[str]:
     named = [word for word in words if word.startswith(others) and not word.startswith(usual)]
     small = [*SMALL, *["backbone.head_depth=1"] * ("backbone=imf_dit" in words)]
     added = small if Path(script).name == "train.py" and not named else []
-    return [sys.executable, *words[1:], *added, *SHORT.get(Path(script).name, [])]
+    alone = ["data.num_workers=0"] * ("data=image_folder" in words)  # one batch is read at once where it is needed
+    return [sys.executable, *words[1:], *added, *alone, *SHORT.get(Path(script).name, [])]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
