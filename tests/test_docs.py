@@ -4,13 +4,15 @@ A page is read from top to bottom in a clone of its own (a copy of what the prog
 
 - a ```python or ```yaml block whose first line is a comment with a path (`# plugins/backbones/mine.py`) is written
   there, any other ```python block is run as a script;
-- each line of a ```bash block is run as written, with the shortest possible training added to it; `make` is expanded
-  and the programs it would start are run; `pip install` of a local folder goes to a folder beside the clone;
+- each line of a ```bash block is run as written, with the shortest possible training added to it, as a script's
+  `max_steps` becomes 2; `make` is expanded and the programs it would start are run; `pip install` of a local folder
+  goes to a folder beside the clone;
 - a block after `<!-- not run: reason -->` is skipped, with the reason in the test report.
 """
 
 from __future__ import annotations
 
+import compileall
 import os
 import re
 import shlex
@@ -34,12 +36,12 @@ GRID = "callbacks.sample_grid.nfe=[1]"
 # The least that each program can do: added after the words of a command, where they win.
 SHORT = {
     "train.py": ["trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=1", GRID],
-    "eval.py": ["num_samples=40"],
+    "eval.py": ["num_samples=20"],
     "sample.py": ["num_samples=10"],
     "demo.py": ["quick=true", "num_samples=20", "teacher.quick_steps=1", "student.quick_steps=1"],
 }
 # And the smallest network, where a command trains the usual one and says nothing of its size.
-SMALL = ["backbone.depth=2", "backbone.hidden_size=16", "backbone.num_heads=2"]
+SMALL = ["backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2"]
 SECONDS = 280  # that a command may take
 SCRIPTS = {"flowanchor-train": "train.py", "flowanchor-sample": "sample.py", "flowanchor-eval": "eval.py"}
 SCRIPTS |= {"flowanchor-demo": "demo.py", "flowanchor-convert": "convert.py"}
@@ -110,15 +112,21 @@ def steps() -> list[Step]:
     return found
 
 
-def clone(folder: Path) -> Path:
-    """A copy of what the programs need."""
-    made = folder / "flowanchor"
+def copied(folder: Path) -> Path:
+    """A copy of what the programs need, compiled once for all clones."""
     hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("src", "plugins", "conf", "examples"):
-        shutil.copytree(ROOT / name, made / name, ignore=hidden)
+        shutil.copytree(ROOT / name, folder / name, ignore=hidden)
     for name in ("pyproject.toml", "setup.py", "constraints.txt", "Makefile", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, made / name)
-    return made
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("src", "plugins"):
+        assert compileall.compile_dir(folder / name, quiet=1)
+    return folder
+
+
+def clone(copy: Path, folder: Path) -> Path:
+    """The same files once more, as links: a step that writes one puts a new one into its place."""
+    return Path(shutil.copytree(copy, folder / "flowanchor", copy_function=os.link))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +142,11 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if isinstance(step, Step) and not step.block.not_run:
             pages.setdefault(step.page, []).append(step)
     folders = {page: tmp_path_factory.mktemp("page") for page in pages}
+    original = copied(tmp_path_factory.mktemp("original"))
     found: dict[str, str] = {}
 
     def run_page(page: Path) -> None:
-        copy = clone(folders[page])
+        copy = clone(original, folders[page])
         for step in pages[page]:
             try:
                 wrong = attempt(step, copy)
@@ -185,11 +194,13 @@ def attempt(step: Step, copy: Path) -> str:
     for block in step.first:
         assert block.file is not None
         (copy / block.file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / block.file).unlink(missing_ok=True)
         (copy / block.file).write_text(block.text)
     paths = [copy.parent / "installed", copy / "src", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
     environment["PYTEST_CURRENT_TEST"] = f"tests/test_docs.py::test_commands_run[{step}]"  # whose seconds these are
-    for words in [[sys.executable, "-c", step.block.text]] if step.command is None else runnable(step.command, copy):
+    script = re.sub(r"\bmax_steps=\d+", "max_steps=2", step.block.text)
+    for words in [[sys.executable, "-c", script]] if step.command is None else runnable(step.command, copy):
         done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             return f"{shlex.join(words)}\nexit code {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
@@ -237,10 +248,12 @@ def short(words: list[str]) -> list[str]:
     if {"--cfg", "--help", "--info", "--hydra-help"} & set(words):
         return [sys.executable, *words[1:]]
     others = ("backbone=", "backbone.preset=", "backbone.depth=", "backbone.hidden_size=", "experiment=")
-    usual = ("backbone=lightningdit", "experiment=digits")
+    usual = ("backbone=lightningdit", "backbone=imf_dit", "experiment=digits")
     named = [word for word in words if word.startswith(others) and not word.startswith(usual)]
-    small = SMALL if Path(script).name == "train.py" and not named else []
-    return [sys.executable, *words[1:], *small, *SHORT.get(Path(script).name, [])]
+    small = [*SMALL, *["backbone.head_depth=1"] * ("backbone=imf_dit" in words)]
+    added = small if Path(script).name == "train.py" and not named else []
+    alone = ["data.num_workers=0"] * ("data=image_folder" in words)  # one batch is read at once where it is needed
+    return [sys.executable, *words[1:], *added, *alone, *SHORT.get(Path(script).name, [])]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -103,6 +103,7 @@ def test_the_other_claims_in_this_process(monkeypatch):
     monkeypatch.setattr(worker, "_forked", lambda function: function())
     monkeypatch.setattr(sharded, "together", alone)
     monkeypatch.setattr(growth, "DEPTHS", (1, 2))
+    monkeypatch.setattr(engines, "QUICK", {**engines.QUICK, "depth": 1, "input_size": 8})
     claims = engines.run([name for name in engines.CLAIMS if name != "attention"], rounds=1, quick=True)
     rows = [row for claim in claims.values() for row in claim.rows]
     assert all(value > 0 for row in rows for value in row.values)

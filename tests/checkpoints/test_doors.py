@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -58,17 +59,26 @@ FORBIDDEN = {
 }  # fmt: skip
 
 
-def calls() -> list[tuple[str, ast.Call, str]]:
-    found = []
+@dataclass(frozen=True)
+class Code:
+    """What the files of both folders call, and what their classes are made from: (where, node, its name)."""
+
+    calls: list[tuple[str, ast.Call, str]]
+    bases: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def code() -> Code:
+    found = Code([], [])
     for name, folder in FOLDERS.items():
         for file in sorted(folder.rglob("*.py")):
             where = f"{name}/{file.relative_to(folder).as_posix()}"
-            tree = ast.parse(file.read_text())
-            found += [(where, node, ast.unparse(node.func)) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call):
+                    found.calls.append((where, node, ast.unparse(node.func)))
+                elif isinstance(node, ast.ClassDef):
+                    found.bases.extend((where, ast.unparse(base)) for base in node.bases)
     return found
-
-
-CALLS = calls()
 
 
 def keyword(call: ast.Call, name: str) -> str | None:
@@ -80,26 +90,16 @@ def matches(called: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_only_places_that_are_known(name):
+def test_only_places_that_are_known(name, code):
     if name == "Unpickler":
-        found = set(_subclasses("Unpickler"))
+        found = {where for where, base in code.bases if base.endswith("Unpickler")}
     else:
-        found = {where for where, _, called in CALLS if matches(called, name)}
+        found = {where for where, _, called in code.calls if matches(called, name)}
     assert found == set(ALLOWED[name])
 
 
-def _subclasses(base: str) -> list[str]:
-    found = []
-    for name, folder in FOLDERS.items():
-        for file in sorted(folder.rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ClassDef) and any(ast.unparse(b).endswith(base) for b in node.bases):
-                    found.append(f"{name}/{file.relative_to(folder).as_posix()}")
-    return found
-
-
-def test_what_is_never_used():
-    odd = [(where, called) for where, call, called in CALLS if any(_named(called, name) for name in FORBIDDEN)]
+def test_what_is_never_used(code):
+    odd = [(where, called) for where, call, called in code.calls if any(_named(called, name) for name in FORBIDDEN)]
     assert not odd
 
 
@@ -107,9 +107,9 @@ def _named(called: str, name: str) -> bool:
     return called == name or ("." in name and called.endswith(f".{name}")) or called.endswith(f"hydra.utils.{name}")
 
 
-def test_nothing_is_unpickled_without_restriction():
+def test_nothing_is_unpickled_without_restriction(code):
     """The one keyword that stands between a file and its code is written out wherever a file is read."""
-    for where, call, called in CALLS:
+    for where, call, called in code.calls:
         if called == "torch.load":
             assert keyword(call, "weights_only") == "True", where
         elif called in ("np.load", "numpy.load"):
@@ -126,6 +126,6 @@ def test_nothing_is_unpickled_without_restriction():
             raise AssertionError(f"{where}: a shell")
 
 
-def test_trainer_reads_checkpoints_as_data():
-    fits = [call for _, call, called in CALLS if called.endswith("trainer.fit")]
+def test_trainer_reads_checkpoints_as_data(code):
+    fits = [call for _, call, called in code.calls if called.endswith("trainer.fit")]
     assert fits and all(keyword(call, "weights_only") == "True" for call in fits)

@@ -58,6 +58,12 @@ def report(place, config):
     return evaluate(config("nfe=[1,3]", "save_samples=true"), place / "out")
 
 
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """Beyond that of `report`, which is made before."""
+    monkeypatch.setattr("flowanchor.programs.evaluate.quality_plot", lambda report, path: None)
+
+
 def test_files(report, place):
     assert json.loads((place / "out" / "metrics.json").read_text()) == report
     assert (place / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")

@@ -36,6 +36,12 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """tests/programs/test_evaluate.py looks at one."""
+    monkeypatch.setattr("flowanchor.programs.evaluate.quality_plot", lambda report, path: None)
+
+
 def settings(place, *overrides):
     own = ["sampler=flow", "metric=random", f"metric.cache_dir={place / 'cache'}", "metric.feature_limit=200"]
     return [f"checkpoint={place / 'run'}", *own, "device=cpu", "batch_size=30", *overrides]

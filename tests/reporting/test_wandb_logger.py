@@ -13,6 +13,7 @@ from flowanchor.reporting.wandb_logger import RunWandbLogger, run_id
 def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_X_SAVE_REQUIREMENTS", "false")  # a list of all packages, for each run
 
 
 def test_a_resume_finds_its_run_and_another_folder_has_another(tmp_path):
