@@ -57,13 +57,14 @@ def rows(device: str, tiny: bool) -> list[Row]:
     return [
         *card.rows(device, tiny),
         *training.rows(tiny),
-        *checks.rows(device, tiny),
+        *checks.rows(device, tiny)[:1],
         *attention.rows(device, tiny),
-        *training.more_rows(tiny)[:2],
+        *training.more_rows(tiny)[:3],
         *training.spread_rows(tiny),
-        *training.wan_rows(tiny)[:3],
-        *training.more_rows(tiny)[2:],
-        *training.wan_rows(tiny)[3:],
+        *checks.rows(device, tiny)[1:],
+        *training.wan_rows(tiny)[:4],
+        *training.more_rows(tiny)[3:],
+        *training.wan_rows(tiny)[4:],
     ]
 
 

@@ -3,8 +3,9 @@
     python benchmarks/training_step.py --before COMMIT   # about ten minutes; refreshes docs/performance.md
     python benchmarks/training_step.py                   # the present code alone; prints, and writes nothing
     python benchmarks/training_step.py --steps 2         # the same, of two steps
+    python benchmarks/training_step.py --network wan --before COMMIT
 
-The run is `train.py` as it stands (digits, FACM, a small LightningDiT), with a fused
+The run is `train.py` as it stands (digits, FACM, a small LightningDiT; or a small Wan on random texts), with a fused
 optimizer as on a GPU, an average and a checkpoint callback that is never due. Operators are calls of PyTorch's
 dispatcher; a value that is read is one for which the host would wait on a GPU. The step as a graph is replayed by the
 stand-in (`flowanchor.graphs.stand_in`), whose operators inside the replay a graph would not call.
@@ -32,12 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "training_step_cpu.json"
 FIRST = 6  # the first step that is looked at
 LOGGED = 10_000  # nothing is logged in them
+NETWORKS: dict[str, list[str]] = {
+    "lightningdit": [],
+    "wan": ["backbone=wan", "backbone.num_layers=4", "backbone.text_dim=32", "backbone.text_len=16"],
+}
 
 
 # ------------------------------------------------------------------------------------------------------- one process
 
 
-def work(what: str, graphed: bool, steps: int) -> dict[str, Any]:
+def work(what: str, graphed: bool, steps: int, network: str) -> dict[str, Any]:
     """Train, and count (`counts`) or time (`seconds`) steps; runs with whichever flowanchor is found first."""
     import lightning.pytorch as pl
     import torch
@@ -52,17 +57,25 @@ def work(what: str, graphed: bool, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     with initialize_config_module("flowanchor.conf", version_base=None):
-        cfg = compose("train", overrides=["data.batch_size=16"])
+        cfg = compose("train", overrides=["data.batch_size=16", *NETWORKS[network]])
     torch.manual_seed(0)
-    network = instantiate(cfg.backbone)
-    data = instantiate(cfg.data)
-    data.setup("fit")
-    batches = 4 * list(islice(data.train_dataloader(), 8))  # what loading costs is not a step's; one epoch
+    student = instantiate(cfg.backbone)
+    if network == "wan":
+        from flowanchor.interfaces import Batch
+        from flowanchor.text import base
+
+        texts = torch.randn(16, cfg.backbone.text_len, cfg.backbone.text_dim)
+        texts = vars(base).get("Tokens", lambda tensor: tensor)(texts)  # once, a text was a tensor
+        batches = 32 * [Batch(torch.randn(16, *student.sample_shape), texts)]
+    else:
+        data = instantiate(cfg.data)
+        data.setup("fit")
+        batches = 4 * list(islice(data.train_dataloader(), 8))  # what loading costs is not a step's; one epoch
     settings: dict[str, Any] = {}
     if "cuda_graph" in inspect.signature(FlowModule).parameters:
         settings["cuda_graph"] = graphed
     module = FlowModule(
-        network, instantiate(cfg.objective, _convert_="all"), instantiate(cfg.teacher), instantiate(cfg.jvp),
+        student, instantiate(cfg.objective, _convert_="all"), instantiate(cfg.teacher), instantiate(cfg.jvp),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True), **settings,
     )  # fmt: skip
     if graphed:
@@ -118,10 +131,10 @@ def work(what: str, graphed: bool, steps: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def ask(checkout: Path, what: str, steps: int, graphed: bool = False) -> dict[str, Any]:
+def ask(checkout: Path, what: str, steps: int, network: str, graphed: bool = False) -> dict[str, Any]:
     """The answer of a fresh process with the code of a checkout."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--work", what]
-    command += ["--steps", str(steps)]
+    command += ["--steps", str(steps), "--network", network]
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout / "src"),
@@ -146,29 +159,36 @@ def main() -> None:
     parser.add_argument("--before", help="a commit to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each, in turn, for the seconds")
     parser.add_argument("--steps", type=int, default=20, help="the steps that are looked at")
+    parser.add_argument("--network", choices=[*NETWORKS], default="lightningdit")
     parser.add_argument("--work", choices=["counts", "seconds"], help=argparse.SUPPRESS)
     parser.add_argument("--graphed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        print(json.dumps(work(arguments.work, arguments.graphed, arguments.steps)))
+        print(json.dumps(work(arguments.work, arguments.graphed, arguments.steps, arguments.network)))
         return
     with tempfile.TemporaryDirectory() as folder:
         codes = {"now": ROOT}
         if arguments.before:
             codes = {"before": export(arguments.before, Path(folder)), **codes}
-        counts = {name: ask(code, "counts", arguments.steps) for name, code in codes.items()}
-        counts["as a graph"] = ask(ROOT, "counts", arguments.steps, graphed=True)
+        counts = {name: ask(code, "counts", arguments.steps, arguments.network) for name, code in codes.items()}
+        counts["as a graph"] = ask(ROOT, "counts", arguments.steps, arguments.network, graphed=True)
         seconds: dict[str, list[float]] = {name: [] for name in codes}
         for _ in range(arguments.rounds if arguments.before else 0):
             for name, code in codes.items():
-                seconds[name].append(ask(code, "seconds", arguments.steps)["seconds"])
+                seconds[name].append(ask(code, "seconds", arguments.steps, arguments.network)["seconds"])
     if not arguments.before:
         print(table(counts))
         return
     ratio = statistics.median(ratios(seconds))
     about = {**machine(), "commit": commit()}
-    record = {"machine": about, "before": arguments.before, "counts": counts, "seconds": seconds, "ratio": ratio}
-    write_json(RESULTS, {**record, "steps": arguments.steps})
+    found = {"machine": about, "before": arguments.before, "counts": counts, "seconds": seconds, "ratio": ratio}
+    found["steps"] = arguments.steps
+    record = json.loads(RESULTS.read_text())
+    if arguments.network == "lightningdit":
+        record = {**found, **{name: record[name] for name in NETWORKS if name in record}}
+    else:
+        record[arguments.network] = found
+    write_json(RESULTS, record)
     refresh(ROOT / "docs" / "performance.md", "training step", page(record))
 
 
@@ -177,8 +197,9 @@ def ratios(seconds: dict[str, list[float]]) -> list[float]:
     return [b / a for a, b in zip(seconds["before"], seconds["now"], strict=True)]
 
 
-def table(counts: dict[str, dict[str, float]]) -> str:
-    header = ("training step", "operators that the host calls", "values read", "tensors made of numbers")
+def table(counts: dict[str, dict[str, float]], network: str | None = None) -> str:
+    step = "training step" if network is None else f"training step, backbone={network}"
+    header = (step, "operators that the host calls", "values read", "tensors made of numbers")
     columns = ("outside", "read", "made of numbers")
     return markdown(
         header, [[name, *(f"{found.get(column, 0):,.1f}" for column in columns)] for name, found in counts.items()]
@@ -186,16 +207,20 @@ def table(counts: dict[str, dict[str, float]]) -> str:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The table with what stands below it."""
+    """The table with what stands below it, of each network."""
+    return "\n\n".join([_part(record), *(_part(record[name], name) for name in NETWORKS if name in record)])
+
+
+def _part(record: dict[str, Any], network: str | None = None) -> str:
     about, each = record["machine"], ratios(record["seconds"])
     pairs = f"{len(each)} pairs of processes, from {min(each):.2f} to {max(each):.2f}"
     note = (
         f"Per step. CPU seconds of the eager step, now / before: {statistics.median(each):.2f} (the least of "
-        f"{record.get('steps', 20)} steps; median of {pairs}). `python benchmarks/training_step.py --before "
-        f"{record['before']}` on {about['cpu']}, one thread, torch {about['torch']}, {about['date']}, commit "
-        f"{about['commit']}."
+        f"{record.get('steps', 20)} steps; median of {pairs}). `python benchmarks/training_step.py "
+        f"{'' if network is None else f'--network {network} '}--before {record['before']}` on {about['cpu']}, one "
+        f"thread, torch {about['torch']}, {about['date']}, commit {about['commit']}."
     )
-    return f"{table(record['counts'])}\n\n{note}"
+    return f"{table(record['counts'], network)}\n\n{note}"
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ class Clock(pl.Callback):
                 self._wait()
                 Clock.found["warm_s"] = time.perf_counter() - self.first
                 if self.cuda:
+                    # What lasts from step to step: an eager step takes the rest of `allocated_gb` for itself.
+                    Clock.found["held_gb"] = torch.cuda.memory_allocated() / 1e9
                     torch.cuda.reset_peak_memory_stats()
                 self.began = time.perf_counter()
             return

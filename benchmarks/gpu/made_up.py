@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
+from flowanchor.checkpoints.load import store_low
 from flowanchor.data.base import FlowDataModule
 from flowanchor.data.images import ImageSet
 from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone, Batch
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
-from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
+from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity, keeps_low
 from flowanchor.text.base import Tokens
 
 
@@ -95,7 +96,13 @@ def wan(preset: str, **settings: Any) -> Backbone:
         return _somewhere(Wan.from_preset(preset, **settings))
 
 
-def teacher(network: Any, guidance_scale: float, guidance_low: float, guidance_high: float) -> CheckpointVelocity:
-    """The field of `teacher=checkpoint` around a random network."""
+def teacher(
+    network: Any, guidance_scale: float, guidance_low: float, guidance_high: float, dtype: str, precision: str | int
+) -> CheckpointVelocity:
+    """The field of `teacher=checkpoint` around a random network, kept in the same type as there."""
     made = network if isinstance(network, Backbone) else instantiate(network)
-    return CheckpointVelocity.of_network(made, Guidance(guidance_scale, guidance_low, guidance_high))
+    field = CheckpointVelocity.of_network(made, Guidance(guidance_scale, guidance_low, guidance_high))
+    field.low = keeps_low(dtype, precision)
+    if field.low:
+        store_low(made, torch.bfloat16)
+    return field

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu import training
+from gpu import checks, training
 from gpu.attention import FORWARDS, HEAD_SIZES
 from harness import markdown
 
@@ -13,7 +13,11 @@ NOBODY = "No GPU has been measured with this code yet: `make gpu-check` fills th
 # A step, and the flow-matching step that it is held against.
 BESIDE = {
     "XL/1, 32, compiled, graph": "XL/1, 32, flow matching, compiled, graph",
+    "XL/1, 32, recompute=false, compiled, graph": "XL/1, 32, flow matching, compiled, graph",
     "XL/1, 128, compiled, graph": "XL/1, 128, flow matching, compiled, graph",
+    "XL/1, 128, recompute=false, compiled, graph": "XL/1, 128, flow matching, compiled, graph",
+    "XL/1, 8, compiled, graph": "XL/1, 8, flow matching, compiled, graph",
+    "digits, 64, compiled, graph": "digits, 64, flow matching, compiled, graph",
     "XL/1, 32, eager": "XL/1, 32, flow matching, eager",
     "Wan 1.3B, 2 images, eager": "Wan 1.3B, 2 images, flow matching, eager",
 }
@@ -96,7 +100,8 @@ RUNS = {
     "`cuda_graph=true`": ("XL/1, 32, eager, graph", "XL/1, 32, compiled, graph"),
     "`jvp=two_pass`": ("XL/1, 16, jvp=two_pass, eager",),
     "`jvp=full`": ("XL/1, 16, jvp=full, eager",),
-    "`strategy=ddp`, one card": ("XL/1, 32, DDP on one card, eager",),
+    "`jvp.recompute=false`": ("XL/1, 32, recompute=false, compiled, graph",),
+    "`strategy=ddp`, one card": ("XL/1, 32, DDP on one card, eager", "XL/1, 32, DDP on one card, compiled, graph"),
     "`strategy=fsdp_chain_jvp`, one card": ("XL/1, 32, FSDP2 on one card, eager",),
     "`backbone=wan`": ("Wan 1.3B, 8 images, eager", "Wan 1.3B, 81 frames, eager"),
     "several cards": (),
@@ -106,8 +111,9 @@ RUNS = {
 def runs(record: dict[str, Any] | None) -> str:
     """What has trained on a GPU: for the page on compatibility."""
     rows = [[what, _ran(record, names)] for what, names in RUNS.items()]
-    tests = {} if record is None else record["rows"].get("tests", {})
-    rows.append(["the tests in `tests/gpu`", tests.get("verdict", "not yet")])
+    for row, where in (("tests", "tests/gpu"), ("graphs, tests", checks.GRAPHS)):
+        tests = {} if record is None else record["rows"].get(row, {})
+        rows.append([f"the tests in `{where}`", tests.get("verdict", "not yet")])
     head = "run on a GPU" if record is None else f"run on {record['machine']['device']}"
     return markdown(["bf16-mixed", head], rows)
 

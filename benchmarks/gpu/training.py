@@ -30,6 +30,7 @@ NO_GRAPH, AS_A_GRAPH = "++cuda_graph=false", "cuda_graph=true"
 EAGER = ("compile=false", NO_GRAPH)
 COMPILED = ("compile=true", NO_GRAPH)
 GRAPH = ("compile=true", AS_A_GRAPH)
+KEPT_GRAPH = ("jvp.recompute=false", *GRAPH)
 EAGER_GRAPH = ("compile=false", AS_A_GRAPH)
 # What a CPU has instead.
 ON_A_CPU = {AS_A_GRAPH: NO_GRAPH, "compile=true": "compile={backend:eager}"}
@@ -169,11 +170,13 @@ def rows(tiny: bool) -> list[Row]:
     found = [
         Row("XL/1, 32, eager", partial(_xl, tiny, 32, "chain", *EAGER), 60),
         Row("XL/1, 32, compiled, graph", partial(_xl, tiny, 32, "chain", *GRAPH), 150, 30),
+        Row("XL/1, 32, recompute=false, compiled, graph", partial(_xl, tiny, 32, "chain, kept", *KEPT_GRAPH), 150, 30),
         Row("XL/1, 32, compiled", partial(_xl, tiny, 32, "chain", *COMPILED), 120, 20),
         Row("XL/1, 32, flow matching, compiled, graph", partial(_xl, tiny, 32, "flow", *FLOW, *GRAPH), 90, 15),
         Row("digits, 64, eager", partial(digits, tiny, *EAGER), 30),
         Row("digits, 64, eager, graph", partial(digits, tiny, *EAGER_GRAPH), 30),
         Row("digits, 64, compiled, graph", partial(digits, tiny, *GRAPH), 60, 15),
+        Row("digits, 64, flow matching, compiled, graph", partial(digits, tiny, *FLOW, *GRAPH), 60, 15),
     ]
     return found
 
@@ -183,6 +186,9 @@ def more_rows(tiny: bool) -> list[Row]:
     return [
         Row("XL/1, 128, compiled, graph", partial(_xl, tiny, 128, "chain", *GRAPH), 150, 35),
         Row("XL/1, 128, flow matching, compiled, graph", partial(_xl, tiny, 128, "flow", *FLOW, *GRAPH), 90, 15),
+        Row(
+            "XL/1, 128, recompute=false, compiled, graph", partial(_xl, tiny, 128, "chain, kept", *KEPT_GRAPH), 150, 35
+        ),
         Row("XL/1, 16, jvp=full, eager", partial(_xl, tiny, 16, "full", *FULL, *EAGER), 60, 15),
         Row("XL/1, 16, eager", partial(_xl, tiny, 16, "chain", *EAGER), 60, 12),
         Row("XL/1, 16, jvp=two_pass, eager", partial(_xl, tiny, 16, "two_pass", *TWO_PASS, *EAGER), 60, 12),
@@ -190,15 +196,17 @@ def more_rows(tiny: bool) -> list[Row]:
         Row("XL/1, 32, flow matching, eager", partial(_xl, tiny, 32, "flow", *FLOW, *EAGER), 60, 10),
         Row("XL/1, 8, eager", partial(_xl, tiny, 8, "chain", *EAGER), 60, 12),
         Row("XL/1, 8, compiled, graph", partial(_xl, tiny, 8, "chain", *GRAPH), 150, 30),
+        Row("XL/1, 8, flow matching, compiled, graph", partial(_xl, tiny, 8, "flow", *FLOW, *GRAPH), 90, 15),
     ]
 
 
 def spread_rows(tiny: bool) -> list[Row]:
     """One process of FSDP2 and of DDP on one card: NCCL, hooks, streams, and what they cost beside a plain run."""
-    sharded, ddp = ("strategy=fsdp_chain_jvp", *EAGER), ("strategy=ddp", *EAGER)
+    sharded, ddp, graph = ("strategy=fsdp_chain_jvp", *EAGER), ("strategy=ddp", *EAGER), ("strategy=ddp", *GRAPH)
     return [
         Row("XL/1, 32, FSDP2 on one card, eager", partial(_xl, tiny, 32, "chain", *sharded), 90, 15),
         Row("XL/1, 32, DDP on one card, eager", partial(_xl, tiny, 32, "chain", *ddp), 90, 15),
+        Row("XL/1, 32, DDP on one card, compiled, graph", partial(_xl, tiny, 32, "chain", *graph), 150, 30),
     ]
 
 
@@ -207,6 +215,7 @@ def wan_rows(tiny: bool) -> list[Row]:
     return [
         Row("Wan 1.3B, 8 images, eager", partial(_wan, tiny, 8, 1, "chain", *eager), 90, 25),
         Row("Wan 1.3B, 81 frames, eager", partial(_wan, tiny, 1, 21, "chain", *eager), 150, 60),
+        Row("Wan 1.3B, 81 frames, compiled, graph", partial(_wan, tiny, 1, 21, "chain", *graph), 200, 75),
         Row("Wan 1.3B, 8 images, compiled, graph", partial(_wan, tiny, 8, 1, "chain", *graph), 150, 40),
         Row("Wan 1.3B, 2 images, eager", partial(_wan, tiny, 2, 1, "chain", *eager), 90, 20),
         Row("Wan 1.3B, 2 images, flow matching, eager", partial(_wan, tiny, 2, 1, "flow", *FLOW, *eager), 90, 20),

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import gpu_check
-from gpu import checks, table, training, wheels
+from flowanchor.testing.objective import small_student
+from gpu import checks, made_up, table, training, wheels
 from gpu.record import LATE, UNFINISHED, Record, Row
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,7 @@ def test_every_row_runs_on_a_cpu(rest, tmp_path):
         instead = rows["XL/1, 32, compiled, graph"]["instead"]
         assert len(instead) == 2, "a CPU has neither, and the record says what it did"
         assert rows["tests"]["passed"], rows["tests"]
+        assert rows["graphs, tests"]["verdict"] == "7 tests collected", rows["graphs, tests"]
         assert rows["attention, heads of 64"]["32"]["tangent"]["error"] < 0.02
         assert "XL/1, 32, compiled | not measured" in done.stdout
     assert (ROOT / "README.md").read_text() == before
@@ -221,6 +223,12 @@ def test_products_are_counted():
     modulation = 2 * batch * width * 6 * width
     blocks = depth * (linear + attention + modulation)
     assert training.forward_flops("latents", batch) == pytest.approx(blocks, rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_its_teacher_is_kept_as_a_checkpoints_is(precision, kept):
+    field = made_up.teacher(small_student(), 1.75, 0.125, 1.0, "auto", precision)
+    assert field.network.blocks[0].attn.qkv.weight.dtype is kept and field.low == (kept is torch.bfloat16)
 
 
 def test_packages_come_from_wheels_that_lie_there(tmp_path):

@@ -19,7 +19,7 @@ from flowanchor.errors import ConfigError
 from flowanchor.interfaces import Backbone
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass, full
-from flowanchor.jvp.compatibility import check, compile_options, is_low, said_of_products
+from flowanchor.jvp.compatibility import check, compile_options, is_low, said_of_products, set_products
 from flowanchor.jvp.compiled import is_compiled
 from flowanchor.module import FlowModule
 from flowanchor.plugins.backbones.lightningdit import LightningDiT
@@ -179,3 +179,14 @@ def test_a_run_on_a_gpu_says_what_float32_products_are(device, precision, matmul
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
     line = said_of_products(device, precision)
     assert line is None if said is None else re.search(said, line) and "matmul_precision=highest" in line
+
+
+def test_a_run_that_wants_all_digits_has_them_in_convolutions_too(monkeypatch):
+    """A patch embedding is one, and cuDNN takes TF32 for it whatever is said of matrices."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for precision, tf32 in (("highest", False), ("high", True), ("medium", True)):
+        set_products(precision)
+        assert torch.backends.cudnn.allow_tf32 is tf32
+    assert asked == ["highest", "high", "medium"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from flowanchor.errors import ConfigError, NonFiniteLossError
 from flowanchor.graphs.capture import CaptureError
@@ -15,8 +19,11 @@ from flowanchor.graphs.stand_in import StandIn
 from flowanchor.interfaces import Batch
 from flowanchor.jumps.guidance import Guidance
 from flowanchor.jvp import Chain, FiniteDifference, Full, TwoPass
+from flowanchor.module import FlowModule
 from flowanchor.plugins.teachers.checkpoint import CheckpointVelocity
 from flowanchor.plugins.teachers.student import SelfVelocity
+from flowanchor.strategies.chain_jvp import ChainJVPStrategy
+from flowanchor.strategies.replicas import ReplicasStrategy
 
 from .runs import assert_equal_runs, backbone, batch_for, fit
 
@@ -220,6 +227,50 @@ def test_a_device_that_counts_stops_the_run_when_it_is_read(tmp_path: Path) -> N
 def test_refusals_name_the_reason(tmp_path: Path, settings: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"cuda_graph=true cannot be, because .*{reason}"):
         fit(tmp_path, True, steps=1, **settings)
+
+
+def told(strategy: Any, precision: Any = None, compile_options: Any = None, **settings: Any) -> Any:
+    """A trainer, as far as it is asked whether its step can be a graph; the options of compilation beside it."""
+    plugin = SimpleNamespace(scaler=None) if precision is None else precision
+    made = {"_detect_anomaly": False, "precision": "bf16-mixed", "precision_plugin": plugin, **settings}
+    return SimpleNamespace(strategy=strategy, **made), compile_options
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        (told(SingleDeviceStrategy("cpu")), None),
+        (told(ReplicasStrategy()), None),
+        (told(SingleDeviceStrategy("cpu"), compile_options={"mode": "max-autotune-no-cudagraphs"}), None),
+        (told(ChainJVPStrategy()), "FSDP2.* gathers its weights .*: use strategy=ddp"),
+        (told(DDPStrategy()), "DDPStrategy wraps the module .*: use strategy=ddp"),
+        (told(SingleDeviceStrategy("cpu"), SimpleNamespace(scaler=object())), "16-mixed .*: use .*bf16-mixed"),
+        (told(SingleDeviceStrategy("cpu"), _detect_anomaly=True), "detect_anomaly=true .*: leave it out"),
+        (told(SingleDeviceStrategy("cpu"), compile_options={"mode": "max-autotune"}), "mode=max-autotune makes"),
+    ],
+    ids=["one", "ddp", "no-cudagraphs", "fsdp", "wrapped", "scaled", "anomaly", "autotune"],
+)
+def test_on_a_gpu_one_line_says_why_not(given: Any, reason: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """The module's own decision, with a trainer that says that its device is a GPU."""
+    trainer, options = given
+    with mock.patch.object(type(trainer.strategy), "root_device", torch.device("cuda")):
+        for choice in ("auto", True):
+            module = SimpleNamespace(trainer=trainer, cuda_graph=choice, compile_options=options, make_graphs=None)
+            if choice is True and reason is not None:
+                with pytest.raises(ConfigError, match=f"cuda_graph=true cannot be, because .*{reason}"):
+                    FlowModule._decide_on_graphs(module)  # type: ignore[arg-type]
+            else:
+                FlowModule._decide_on_graphs(module)  # type: ignore[arg-type]
+            assert module.graphed is (reason is None)
+    lines = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert len(lines) == (reason is not None)
+    assert reason is None or re.search(f"runs without a CUDA graph, because .*{reason}", lines[0])
+
+
+def test_one_line_says_that_it_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    goal = OBJECTIVES["warm-up"]  # two forms, one line
+    assert fit(tmp_path, True, goal=goal, steps=8, module_settings={"cuda_graph": "auto"})["captured"] == 2
+    assert caplog.text.count("training step are replayed as a CUDA graph from here on.") == 1
 
 
 def test_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,7 +36,7 @@ class GraphedSteps:
             between training and evaluation.
         watched: what is looked through for attributes that change from step to step and are read in the step.
         refuse: told, in words, why all steps run eagerly from now on; may raise.
-        say: told, once, why some do.
+        say: told, each once, that steps are graphs now, and why some are not.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class GraphedSteps:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.gradients = Gradients(self.parameters)
         self.forms: dict[Hashable, _Form] = {}
-        self.refused = self._full = False
+        self.refused = False
+        self._said: set[str] = set()
         self._resets = 0
         self._here = self._state()
 
@@ -70,7 +71,10 @@ class GraphedSteps:
         if self.refused or form.graph is None and form.calls < EAGER_RUNS:
             return self._eagerly(form, inputs)
         if form.graph is None and sum(other.graph is not None for other in self.forms.values()) >= MOST_FORMS:
-            self._say_full()
+            self._say_once(
+                f"{MOST_FORMS} forms of the training step are CUDA graphs (shapes of the batch, phases of the "
+                "objective); all others run without."
+            )
             return self._eagerly(form, inputs)
         self.gradients.attach(form.gives)
         if form.graph is None:
@@ -81,6 +85,7 @@ class GraphedSteps:
             except CaptureError as error:  # a capture computes nothing, so the step can still be made
                 self._refuse(str(error).rstrip("."))
                 return self._eagerly(form, inputs)
+            self._say_once("Forward and backward of the training step are replayed as a CUDA graph from here on.")
         tensors = [(kept, new) for kept, new in zip(form.inputs, leaves, strict=True) if isinstance(new, Tensor)]
         for kept, new in tensors:
             kept.copy_(new, non_blocking=True)
@@ -127,13 +132,10 @@ class GraphedSteps:
             form.graph = None
         self.refuse(reason)
 
-    def _say_full(self) -> None:
-        if not self._full:
-            self._full = True
-            self.say(
-                f"{MOST_FORMS} forms of the training step are CUDA graphs (shapes of the batch, phases of the "
-                "objective); all others run without."
-            )
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self.say(what)
 
     def _state(self) -> tuple[list[bool], list[int]]:
         """In which mode each module is, and where the weights lie."""

@@ -37,6 +37,12 @@ def is_low(precision: str | int) -> bool:
     return str(precision) not in ("32", "32-true", "64", "64-true")
 
 
+def set_products(precision: str) -> None:
+    """What a GPU does in float32 products of matrices, and of convolutions, which have a switch of their own."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
 def said_of_products(device: str, precision: str | int) -> str | None:
     """What a GPU makes of float32 products unless it is told otherwise, in one line; None where nothing is lost."""
     matmul = torch.get_float32_matmul_precision()

@@ -27,7 +27,7 @@ from flowanchor.deferred import defer_loading, parameters_on_meta
 from flowanchor.errors import ConfigError
 from flowanchor.generation.samplers import check_sampler
 from flowanchor.interfaces import Backbone
-from flowanchor.jvp.compatibility import compile_options
+from flowanchor.jvp.compatibility import compile_options, set_products
 from flowanchor.module import FlowModule
 from flowanchor.programs.batch_arithmetic import check_batch
 from flowanchor.programs.checks import check_whole_numbers
@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> float | None:
         folder = folder / "fast_dev_run"  # a trial touches nothing of the run that lies here
     identity = RunIdentity(folder, cfg, earlier)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    set_products(cfg.matmul_precision)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 

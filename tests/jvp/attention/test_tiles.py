@@ -21,7 +21,7 @@ CARDS = {
     86: Card("NVIDIA A10", (8, 6), SMALL),
     90: Card("NVIDIA H100", (9, 0), LARGE),
 }
-SIZES = [48, 64, 72, 80, 88, 96, 112, 128, 160, 256]
+SIZES = [48, 64, 72, 80, 88, 96, 112, 128, 160, 192, 224, 256]  # of every entry of the table
 QUICK = [64, 72, 128]
 
 
@@ -92,7 +92,7 @@ def test_half_precision_on_a_card(d, dtype, architecture, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize("architecture", CARDS)
 @pytest.mark.parametrize("d", SIZES)
 def test_float32_on_a_card(d, architecture, precision, tmp_path, record_property):
     """Twice the registers of half precision: some are spilled, which costs time and is recorded here."""
