@@ -75,7 +75,8 @@ PLACES = [  # hook at which the signal comes, steps done by then, step that is s
     (signal.SIGHUP, "on_train_batch_start", 2, 3, []),  # of one after which a validation falls due
     (signal.SIGTERM, "on_validation_batch_start", 3, 3, []),  # with the averages in the place of the weights
     (signal.SIGTERM, "on_validation_start", 6, 6, []),
-    (signal.SIGTERM, "on_train_batch_start", 4, 5, ["data.batch_size=250", "trainer.max_steps=6"]),  # of the last one of an epoch
+    # of the last one of an epoch
+    (signal.SIGTERM, "on_train_batch_start", 4, 5, ["data.batch_size=250", "trainer.max_steps=6"]),
     (
         signal.SIGINT, "on_train_batch_start", 2, 3,
         ["trainer.accumulate_grad_batches=2", "data.num_workers=1", "trainer.max_steps=5"],
