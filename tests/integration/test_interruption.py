@@ -176,8 +176,9 @@ def test_slurms_notice_saves_and_requeues(command, tiny, capfd, slurm, monkeypat
     told = capfd.readouterr().err
     assert "Stopped by SIGUSR1 at step 5: saved in " in told and f"SLURM starts job {asked.split()[1]} again.\n" in told
     assert content(Path.cwd(), "one")["global_step"] == 5
-    command("train", *settings)
-    assert " from step 5" in capfd.readouterr().out
+    if not array:
+        command("train", *settings)
+        assert " from step 5" in capfd.readouterr().out
     assert not list(Path("outputs").rglob("hpc_ckpt_*"))
 
 
