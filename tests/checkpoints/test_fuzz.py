@@ -270,7 +270,7 @@ def sharded(draw: random.Random, folder: Path) -> Path:
 
 BASES: dict[str, Path] = {}
 KINDS = {spoil_content: 1000, damaged: 250, published: 350, safetensors: 250, sharded: 150}
-QUICK = {spoil_content: 300, damaged: 100, published: 150, safetensors: 100, sharded: 50}  # of `make test`
+QUICK = {spoil_content: 150, damaged: 50, published: 100, safetensors: 50, sharded: 50}  # of `make test`
 CASES = [
     pytest.param(kind, first, id=f"{kind.__name__}-{first}", marks=[pytest.mark.slow] if first >= QUICK[kind] else [])
     for kind, count in KINDS.items()

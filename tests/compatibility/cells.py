@@ -1,6 +1,6 @@
 """A program for one of two gloo processes: one FACM step in every cell of the compatibility matrix, written as JSON.
 
-    python cells.py RANK STORE RESULT
+    python cells.py RANK STORE RESULT all|part
 
 Each step is compared with the same step by `Full` in one process, in float32, uncompiled: prediction, tangent, and
 gradients, as relative errors. Steps without other processes are shared out between the two.
@@ -91,6 +91,28 @@ CELLS = [
     for spread in ("plain", "DDP", "FSDP2")
     for checkpointing in ENGINES["chain"]
 ]
+
+
+# The compiled cells that stand for all: one of each engine and spread, in the order of `SPREADS`. Graphs take seconds,
+# so "plain" and DDP, and the engines of one spread, share what they can.
+IN_PART = {
+    "chain": ("selective", "selective", "off", "on"),
+    "two_pass": ("on", "on", "off", "off"),
+    "full": ("off", "off", "off", "off"),
+    "finite_difference": ("off", "off", "on", "on"),
+}
+ATTENTION_IN_PART = ("math", "math", "streaming", "math")
+
+
+def in_part(cell: Cell) -> bool:
+    """Whether a cell is in the part that stands for all: every entry of the page, and every pair of settings."""
+    if cell.network != "lightningdit":
+        return True
+    spread = SPREADS.index(cell.spread)
+    if cell.compiled:
+        return (cell.checkpointing, cell.attention) == (IN_PART[cell.engine][spread], ATTENTION_IN_PART[spread])
+    mode = ENGINES[cell.engine].index(cell.checkpointing)
+    return cell.attention == tuple(ATTENTION)[(spread + mode) % 2]
 
 
 class Step(nn.Module):
@@ -221,7 +243,7 @@ def visit(cell: Cell, spread: Spread, wanted: Outcome) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, store, result = sys.argv[1:]
+    rank, store, result, extent = sys.argv[1:]
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 8
@@ -229,7 +251,8 @@ def main() -> None:
     made = {name: Spread(name, "plain", compiled=False) for name in ("lightningdit", "sd3")}
     wanted = {(name, whole): made[name].run(Full("math"), whole) for name in made for whole in (False, True)}
     found: list[dict[str, Any]] = []
-    for (name, spread, compiled), group in itertools.groupby(CELLS, lambda c: (c.network, c.spread, c.compiled)):
+    chosen = [cell for cell in CELLS if extent == "all" or in_part(cell)]
+    for (name, spread, compiled), group in itertools.groupby(chosen, lambda c: (c.network, c.spread, c.compiled)):
         if spread == "DDP":  # follows "plain"
             made[name].replicate()
         else:

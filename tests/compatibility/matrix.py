@@ -47,13 +47,13 @@ ROWS = {
 Outcome = dict[str, Any]  # what cells.py writes for one cell
 
 
-def visit_all(folder: Path) -> list[Outcome]:
-    """Every cell once, by two gloo processes."""
+def visit(folder: Path, extent: str = "all") -> list[Outcome]:
+    """Every cell once, or those of the part that stands for all (`extent="part"`), by two gloo processes."""
     results = [folder / f"cells{rank}.json" for rank in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(folder / "store"), str(result)],
+            [sys.executable, str(PROGRAM), str(rank), str(folder / "store"), str(result), extent],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank, result in enumerate(results)
@@ -208,7 +208,7 @@ is what the tests in `tests/gpu` hold, against `jvp=full` on the same card.
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        cells = visit_all(Path(folder))
+        cells = visit(Path(folder))
     PAGE.write_text(render(cells))
     for cell in cells:
         if cell["verdict"] == "fails" or wrong(cell):

@@ -154,7 +154,8 @@ def test_a_compiled_run_in_bfloat16_on_two_processes(tmp_path):
         sys.executable, str(ROOT / "src" / "train.py"), "strategy=fsdp_chain_jvp", "trainer.devices=2",
         "trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "compile={backend:eager,fullgraph:true}",
         "backbone.depth=1", "backbone.hidden_size=16", "backbone.num_heads=2", "data.batch_size=8",
-        "optimizer.fused=true", "callbacks.sample_grid.nfe=[1]", "trainer.max_steps=2", "trainer.val_check_interval=2",
+        "optimizer.fused=true", "callbacks.sample_grid.nfe=[1]", "callbacks.sample_grid.per_class=1",
+        "callbacks.sample_grid.max_classes=8", "trainer.max_steps=2", "trainer.val_check_interval=2",
         "trainer.limit_val_batches=1", "logger=none", "objective=flow_matching",  # tangents: test_matrix.py
         f"hydra.run.dir={tmp_path}",
     ]  # fmt: skip

@@ -31,7 +31,7 @@ def plain(shape: Any, kind: str = "|u1", body: bytes = b"") -> bytes:
 
 def zipped(packed: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", packed) as archive:
+    with zipfile.ZipFile(stream, "w", packed, compresslevel=1) as archive:
         for name, content in members.items():
             archive.writestr(f"{name}.npy", content)
     return stream.getvalue()
@@ -96,7 +96,8 @@ def test_references(hostile, tmp_path):
             assert sum(len(chunk) for chunk in reference.chunks(2)) in (0, reference.n)
             assert reference.gaussian is None or np.isfinite(reference.gaussian.covariance).all()
 
-        hostile.attempt_all(tmp_path / "x.npz", stream.getvalue(), references(hostile), read, 120, number)
+        crafted = references(hostile) if number == 0 else ()  # the same ones, whatever the valid file is
+        hostile.attempt_all(tmp_path / "x.npz", stream.getvalue(), crafted, read, 120, number)
 
 
 # ------------------------------------------------------------------------------------------------ IDX files and CIFAR's
@@ -120,7 +121,7 @@ def test_idx_files(hostile, tmp_path):
     hostile.attempt_all(path, valid, cases(), read, 60, 1)
     path.unlink()
     packed = ((what, gzip.compress(data)) for what, data in cases())
-    bomb = gzip.compress(struct.pack(">IIII", 0x803, 4, 28, 28) + bytes(200_000_000))
+    bomb = gzip.compress(struct.pack(">IIII", 0x803, 4, 28, 28) + bytes(200_000_000), compresslevel=1)
     huge = gzip.compress(struct.pack(">IIII", 0x803, 3_000_000, 28, 28) + bytes(10_000_000))
     cut = ("cut", gzip.compress(valid)[:-9])
     lies = iter([*packed, ("a bomb", bomb), ("sizes of a bomb", huge), cut, ("text", b"\x1f\x8b text")])

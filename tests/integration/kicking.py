@@ -9,6 +9,8 @@ printed lands in FOLDER/<name>_<part>_<rank>; the exit codes are printed as {nam
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -95,9 +97,21 @@ def start(folder: Path, scenario: dict[str, Any], part: int) -> dict[int, int]:
     return begun
 
 
-def main() -> None:
-    import flowanchor.programs.train  # noqa: F401  (before the forks, for all of them)
+# Imported before the forks, for all of them.
+SHARED = (
+    "flowanchor.programs.train", "flowanchor.callbacks.progress", "flowanchor.callbacks.rank_agreement",
+    "flowanchor.callbacks.throughput", "flowanchor.plugins.backbones.lightningdit", "flowanchor.plugins.data.digits",
+    "flowanchor.plugins.objectives.anchors.flow_matching", "flowanchor.plugins.objectives.composed",
+    "flowanchor.plugins.objectives.intervals.expanded", "flowanchor.plugins.objectives.times.uniform",
+    "flowanchor.plugins.samplers.flow", "flowanchor.plugins.teachers.data", "flowanchor.reporting.csv_logger",
+    "flowanchor.strategies.chain_jvp",
+)  # fmt: skip
 
+
+def main() -> None:
+    for name in SHARED:
+        importlib.import_module(name)
+    gc.freeze()  # or each fork would go through what it shares, and copy it
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     codes: dict[str, list[list[int | None]]] = {}

@@ -31,7 +31,7 @@ def test_a_student_that_is_told_the_end(command, tiny, capsys):
     assert given.backbone.told_end == kept.backbone.told_end
     weights = kept.backbone.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in given.backbone.state_dict().items())
-    evaluated = ["nfe=[1]", "num_samples=20", "batch_size=20", "seed=0"]
+    evaluated = ["nfe=[1]", "num_samples=20", "batch_size=20", "seed=0", "metric=random", "metric.cache_dir=cache"]
     command("evaluate", "checkpoint=outputs/train/gated", *evaluated)
     with pytest.raises(SystemExit):
         command("train", *size, *SHORT, "objective/interval=gated", "backbone.end_time=decoupled")

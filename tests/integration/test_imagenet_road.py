@@ -28,7 +28,7 @@ RUN = [
     "data.channels=8", "data.size=16", "data.num_classes=3", "data.batch_size=12", "data.num_workers=0",
     "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.accelerator=cpu", "trainer.devices=1",
     "strategy=auto", "global_batch_size=null", "reference_batch_size=null", "optimizer.lr=2e-3", "threads=1",
-    "ema.snapshot_every=null", "log_every_n_steps=1", "logger=csv", "callbacks.last.every_n_train_steps=5",
+    "ema.snapshot_every=null", "log_every_n_steps=1", "logger=csv", "callbacks.last.every_n_train_steps=20",
     "callbacks.sample_grid.per_class=1", "callbacks.sample_grid.nfe=[1]", "compile=false",
 ]  # fmt: skip
 
@@ -94,7 +94,7 @@ def test_from_jpegs_to_a_score_and_a_published_folder(road, tmp_path):
     assert "LightningDiT" in said
     road("convert", "checkpoint=stage1.pt", "output=teacher.safetensors")
     road("train", "experiment=imagenet256_facm", "data.root=latents", "teacher.checkpoint=teacher.safetensors", *CODEC,
-         *NETWORK, *RUN, "trainer.max_steps=6", "name=facm", "optimizer.lr=5e-4")  # fmt: skip
+         *NETWORK, *RUN, "jvp.recompute=false", "trainer.max_steps=6", "name=facm", "optimizer.lr=5e-4")  # fmt: skip
     assert len(losses(runs / "facm")) == 6 and np.isfinite(losses(runs / "facm")).all()
     config = (runs / "facm" / "config.yaml").read_text()
     assert "guidance_scale: 1.75" in config and "flowanchor.plugins.codecs.kl.KLCodec" in config

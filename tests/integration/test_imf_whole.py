@@ -43,8 +43,8 @@ def test_the_whole_way(command):
     again = model.sample(num_samples=20, steps=2, guidance_scale=4.0, guidance_low=0.2)
     assert np.array_equal(again.numpy(), drawn["guided"])
 
-    command("evaluate", f"checkpoint={runs / 'whole'}", "nfe=[2]", "num_samples=100", "sampler.guidance_scale=3",
-            f"hydra.run.dir={folder / 'score'}")  # fmt: skip
+    command("evaluate", f"checkpoint={runs / 'whole'}", "nfe=[2]", "num_samples=20", "metric=random",
+            "metric.cache_dir=cache", "sampler.guidance_scale=3", f"hydra.run.dir={folder / 'score'}")  # fmt: skip
     (line,) = json.loads((folder / "score" / "metrics.json").read_text())["results"]
     assert line["nfe"] == line["network_calls"] == 2
 

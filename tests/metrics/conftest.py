@@ -17,7 +17,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def small_metric(tmp_path_factory):
-    return SmallMetric(str(tmp_path_factory.mktemp("classifiers")), steps=150, kid_subset_size=250)
+    return SmallMetric(str(tmp_path_factory.mktemp("classifiers")), steps=80, kid_subset_size=250)
 
 
 @pytest.fixture(scope="session")
