@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if WARM not in os.environ and sys.platform == "linux":
         started = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)
+        if config.args_source is config.ArgsSource.TESTPATHS and config.getoption("numprocesses", None):
+            started.begin()  # all tests, and the first ones of each process want it
         config.add_cleanup(started.close)
         config.add_cleanup(lambda: os.environ.pop(WARM))
 

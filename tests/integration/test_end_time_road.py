@@ -11,6 +11,7 @@ SHORT = ["callbacks=default", "~callbacks.sample_grid", "~callbacks.best", "trai
 SHORT += ["trainer.limit_val_batches=1", "data.num_workers=0"]
 
 
+@pytest.mark.slow
 def test_a_student_that_is_told_the_end(command, tiny, capsys):
     size = [*tiny, "backbone.depth=2"]
     folder = command("train", *size, *SHORT, "experiment=digits_teacher", "trainer.max_steps=2", "name=teacher")

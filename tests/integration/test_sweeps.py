@@ -40,8 +40,9 @@ def test_a_search_minimises_the_distance_at_two_steps(tmp_path):
     assert best["best_value"] == pytest.approx(min(report["results"][0]["fd"] for report in reports))
 
 
+@pytest.mark.slow
 @pytest.mark.cold  # submitit knows a job by the id of the process that it has started
-@pytest.mark.parametrize("seeds", [[3], pytest.param([3, 4], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [[3], [3, 4]])
 def test_jobs_as_processes_of_this_machine(command, seeds):
     words = ["launcher=submitit_local", f"seed={','.join(map(str, seeds))}", "hydra.sweep.dir=sweep", *SMALL]
     folder = command("train", "-m", *words) / "sweep"

@@ -93,6 +93,11 @@ class WarmStart:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
 
+    def begin(self) -> None:
+        """Before anybody asks: a program that wants nothing."""
+        with socket.socket(socket.AF_UNIX) as nobody:
+            nobody.connect(str(self.folder / "socket"))
+
     def close(self) -> None:
         os.write(self._asking, b".")
         if self.server is not None:
