@@ -21,12 +21,20 @@ DISTRIBUTED = -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CORE := tests/jvp tests/graphs tests/strategies tests/plugins tests/sampling tests/callbacks \
 	$(filter-out tests/test_docs.py tests/test_packaging.py,$(wildcard tests/test_*.py))
 
+# The slow tests that CI runs.
+WAYS := tests/test_site.py tests/test_packaging.py tests/reporting/test_on_a_phone.py tests/play/test_page.py \
+	$(addprefix tests/integration/test_,imf_whole.py killed_webdataset.py wan_road.py imagenet_road.py end_time_road.py sweeps.py) \
+	tests/compatibility $(addprefix tests/benchmarks/test_,gpu_check.py harness.py) \
+	tests/benchmarks/test_memory_plan.py::test_the_plan_is_what_two_processes_allocate \
+	tests/plugins/test_lora.py tests/plugins/test_diffusers_end_time.py tests/plugins/formats/test_lora_file.py \
+	tests/strategies/test_device_branch.py tests/jvp/test_compiled_dual.py tests/graphs tests/checkpoints/test_fuzz.py
+
 # What goes with that release.
 TORCHVISION_2.11 := 0.26.0
 TRITON_2.11 := 3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test test-slow demo train sample eval-fid bench ablation gpu-check compatibility docs site clean
+.PHONY: help setup lint format typecheck test test-slow test-ways demo train sample eval-fid bench ablation gpu-check compatibility docs site clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -74,6 +82,9 @@ endif
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-ways: $(STAMP) ## run what CI runs beside the tests: ways from end to end, browsers, packages, what `test` takes a part of
+	$(PYTEST) -m slow -n $(WORKERS) --dist loadfile $(WAYS) $(ARGS)
 
 demo: $(STAMP) ## teacher, one-step student, evaluation and report in outputs/demo (QUICK=1 for a short one)
 	$(BIN)/python src/demo.py $(if $(filter-out 0 false no,$(QUICK)),quick=true) $(ARGS)

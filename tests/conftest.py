@@ -31,6 +31,7 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 COLD = sys.executable
+STARTED = pytest.StashKey[Any]()  # the warm start, in the process that began it
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -52,12 +53,17 @@ def pytest_configure(config: pytest.Config) -> None:
         # Otherwise, where Lightning was imported, every operation on fake tensors looks for a driver's library anew.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if WARM not in os.environ and sys.platform == "linux":
-        started = sys.modules["warm_start"].WarmStart()
+        started = config.stash[STARTED] = sys.modules["warm_start"].WarmStart()
         os.environ[WARM] = str(started.python)
-        if config.args_source is config.ArgsSource.TESTPATHS and config.getoption("numprocesses", None):
-            started.begin()  # all tests, and the first ones of each process want it
         config.add_cleanup(started.close)
         config.add_cleanup(lambda: os.environ.pop(WARM))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    all_of_them = config.args_source is config.ArgsSource.TESTPATHS and config.getoption("numprocesses", None)
+    if all_of_them and STARTED in config.stash:
+        config.stash[STARTED].begin()  # the first tests of each process want it
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,16 +78,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 # The files that take longest: they begin first, so that no process is left with one of them when the others are done.
 SLOWEST = (
-    "test_docs.py", "compatibility/test_matrix.py", "benchmarks/test_gpu_check.py", "strategies/test_wan.py",
-    "strategies/test_sharding.py", "integration/test_interruption.py", "strategies/test_recompute.py",
-    "strategies/test_objectives.py", "strategies/test_chain_jvp.py", "benchmarks/test_memory_plan.py",
-    "test_recompute.py", "integration/test_programs.py", "integration/test_bad_input.py", "integration/test_sweeps.py",
-    "compatibility/test_check.py", "test_packaging.py", "programs/test_light.py", "integration/test_imagenet_road.py",
-    "checkpoints/test_fuzz.py", "programs/test_launch.py", "graphs/test_trainer.py",
-    "programs/test_convert_released.py", "integration/test_recipes.py", "strategies/test_command_line.py",
-    "programs/test_evaluate_again.py", "checkpoints/test_stranger.py", "graphs/test_contract.py",
-    "programs/test_evaluate.py", "jvp/test_randomness.py", "programs/test_convert.py", "integration/test_configs.py",
-    "sampling/test_samplers.py", "strategies/test_watchdog.py", "strategies/test_deferred.py",
+    "test_docs.py", "integration/test_interruption.py", "compatibility/test_matrix.py", "strategies/test_wan.py",
+    "strategies/test_sharding.py", "benchmarks/test_gpu_check.py", "graphs/test_trainer.py",
+    "plugins/test_diffusers.py", "strategies/test_objectives.py", "strategies/test_chain_jvp.py",
+    "integration/test_bad_input.py", "jvp/test_compiled_dual.py", "benchmarks/test_memory_plan.py",
+    "integration/test_run_identity.py", "test_recompute.py", "integration/test_resume.py", "graphs/test_contract.py",
+    "programs/test_convert_released.py", "programs/test_evaluate.py", "integration/test_wan_recipes.py",
+    "jvp/test_engines.py", "plugins/formats/test_wan_pipeline.py", "plugins/test_end_time.py",
+    "strategies/test_command_line.py", "integration/test_configs.py", "checkpoints/test_frozen_base.py",
+    "strategies/test_recompute.py", "benchmarks/test_evidence.py", "programs/test_launch.py",
+    "strategies/test_deferred.py", "plugins/test_wan_lora.py", "plugins/test_lora.py",
+    "programs/test_diffusers_folder.py", "strategies/test_watchdog.py",
 )  # fmt: skip
 
 

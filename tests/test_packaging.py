@@ -157,6 +157,7 @@ sample()
 """
 
 
+@pytest.mark.slow
 def test_an_empty_environment_trains_and_draws(installed, tmp_path):
     """As after `pip install flowanchor` on a machine that has nothing else."""
     alone = {"PYTHONPATH": ""}

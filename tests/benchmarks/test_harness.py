@@ -78,6 +78,7 @@ def test_one_claim_from_the_command_line(tmp_path):
     assert "attention streaming / math" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_other_claims_in_this_process(monkeypatch):
     """What the workers do, without starting them; what processes take, and ranks tell each other, is made up."""
 
@@ -116,6 +117,7 @@ def test_the_other_claims_in_this_process(monkeypatch):
     assert gathers["joint walk"] < gathers["two walks"]
 
 
+@pytest.mark.slow
 def test_what_a_training_step_costs_the_host():
     """It reads no value, and as a graph next to nothing is called."""
     script = str(ROOT / "benchmarks" / "training_step.py")

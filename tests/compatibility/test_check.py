@@ -148,6 +148,7 @@ def test_student_and_teacher_are_compiled_and_train_the_same(tmp_path):
     assert not any(is_compiled(block) for block in eager.student.blocks)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_in_bfloat16_on_two_processes(tmp_path):
     """From the command line, to its end: training, validation, and the sample grid in the precision of the run."""
     command = [

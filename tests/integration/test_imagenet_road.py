@@ -70,6 +70,7 @@ def losses(folder: Path) -> list[float]:
     return [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
 
 
+@pytest.mark.slow
 def test_from_jpegs_to_a_score_and_a_published_folder(road, tmp_path):
     encode = ["data.root=images", *CODEC, "image_size=32", "batch_size=12", "num_workers=0", "shard_size=15"]
     road("encode", *encode, "out=latents")

@@ -19,6 +19,7 @@ RUN = [
 QUIET = ["callbacks.sample_grid=null", "callbacks.best=null"]
 
 
+@pytest.mark.slow
 def test_the_whole_way(command):
     folder = command("train", *RUN, *QUIET, "name=whole", "trainer.max_steps=4")
     command("train", *RUN, *QUIET, "name=parts", "trainer.max_steps=2")

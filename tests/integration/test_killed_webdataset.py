@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,7 @@ def steps(spy: Path, rank: int) -> list:
     return [json.loads(line) for line in Path(f"{spy}.{rank}").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_batches_are_those_of_an_uninterrupted_run(tmp_path):
     (tmp_path / "spy.py").write_text(SPY)
     write_tars(tmp_path / "tars")

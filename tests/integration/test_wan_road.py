@@ -69,6 +69,7 @@ def sample(run: Run, folder: Path, checkpoint: str, steps: int, count: int, *mor
     return np.load(folder / out / "samples.npz")["images"]
 
 
+@pytest.mark.slow
 def test_the_road_in_a_few_steps(tmp_path, command, capsys):
     """Every program runs, and a network that was opened again draws what `sample.py` drew."""
 

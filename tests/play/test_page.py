@@ -23,6 +23,7 @@ FLAGS = [
 ]  # fmt: skip
 HOME = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
 OPACITY = "e => { let o = 1; for (; e; e = e.parentElement) o *= getComputedStyle(e).opacity; return o }"
+pytestmark = pytest.mark.slow  # CI runs it: make test-ways
 WAIT = 60_000  # milliseconds for anything to appear: until it does, never longer
 
 
