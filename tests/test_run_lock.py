@@ -140,6 +140,37 @@ def test_of_many_that_find_a_dead_one_a_single_one_goes_on(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_late_one_leaves_the_faster_one_its_lock(tmp_path, monkeypatch):
+    """And never is there a moment without any lock, in which a third one could begin."""
+    left_by(tmp_path, machine=Holder.this_process().machine)
+    dead = run_lock._read(tmp_path / LOCK)
+    faster, late, third = (RunLock(tmp_path) for _ in range(3))
+    read = run_lock._read
+
+    def watched(*given, **named):
+        assert not third._create()
+        return read(*given, **named)
+
+    monkeypatch.setattr(run_lock, "_read", watched)
+    faster.take()
+    assert not late._take_over(dead)
+    with pytest.raises(ConfigError, match="Another process trains"):
+        late.take()
+    assert read(tmp_path / LOCK) == faster.me
+    monkeypatch.setattr(run_lock, "_read", read)
+    faster.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_was_killed_while_it_took_over_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENCE", 0.3)
+    left_by(tmp_path, machine=Holder.this_process().machine)
+    dead = run_lock._read(tmp_path / LOCK)
+    (tmp_path / f"{LOCK}.of.{dead.token}").touch()
+    taken(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_that_was_taken_for_dead_stops(tmp_path):
     lock = RunLock(tmp_path)
     lock.take()

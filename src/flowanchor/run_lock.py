@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -67,7 +68,10 @@ class RunLock:
         """Raise `ConfigError` where another process has it; may wait for `SILENCE` to see whether that one lives."""
         try:
             while not self._create():
-                self._check_dead(_read(self.path, patient=True))
+                holder = _read(self.path, patient=True)
+                self._check_dead(holder)
+                if self._take_over(holder):
+                    break
         except OSError as error:
             raise unwritable(self.path.parent, error) from error
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
@@ -79,7 +83,9 @@ class RunLock:
         if self._thread is not None and os.getpid() == self.me.pid:  # not in a child that inherited it
             self._thread.join()
             self._thread = None
-            self._remove(self.me)
+            with suppress(OSError), self._alone_with(self.me) as mine:
+                if mine:
+                    self.path.unlink()
 
     def check(self) -> None:
         """Raise `ConfigError` where another process trains in the folder by now."""
@@ -100,15 +106,13 @@ class RunLock:
         return True
 
     def _check_dead(self, holder: Holder | None) -> None:
-        """Remove the lock of a dead process; raise `ConfigError` for one that lives."""
+        """Raise `ConfigError` for a process that lives."""
         alive = self._lives(holder) if holder is not None else self._beats()
         if alive:
             raise ConfigError(
                 f"Another process trains in {self.path.parent} ({holder or 'unknown'}): wait for it, end it, or pick "
                 f"another name=NAME for this run; if there is no such process any more, remove {self.path}."
             )
-        if self._remove(holder):
-            rank_zero_info(f"Taking over {self.path.parent} from a process that is no more ({holder or 'unknown'}).")
 
     def _lives(self, holder: Holder) -> bool:
         if holder.job is not None and holder.job == self.me.job and holder.restarts < self.me.restarts:
@@ -141,18 +145,34 @@ class RunLock:
         probe.unlink()
         return time.time() if now is None else now
 
-    def _remove(self, holder: Holder | None) -> bool:
-        """Remove the lock if it is still that holder's: of several that try, one does."""
-        aside = self.path.with_name(f"{LOCK}.{self.me.token}")
+    def _take_over(self, holder: Holder | None) -> bool:
+        """Put this process in the place of a dead one: of several that try, one does, and a lock is always there."""
+        with self._alone_with(holder) as still:
+            if still:
+                own = self.path.with_name(f"{LOCK}.{self.me.token}")
+                own.write_text(json.dumps(asdict(self.me)), encoding="utf-8")
+                own.replace(self.path)
+        if still:
+            rank_zero_info(f"Taking over {self.path.parent} from a process that is no more ({holder or 'unknown'}).")
+        return still
+
+    @contextmanager
+    def _alone_with(self, holder: Holder | None) -> Iterator[bool]:
+        """Whether the lock is still that holder's; if so, no other process replaces or removes it meanwhile."""
+        claim = self.path.with_name(f"{LOCK}.of.{'unknown' if holder is None else holder.token}")
         try:
-            self.path.rename(aside)
-        except OSError:
-            return False
-        taken = _read(aside)
-        if taken != holder and not self.path.exists():  # a new one, by a process that was faster
-            aside.rename(self.path)
-        aside.unlink(missing_ok=True)
-        return taken == holder
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            touched = _touched(claim)
+            if touched is not None and self._now() - touched > SILENCE:  # whose process was killed just then
+                claim.unlink(missing_ok=True)
+            time.sleep(0.01)
+            yield False
+            return
+        try:
+            yield self.path.exists() and _read(self.path) == holder
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
