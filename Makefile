@@ -23,7 +23,8 @@ CORE := tests/jvp tests/graphs tests/strategies tests/plugins tests/sampling tes
 
 # The slow tests that CI runs.
 WAYS := tests/test_site.py tests/test_packaging.py tests/reporting/test_on_a_phone.py tests/play/test_page.py \
-	$(addprefix tests/integration/test_,imf_whole.py killed_webdataset.py wan_road.py imagenet_road.py end_time_road.py sweeps.py) \
+	$(addprefix tests/integration/test_,imf_whole.py killed_webdataset.py imagenet_road.py end_time_road.py sweeps.py) \
+	tests/integration/test_wan_road.py::test_the_road_in_a_few_steps \
 	tests/compatibility $(addprefix tests/benchmarks/test_,gpu_check.py harness.py) \
 	tests/benchmarks/test_memory_plan.py::test_the_plan_is_what_two_processes_allocate \
 	tests/plugins/test_lora.py tests/plugins/test_diffusers_end_time.py tests/plugins/formats/test_lora_file.py \

@@ -139,11 +139,13 @@ def canary(seconds: float = 10.0) -> Iterator[None]:
     global _armed
     before, began = set(sys.modules), time.perf_counter()
     _noticed.clear()
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of modules that are imported late
     _armed = True
     try:
         yield
     finally:
         _armed = False
+        sys.dont_write_bytecode = bytecode
     assert not _noticed, _noticed
     new = {name for name in set(sys.modules) - before if not name.startswith(_EXPECTED) or name == "flowanchor.setup"}
     assert not new, new
