@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 
 import pytest
@@ -162,11 +162,26 @@ def test_a_late_one_leaves_the_faster_one_its_lock(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"token": "../../x"}, {"token": "\0" * 999}, {"token": 5}, {"pid": "5"}, {"pid": -1}, {"restarts": 2**80}],
+)
+def test_a_lock_of_unknown_origin_is_taken_over_and_reaches_nothing_else(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(run_lock, "SILENCE", 0.3)
+    path = tmp_path / "a" / "run" / LOCK
+    path.parent.mkdir(parents=True)
+    left = {**asdict(Holder.this_process()), "token": "theirs", "started": "1", **changes}
+    path.write_text(json.dumps(left))
+    os.utime(path, (1, 1))
+    taken(path.parent)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", path.parent]
+
+
 def test_one_that_was_killed_while_it_took_over_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SILENCE", 0.3)
     left_by(tmp_path, machine=Holder.this_process().machine)
     dead = run_lock._read(tmp_path / LOCK)
-    (tmp_path / f"{LOCK}.of.{dead.token}").touch()
+    RunLock(tmp_path)._claim_of(dead).touch()
     taken(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 
 from flowanchor.base.alive import is_alive
@@ -40,6 +41,15 @@ class Holder:
     started: str | None = None  # in ticks of that kernel: numbers of processes are used again
     job: str | None = None  # of SLURM
     restarts: int = 0  # how often that job was requeued
+
+    def __post_init__(self) -> None:
+        """Raise `TypeError` for what no process of ours writes: a run folder may come from anybody."""
+        words = (self.token, self.host, self.since)
+        others = (self.machine, self.started, self.job)
+        if not all(isinstance(word, str) for word in (*words, *(other or "" for other in others))):
+            raise TypeError("not the words of a lock")
+        if not all(type(number) is int and 0 <= number < 2**31 for number in (self.pid, self.restarts)):
+            raise TypeError("not the numbers of a lock")
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -159,7 +169,7 @@ class RunLock:
     @contextmanager
     def _alone_with(self, holder: Holder | None) -> Iterator[bool]:
         """Whether the lock is still that holder's; if so, no other process replaces or removes it meanwhile."""
-        claim = self.path.with_name(f"{LOCK}.of.{'unknown' if holder is None else holder.token}")
+        claim = self._claim_of(holder)
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
@@ -173,6 +183,10 @@ class RunLock:
             yield self.path.exists() and _read(self.path) == holder
         finally:
             claim.unlink(missing_ok=True)
+
+    def _claim_of(self, holder: Holder | None) -> Path:
+        told = "" if holder is None else holder.token  # by whoever wrote the lock: no part of a path
+        return self.path.with_name(f"{LOCK}.of.{sha256(told.encode(errors='backslashreplace')).hexdigest()[:16]}")
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
