@@ -135,3 +135,9 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return Toy(tmp_path)
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that evaluate often: the plot of quality against calls is not drawn."""
+    monkeypatch.setattr("flowanchor.programs.evaluate.quality_plot", lambda report, path: None)

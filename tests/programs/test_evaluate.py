@@ -24,6 +24,7 @@ from flowanchor.programs.evaluate import evaluate
 from flowanchor.programs.launch import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("no_plot")
 _spec = importlib.util.spec_from_file_location("tiny_checkpoint", Path(__file__).with_name("tiny_checkpoint.py"))
 assert _spec is not None and _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
@@ -56,12 +57,6 @@ def config(place, run):
 @pytest.fixture(scope="module")
 def report(place, config):
     return evaluate(config("nfe=[1,3]", "save_samples=true"), place / "out")
-
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """Beyond that of `report`, which is made before."""
-    monkeypatch.setattr("flowanchor.programs.evaluate.quality_plot", lambda report, path: None)
 
 
 def test_files(report, place):

@@ -20,6 +20,7 @@ from flowanchor.programs.evaluate import evaluate
 from flowanchor.programs.launch import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("no_plot")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -34,12 +35,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     _module.save_checkpoint(folder / "run" / "checkpoints" / "last.ckpt")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """tests/programs/test_evaluate.py looks at one."""
-    monkeypatch.setattr("flowanchor.programs.evaluate.quality_plot", lambda report, path: None)
 
 
 def settings(place, *overrides):
